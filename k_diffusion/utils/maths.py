@@ -1,0 +1,145 @@
+"""Small mathematics shared by all rooms: functions of floats *or* tensors, tables, seeds, names.
+
+Nothing here imports torch at module level. A function that takes "a float or a tensor" calls the
+tensor's own methods, so one formula serves the host (plans, float64) and the device (denoisers).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+Scalar = Any
+"""A Python float, or a tensor of any shape."""
+
+
+def is_number(x: object) -> bool:
+    """Whether x is a plain Python number (not a bool, not a tensor)."""
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+
+def exp(x: Scalar) -> Scalar:
+    """e**x; a float overflow gives inf, as it does for tensors."""
+    if not is_number(x):
+        return x.exp()
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def log(x: Scalar) -> Scalar:
+    """Natural logarithm; log(0) = -inf, as for tensors."""
+    if not is_number(x):
+        return x.log()
+    return math.log(x) if x != 0 else -math.inf
+
+
+def sqrt(x: Scalar) -> Scalar:
+    """Square root of a float or a tensor."""
+    return math.sqrt(x) if is_number(x) else x.sqrt()
+
+
+def sin(x: Scalar) -> Scalar:
+    """Sine of a float or a tensor."""
+    return math.sin(x) if is_number(x) else x.sin()
+
+
+def atan2(y: Scalar, x: Scalar) -> Scalar:
+    """Angle of the point (x, y), in radians; both floats or both tensors."""
+    return math.atan2(y, x) if is_number(y) else y.atan2(x)
+
+
+def clamp(x: Scalar, low: float, high: float) -> Scalar:
+    """x limited to [low, high]."""
+    return min(max(x, low), high) if is_number(x) else x.clamp(low, high)
+
+
+def linspace(start: float, end: float, n: int) -> list[float]:
+    """n evenly spaced floats with exact ends; n = 1 gives the start."""
+    if n == 1:
+        return [start]
+    return [start + (end - start) * i / (n - 1) for i in range(n - 1)] + [end]
+
+
+def nearest(name: object, names: Iterable[str]) -> str | None:
+    """The known name that most resembles `name`, or None where nothing comes close."""
+    close = difflib.get_close_matches(str(name).lower(), list(names), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+def unknown(kind: str, name: object, names: Iterable[str]) -> str:
+    """One line for an unknown name: what it is, what was meant perhaps, and what there is.
+
+    >>> unknown("sampler", "hein", ["euler", "heun"])
+    "unknown sampler 'hein'; did you mean 'heun'? Known: euler, heun"
+    """
+    names = list(names)
+    close = nearest(name, names)
+    hint = f"; did you mean {close!r}? Known: " if close else "; known: "
+    return f"unknown {kind} {name!r}{hint}{', '.join(names) or 'none'}"
+
+
+_MASK = (1 << 64) - 1
+
+
+def fold_seed(seed: int, *keys: int) -> int:
+    """Mix a seed with keys (stream, step, index...) into an independent 63-bit seed.
+
+    Streams made from `seed`, `seed + 1`, ... or from the same seed under two keys do not overlap,
+    which adding the numbers up would not give.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195).
+    """
+    state = 0
+    for key in (seed, *keys):
+        state = (state + int(key) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class Table:
+    """A piecewise-linear function through given points, for floats and tensors.
+
+    Args:
+        xs: strictly increasing abscissae.
+        ys: ordinates, as many.
+
+    Outside the points the nearest end value is returned. On a tensor it runs without any device
+    synchronisation: the points are copied to each device once and kept there.
+    """
+
+    def __init__(self, xs: Sequence[float], ys: Sequence[float]) -> None:
+        self.xs = tuple(map(float, xs))
+        self.ys = tuple(map(float, ys))
+        self._on: dict[Any, tuple[Any, Any]] = {}
+
+    def __call__(self, x: Scalar) -> Scalar:
+        """The ordinate at x: a float for a float, a tensor of x's shape for a tensor."""
+        return self._at_float(x) if is_number(x) else self._at_tensor(x)
+
+    def _at_float(self, x: float) -> float:
+        if x <= self.xs[0]:
+            return self.ys[0]
+        if x >= self.xs[-1]:
+            return self.ys[-1]
+        i = bisect_right(self.xs, x) - 1
+        w = (x - self.xs[i]) / (self.xs[i + 1] - self.xs[i])
+        return self.ys[i] * (1 - w) + self.ys[i + 1] * w
+
+    def _at_tensor(self, x: Any) -> Any:
+        import torch
+
+        key = (x.device, x.dtype)
+        if key not in self._on:
+            self._on[key] = (x.new_tensor(self.xs), x.new_tensor(self.ys))
+        xs, ys = self._on[key]
+        x = x.clamp(self.xs[0], self.xs[-1])
+        i = (torch.searchsorted(xs, x.contiguous(), right=True) - 1).clamp(0, len(self.xs) - 2)
+        w = (x - xs[i]) / (xs[i + 1] - xs[i])
+        return torch.lerp(ys[i], ys[i + 1], w)
