@@ -1,0 +1,31 @@
+"""k_diffusion: sampling from and training of diffusion and flow models; samplers are data.
+
+Submodules load when they are first asked for, so that importing the package needs torch alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.3.0.dev0"
+
+_ROOMS = ("denoiser", "evaluation", "external", "models", "sampling", "training", "utils")
+_TO_COME = {
+    "config": "with the established model types",
+    "layers": "with the established model types",
+    "augmentation": "with the training tools",
+    "gns": "with the training tools",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _TO_COME:
+        raise AttributeError(f"k_diffusion.{name} is not there yet: it comes {_TO_COME[name]}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_ROOMS])

@@ -1,0 +1,1 @@
+"""Foreign models as Denoisers, and plans as foreign schedulers: not there yet."""

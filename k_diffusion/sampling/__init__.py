@@ -1,0 +1,37 @@
+"""Sampling: `KSampler`, and the parts it is made of."""
+
+from k_diffusion.sampling.engine import NoiseSource, Run
+from k_diffusion.sampling.ksampler import KSampler
+from k_diffusion.sampling.noise import CallerNoise, SampleNoise, unit_noise
+from k_diffusion.sampling.plan import (
+    SOLVERS,
+    Churn,
+    Plan,
+    Solver,
+    get_solver,
+    make_plan,
+    solver,
+)
+from k_diffusion.sampling.solvers import exponential, linear, stochastic  # noqa: F401  (registers)
+from k_diffusion.utils.levels import FLOW, VE, VP, Level, Levels
+
+__all__ = [
+    "FLOW",
+    "SOLVERS",
+    "VE",
+    "VP",
+    "CallerNoise",
+    "Churn",
+    "KSampler",
+    "Level",
+    "Levels",
+    "NoiseSource",
+    "Plan",
+    "Run",
+    "SampleNoise",
+    "Solver",
+    "get_solver",
+    "make_plan",
+    "solver",
+    "unit_noise",
+]

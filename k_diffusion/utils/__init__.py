@@ -1,0 +1,1 @@
+"""Utilities: noise levels and schedules, augmentation, images, small mathematics."""

@@ -7,9 +7,10 @@ tensor's own methods, so one formula serves the host (plans, float64) and the de
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Scalar = Any
@@ -143,3 +144,61 @@ class Table:
         i = (torch.searchsorted(xs, x.contiguous(), right=True) - 1).clamp(0, len(self.xs) - 2)
         w = (x - xs[i]) / (xs[i + 1] - xs[i])
         return torch.lerp(ys[i], ys[i + 1], w)
+
+
+@functools.lru_cache
+def gauss_legendre(n: int) -> tuple[tuple[float, float], ...]:
+    """Nodes and weights of n-point Gauss-Legendre quadrature on [-1, 1], to full precision."""
+    rule = []
+    for i in range(n):
+        x = math.cos(math.pi * (i + 0.75) / (n + 0.5))
+        for _ in range(100):
+            p, before = 1.0, 0.0
+            for k in range(n):
+                p, before = ((2 * k + 1) * x * p - k * before) / (k + 1), p
+            slope = n * (x * p - before) / (x * x - 1)
+            step = p / slope
+            x -= step
+            if abs(step) < 1e-16:
+                break
+        rule.append((x, 2 / ((1 - x * x) * slope * slope)))
+    return tuple(rule)
+
+
+def lagrange_integrals(
+    nodes: Sequence[float],
+    start: float,
+    end: float,
+    weight: Callable[[float], float] = lambda u: 1.0,
+) -> list[float]:
+    """For each node j, the integral from start to end of weight(u) · L_j(u) du.
+
+    L_j is the Lagrange polynomial that is 1 at node j and 0 at the others: the coefficients of any
+    Adams method on uneven steps. 24-point quadrature: exact to rounding for polynomials, and for
+    exponential weights over the few units of log-SNR that a step spans.
+    """
+    centre, half = (start + end) / 2, (end - start) / 2
+    integrals = [0.0] * len(nodes)
+    for x, w in gauss_legendre(24):
+        u = centre + half * x
+        for j, node in enumerate(nodes):
+            basis = math.prod((u - m) / (node - m) for k, m in enumerate(nodes) if k != j)
+            integrals[j] += half * w * weight(u) * basis
+    return integrals
+
+
+def solve_linear(rows: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:
+    """The solution of a small square linear system, by elimination with partial pivoting."""
+    n = len(rows)
+    table = [[*row, value] for row, value in zip(rows, right, strict=True)]
+    for k in range(n):
+        pivot = max(range(k, n), key=lambda i: abs(table[i][k]))
+        table[k], table[pivot] = table[pivot], table[k]
+        for i in range(k + 1, n):
+            factor = table[i][k] / table[k][k]
+            table[i] = [a - factor * b for a, b in zip(table[i], table[k], strict=True)]
+    solution = [0.0] * n
+    for k in reversed(range(n)):
+        known = sum(table[k][j] * solution[j] for j in range(k + 1, n))
+        solution[k] = (table[k][n] - known) / table[k][k]
+    return solution

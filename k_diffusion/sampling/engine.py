@@ -1,0 +1,228 @@
+"""The engine: executes any plan on tensors, one query at a time.
+
+    run = Run(plan, x)
+    while not run.done:
+        run.advance(denoiser(run.x, run.sigma))
+    samples = run.result
+
+Nothing in it waits for the device: levels are moved there once, coefficients are Python floats, and
+no tensor is compared. The state is float32 or better whatever the denoiser computes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from k_diffusion.sampling.expr import Interval
+from k_diffusion.sampling.plan import Combine, Draw, Plan, Step
+
+
+class NoiseSource(Protocol):
+    """Makes the noise of a run."""
+
+    def draw(self, interval: Interval) -> Tensor:
+        """Unit Gaussian noise of the state's shape, dtype and device, for an interval."""
+        ...
+
+
+Values = dict[str, Tensor]
+Operation = Callable[[Values, "NoiseSource | None"], None]
+
+
+def _combine(op: Combine) -> Operation:
+    """An operation as a closure over its coefficients, in as few kernels as it takes.
+
+    Terms are never written into: the caller's x and the denoiser's answers may be shared.
+    """
+    name, drop = op.name, op.drop
+    # A coefficient of exactly 1 goes first: it needs no multiplication of its own.
+    terms = sorted(op.terms, key=lambda term: term[1] != 1)
+    if len(terms) == 0:
+
+        def run(values: Values, noise: NoiseSource | None) -> None:
+            raise AssertionError(f"{name} has no terms")
+
+    elif len(terms) == 1:
+        ((a, ca),) = terms
+
+        def run(values: Values, noise: NoiseSource | None) -> None:
+            values[name] = values[a] if ca == 1 else values[a] * ca
+            for dead in drop:
+                del values[dead]
+
+    elif len(terms) == 2 and abs(sum(c for _, c in terms) - 1) < 1e-15:
+        # x + (1 - w)(d - x): what every first-order step on unit-signal levels is.
+        (a, ca), (b, _) = terms
+
+        def run(values: Values, noise: NoiseSource | None) -> None:
+            values[name] = torch.lerp(values[b], values[a], ca)
+            for dead in drop:
+                del values[dead]
+
+    else:
+        (a, ca), (b, cb), *rest = terms
+
+        def run(values: Values, noise: NoiseSource | None) -> None:
+            if ca == 1:
+                total = torch.add(values[a], values[b], alpha=cb)
+            else:
+                total = values[a] * ca
+                total.add_(values[b], alpha=cb)
+            for term, coefficient in rest:
+                total.add_(values[term], alpha=coefficient)
+            values[name] = total
+            for dead in drop:
+                del values[dead]
+
+    return run
+
+
+def _draw(op: Draw) -> Operation:
+    name, interval, drop = op.name, op.interval, op.drop
+
+    def run(values: Values, noise: NoiseSource | None) -> None:
+        if noise is None:
+            raise ValueError("this plan draws noise: give the run a noise source")
+        values[name] = noise.draw(interval)
+        for dead in drop:
+            del values[dead]
+
+    return run
+
+
+Program = tuple[tuple[tuple[Operation, ...], Step | None], ...]
+
+
+@lru_cache(maxsize=256)
+def _program(plan: Plan) -> Program:
+    def compiled(operations: tuple[Draw | Combine, ...]) -> tuple[Operation, ...]:
+        return tuple(_combine(op) if isinstance(op, Combine) else _draw(op) for op in operations)
+
+    steps: list[Any] = [(compiled(step.operations), step) for step in plan.steps]
+    return (*steps, (compiled(plan.last), None))
+
+
+class Run:
+    """A plan being executed.
+
+    Args:
+        plan: from `make_plan`.
+        x: the state at the first level, shape (B, ...), in the levels' coordinates. It is neither
+            changed nor, once it is not needed, kept.
+        noise: makes the noise, for a plan that draws any.
+        sigma_dtype: dtype of `sigma`; by default the state's. float64 becomes float32 on devices
+            that have none.
+
+    Attributes:
+        done: whether no query is left.
+        k: number of queries answered.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        x: Tensor,
+        noise: NoiseSource | None = None,
+        sigma_dtype: torch.dtype | None = None,
+    ) -> None:
+        if not x.is_floating_point():
+            raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+        if x.ndim == 0 or x.shape[0] == 0:
+            raise ValueError(f"x must hold at least one sample along its first axis: {x.shape}")
+        self.plan = plan
+        self.dtype = torch.promote_types(x.dtype, torch.float32)
+        self.k = 0
+        self.done = False
+        self._shape = x.shape
+        self._noise = noise
+        self._program = _program(plan)
+        self._values: Values = {"x0": x.to(self.dtype)}
+        sigma_dtype = sigma_dtype or self.dtype
+        if x.device.type == "mps" and sigma_dtype == torch.float64:
+            sigma_dtype = torch.float32
+        sigmas = torch.tensor([step.level.sigma for step in plan.steps], dtype=torch.float64)
+        sigmas = sigmas.to(sigma_dtype).to(x.device)
+        self._sigmas = sigmas.unsqueeze(1).expand(-1, x.shape[0]).unbind()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        operations, step = self._program[self.k]
+        for operation in operations:
+            operation(self._values, self._noise)
+        self._step = step
+        self.done = step is None
+
+    @property
+    def x(self) -> Tensor:
+        """The state to be denoised next, shape (B, ...), in float32 or better.
+
+        It may be assigned, to edit the sample between two queries.
+        """
+        if self._step is None:
+            return self.result
+        return self._values[self._step.state]
+
+    @x.setter
+    def x(self, value: Tensor) -> None:
+        if self.plan.predictor:
+            raise ValueError(
+                f"{self.plan.solver} queries predictions that it corrects afterwards, so assigning "
+                "x would be undone: use another sampler, or wrap the denoiser"
+            )
+        if value.shape != self._shape:
+            raise ValueError(f"x has shape {tuple(self._shape)}, got {tuple(value.shape)}")
+        name = self.plan.result if self._step is None else self._step.state
+        self._values[name] = value.to(self.dtype)
+
+    @property
+    def sigma(self) -> Tensor:
+        """The noise standard deviation of `x`, shape (B,), in the levels' coordinates."""
+        return self._sigmas[self.k]
+
+    @property
+    def result(self) -> Tensor:
+        """The final state, once `done`."""
+        if not self.done:
+            raise RuntimeError(
+                f"the run has answered {self.k} of {self.plan.evaluations} queries: "
+                "advance it until it is done"
+            )
+        return self._values[self.plan.result]
+
+    def advance(self, denoised: Tensor, *others: Tensor) -> None:
+        """Takes the denoiser's answer for `x` at `sigma`, and goes on to the next query.
+
+        Args:
+            denoised: the estimate of x0, of x's shape.
+            others: further answers, for a solver that takes more than one.
+
+        Raises:
+            ValueError: an answer of another shape, or another number of them.
+            RuntimeError: the run is done already.
+        """
+        step = self._step
+        if step is None:
+            raise RuntimeError("the run is done: it takes no more answers")
+        if len(others) != len(step.answers) - 1:
+            raise ValueError(
+                f"{self.plan.solver} takes {len(step.answers)} answers for each query, "
+                f"got {len(others) + 1}"
+            )
+        values = self._values
+        for name, answer in zip(step.answers, (denoised, *others), strict=True):
+            if answer.shape != self._shape:
+                raise ValueError(
+                    f"the denoiser returned shape {tuple(answer.shape)} for x of shape "
+                    f"{tuple(self._shape)}: it must return an estimate of x0 in x's shape"
+                )
+            values[name] = answer if answer.dtype == self.dtype else answer.to(self.dtype)
+        for dead in step.drop:
+            del values[dead]
+        del denoised, others
+        self.k += 1
+        self._prepare()

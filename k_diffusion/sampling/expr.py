@@ -1,0 +1,250 @@
+"""Symbols that record linear combinations, and the choice of what is kept between two queries.
+
+A `Tracer` hands a solver its symbols and counts the queries. `Tracer.resolve` then turns what the
+solver formed into assignments `value = sum of coefficient · value`, in the order of execution.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+from k_diffusion.utils.levels import Level
+
+
+class Node:
+    """One recorded symbol: a leaf (input, answer, noise) or a linear combination of earlier ones.
+
+    `epoch` is the number of queries that had been answered when it was made.
+    """
+
+    __slots__ = ("epoch", "index", "leaf", "terms")
+
+    def __init__(
+        self, epoch: int, index: int, terms: tuple[tuple[Node, float], ...], leaf: str = ""
+    ) -> None:
+        self.epoch = epoch
+        self.index = index
+        self.terms = terms
+        self.leaf = leaf
+
+
+class Expr:
+    """A symbolic tensor: may be added, subtracted, negated, and scaled by numbers."""
+
+    __slots__ = ("_tracer", "node")
+
+    def __init__(self, tracer: Tracer, node: Node) -> None:
+        self._tracer = tracer
+        self.node = node
+
+    def _make(self, *terms: tuple[Node, float]) -> Expr:
+        return Expr(self._tracer, self._tracer.combination(terms))
+
+    def __add__(self, other: Any) -> Expr:
+        if isinstance(other, Expr):
+            return self._make((self.node, 1.0), (other.node, 1.0))
+        if isinstance(other, Real) and other == 0:  # so that sum() works
+            return self
+        return NotImplemented
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Expr:
+        if isinstance(other, Expr):
+            return self._make((self.node, 1.0), (other.node, -1.0))
+        return NotImplemented
+
+    def __neg__(self) -> Expr:
+        return self._make((self.node, -1.0))
+
+    def __mul__(self, factor: Any) -> Expr:
+        if isinstance(factor, Real):
+            return self._make((self.node, float(factor)))
+        return NotImplemented
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: Any) -> Expr:
+        # 1 / 0 becomes inf here and is refused, with the solver's name, when the plan is made.
+        if isinstance(divisor, Real):
+            return self._make((self.node, 1 / float(divisor) if divisor else math.inf))
+        return NotImplemented
+
+    def become(self, other: Expr) -> None:
+        """From now on this symbol means `other` (how churn puts noise under a solver's feet)."""
+        self.node = other.node
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Unit Gaussian noise that belongs to the part of the Brownian path from `start` to `end`.
+
+    `fresh` noise belongs to no path: it is independent of all other noise.
+    """
+
+    start: Level
+    end: Level
+    fresh: bool = False
+
+
+@dataclass
+class Assignment:
+    """`name` (a Node) = sum of coefficient · term."""
+
+    node: Node
+    terms: dict[Node, float]
+
+
+@dataclass
+class Tracer:
+    """Hands out symbols while a solver is driven."""
+
+    epoch: int = 0
+    nodes: list[Node] = field(default_factory=list)
+    draws: list[tuple[Node, Interval]] = field(default_factory=list)
+
+    def combination(self, terms: Iterable[tuple[Node, float]]) -> Node:
+        """A new node for a linear combination."""
+        node = Node(self.epoch, len(self.nodes), tuple(terms))
+        self.nodes.append(node)
+        return node
+
+    def leaf(self, name: str) -> Expr:
+        """A new symbol for the input, an answer, or noise."""
+        node = Node(self.epoch, len(self.nodes), (), name)
+        self.nodes.append(node)
+        return Expr(self, node)
+
+    def noise(self, start: Level, end: Level, *, fresh: bool = False) -> Expr:
+        """Unit noise on the interval between two levels; see `Interval`."""
+        symbol = self.leaf(f"z{len(self.draws) + 1}")
+        self.draws.append((symbol.node, Interval(start, end, fresh)))
+        return symbol
+
+    def split_noise(self) -> None:
+        """Replaces noise on intervals by a combination of independent atoms.
+
+        With the path's clock c, noise on [a, b] is (W(b) - W(a)) / sqrt(b - a): the sum of the
+        atoms inside, each weighted by sqrt(its length / (b - a)). The clock is the signal-to-noise
+        ratio, finite from pure noise on. In it the Gaussian term of the reverse diffusion is an
+        exact Brownian path: x / (alpha · ratio²) gains variance 1 / ratio_t² - 1 / ratio_s²
+        between two levels, with ratio = sigma / alpha.
+        """
+        intervals = [iv for _, iv in self.draws]
+        clocks = [_clocks(interval) for interval in intervals]
+        points = sorted({c for iv, ab in zip(intervals, clocks, strict=True) if not iv.fresh for c in ab})
+        atoms: dict[float, tuple[Node, Interval]] = {}
+        level_at = {c: lv for iv, ab in zip(intervals, clocks, strict=True)
+                    for c, lv in zip(ab, (iv.start, iv.end), strict=True)}
+        draws: list[tuple[Node, Interval]] = []
+        for (node, interval), (a, b) in zip(self.draws, clocks, strict=True):
+            if interval.fresh or not a < b:
+                draws.append((node, interval))
+                continue
+            inside = [p for p in points if a <= p <= b]
+            terms = []
+            for low, high in zip(inside[:-1], inside[1:], strict=True):
+                if low not in atoms:
+                    atom = Node(node.epoch, node.index, (), "z")
+                    atoms[low] = atom, Interval(level_at[low], level_at[high])
+                    draws.append(atoms[low])
+                # An interval up to clean data is infinitely long: its last atom has all the weight.
+                share = float(math.isinf(high)) if math.isinf(b) else (high - low) / (b - a)
+                terms.append((atoms[low][0], math.sqrt(share)))
+            node.leaf, node.terms = "", tuple(terms)
+        self.draws = draws
+        for i, (node, _) in enumerate(draws):
+            node.leaf = f"z{i + 1}"
+
+    def resolve(self, queries: list[Node], result: Node) -> list[Assignment]:
+        """Assignments for all that must be kept: queried states, the result, carried symbols."""
+        kept = {node for node in (*queries, result) if not node.leaf}
+        needed = {*queries, result}
+        for node in reversed(self.nodes):
+            if node in needed:
+                for operand, _ in node.terms:
+                    needed.add(operand)
+                    if operand.epoch < node.epoch and not operand.leaf:
+                        kept.add(operand)
+        order = sorted(kept, key=lambda node: node.index)
+        assignments = [Assignment(node, _expand(node, kept)) for node in order]
+        return _inline(assignments, {*queries, result}, queries)
+
+
+def _clocks(interval: Interval) -> tuple[float, float]:
+    def snr(level: Level) -> float:
+        return (level.alpha / level.sigma) ** 2 if level.sigma else math.inf
+
+    return snr(interval.start), snr(interval.end)
+
+
+def _expand(node: Node, kept: set[Node]) -> dict[Node, float]:
+    """A node as a combination of leaves and kept nodes, equal terms collected."""
+    contributions: dict[Node, list[float]] = {}
+    stack = [(operand, factor) for operand, factor in reversed(node.terms)]
+    while stack:
+        operand, factor = stack.pop()
+        if operand.leaf or operand in kept:
+            contributions.setdefault(operand, []).append(factor)
+        else:
+            stack.extend((inner, factor * c) for inner, c in reversed(operand.terms))
+    return _collect(contributions)
+
+
+def _collect(contributions: dict[Node, list[float]]) -> dict[Node, float]:
+    """Sums; what cancels down to rounding error is left out."""
+    totals = {}
+    for node, factors in contributions.items():
+        total = math.fsum(factors) if all(map(math.isfinite, factors)) else math.nan
+        if not abs(total) <= 2e-16 * sum(map(abs, factors)):
+            totals[node] = total
+    return totals
+
+
+def _inline(
+    assignments: list[Assignment], fixed: set[Node], queries: list[Node]
+) -> list[Assignment]:
+    """Removes carried values that cost more than they save.
+
+    A value is replaced by its terms where that keeps at most one more term alive (so no more
+    tensors than the value itself) and takes no more operations. Heun's slope (x - d) / sigma, say,
+    is not stored: x is kept anyway, so keeping d in the slope's place is free.
+    """
+    last_use: dict[Node, int] = {}
+    position = {a.node: i for i, a in enumerate(assignments)}
+    # A queried state lives until its query: the first assignment of the following epoch.
+    starts = [next((i for i, a in enumerate(assignments) if a.node.epoch > q), len(assignments))
+              for q in range(len(queries))]
+    for state, start in zip(queries, starts, strict=True):
+        last_use[state] = max(last_use.get(state, 0), start - 1)
+    uses: dict[Node, list[Assignment]] = {}
+    for i, assignment in enumerate(assignments):
+        for term in assignment.terms:
+            last_use[term] = max(last_use.get(term, 0), i)
+            uses.setdefault(term, []).append(assignment)
+    remaining = []
+    for assignment in assignments:
+        node, terms = assignment.node, assignment.terms
+        users = uses.get(node, [])
+        if node in fixed or not users:
+            remaining.append(assignment)
+            continue
+        extended = [term for term in terms if last_use[term] < last_use[node]]
+        added = sum(len(terms.keys() - user.terms.keys()) - 1 for user in users)
+        if len(extended) > 1 or added > len(terms):
+            remaining.append(assignment)
+            continue
+        for user in users:
+            factor = user.terms.pop(node)
+            contributions = {term: [c] for term, c in user.terms.items()}
+            for term, c in terms.items():
+                contributions.setdefault(term, []).append(factor * c)
+                if user not in uses[term]:
+                    uses[term].append(user)
+                last_use[term] = max(last_use[term], position[user.node])
+            user.terms = _collect(contributions)
+    return remaining

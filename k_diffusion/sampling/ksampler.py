@@ -1,0 +1,213 @@
+"""KSampler: model + scheduler + solver, which is what most people call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k_diffusion.denoiser import make_denoiser, model_device
+from k_diffusion.sampling.engine import Run
+from k_diffusion.sampling.noise import SampleNoise
+from k_diffusion.sampling.plan import Churn, Plan, Solver, get_solver, make_plan
+from k_diffusion.utils.levels import FLOW, Level, Levels
+from k_diffusion.utils.scheduler import (
+    FlowScheduler,
+    KarrasScheduler,
+    Scheduler,
+    make_scheduler,
+)
+
+Callback = Callable[[int, Tensor, Tensor, Tensor], None]
+
+
+class KSampler:
+    """Draws samples from a diffusion or flow model.
+
+    Args:
+        model: a Denoiser; a network that carries its conventions, such as `UNet` (its `prediction`,
+            `time_convention` and perhaps `process`); or a plain function
+            `(x, sigma, **condition) -> x0`, taken to be variance exploding.
+        scheduler: lays the noise levels: a Scheduler or its name. A network that carries no process
+            yet takes it as its process, too. None: the model's own process.
+        solver: a registered solver or its name; `k-diffusion samplers` lists them.
+        churn: noise added at the start of each step (Karras et al. 2022, algorithm 2).
+        options: the solver's own, `eta=0.5` say.
+
+    Raises:
+        ValueError: an unknown scheduler, solver or option, by name.
+
+    Example:
+        >>> sampler = KSampler(lambda x, sigma: x / (1 + sigma[0] ** 2), "karras", "heun")
+        >>> sampler.sample(torch.randn(2, 3, 8, 8), steps=10).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        scheduler: Scheduler | str | None = None,
+        solver: Solver | str = "dpmpp_2m",
+        *,
+        churn: Churn | None = None,
+        **options: Any,
+    ) -> None:
+        chosen = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
+        if chosen is not None and not isinstance(chosen, Scheduler):
+            raise TypeError(
+                f"scheduler must be a Scheduler or a name, got {type(chosen).__name__}"
+            )
+        self.model = model
+        self.denoiser = make_denoiser(model, chosen)
+        process = getattr(self.denoiser, "process", None)
+        if chosen is None:
+            chosen = process or (
+                FlowScheduler() if self.denoiser.path is FLOW else KarrasScheduler()
+            )
+        self.scheduler: Scheduler = chosen.within(process) if process is not None else chosen
+        self.solver = get_solver(solver)
+        self.solver.check_options(options)
+        self.options = options
+        self.churn = churn
+
+    def levels(self, steps: int) -> Levels:
+        """The `steps + 1` levels of a run, in the denoiser's coordinates.
+
+        Raises:
+            ValueError: steps is not a whole number of at least 1, or the model cannot begin where
+                the scheduler does.
+        """
+        levels = self.scheduler.levels(steps)
+        if getattr(self.denoiser, "prediction", None) == "eps" and levels[0].alpha == 0:
+            raise ValueError(
+                f"{type(self.scheduler).__name__} begins at pure noise (alpha = 0), where a "
+                "noise-predicting network says nothing of the data: begin lower (CosineScheduler "
+                "has time_max), or use a v, x0 or flow network"
+            )
+        return levels.on(self.denoiser.path)
+
+    def plan(self, steps: int) -> Plan:
+        """What `sample` would do, as data; print it to read it."""
+        return make_plan(self.solver, self.levels(steps), churn=self.churn, **self.options)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        x: Tensor,
+        steps: int = 50,
+        condition: Tensor | Mapping[str, Any] | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        progress: bool = False,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Draws samples from noise.
+
+        Args:
+            x: unit Gaussian noise, shape (B, C, ...), as from `torch.randn` or `unit_noise`; it is
+                scaled to the first level here. It decides dtype and device of the result; the state
+                between calls is float32 or better.
+            steps: number of steps; a second-order one-step method calls the model about twice in
+                each.
+            condition: class labels (integers, shape (B,)), an embedding (floats, shape (B, D)), or
+                a mapping of the model's keyword arguments.
+            seed: for solvers that draw noise: one number per sample, or one number for all, where
+                sample i takes seed + i. A sample depends on its own seed alone, not on the batch.
+                None: from torch's global generator.
+            progress: show a progress bar on standard error.
+            callback: called as `callback(k, x, sigma, denoised)` after the k-th call of the model,
+                with its input, noise level (shape (B,)) and answer.
+
+        Returns:
+            Samples, shape (B, C, ...), in the scale of the data that the model was trained on.
+
+        Raises:
+            TypeError: x, steps, condition or seed of a wrong type.
+            ValueError: x that isn't finite, a condition that the model cannot take, bad steps.
+            FloatingPointError: the result is not finite.
+        """
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"x must be a floating-point tensor of unit noise, got {kind}")
+        if x.ndim < 2 or x.shape[0] == 0:
+            raise ValueError(f"x must have shape (B, C, ...) with B >= 1, got {tuple(x.shape)}")
+        plan = self.plan(steps)
+        keywords = self._keywords(condition, x.shape[0])
+        home = model_device(self.denoiser)
+        if home is not None and home != x.device:
+            raise ValueError(f"x is on {x.device} but the model on {home}: move one of them")
+        _check_finite(x, "x, the initial noise,")
+
+        first: Level = plan.levels[0]
+        # At the first level x = alpha x0 + sigma eps is all but noise; the little of alpha x0 that
+        # there is has variance at most alpha², which unit noise scaled by sigma leaves out.
+        state = x.to(torch.promote_types(x.dtype, torch.float32)) * first.sigma
+        noise = SampleNoise(self._seeds(seed, x.shape[0]), state) if plan.stochastic else None
+        float64 = getattr(self.denoiser, "float64_sigma", False)
+        run = Run(plan, state, noise, torch.float64 if float64 else None)
+        del state
+        bar = _progress_bar(plan.evaluations) if progress else None
+        denoiser = self.denoiser
+        try:
+            while not run.done:
+                if callback is None:
+                    run.advance(denoiser(run.x, run.sigma, **keywords))
+                else:
+                    denoised = denoiser(run.x, run.sigma, **keywords)
+                    callback(run.k, run.x, run.sigma, denoised)
+                    run.advance(denoised)
+                if bar is not None:
+                    bar.update()
+        finally:
+            if bar is not None:
+                bar.close()
+        _check_finite(run.result, f"the result of {plan.solver} after {steps} steps")
+        return run.result.to(x.dtype)
+
+    def _keywords(self, condition: Any, batch: int) -> dict[str, Any]:
+        if condition is None:
+            keywords: dict[str, Any] = {}
+        elif isinstance(condition, Mapping):
+            keywords = dict(condition)
+        elif isinstance(condition, Tensor):
+            name = "embedding" if condition.is_floating_point() else "class_label"
+            keywords = {name: condition}
+        else:
+            raise TypeError(
+                "condition must be class labels (an integer tensor), an embedding (a float tensor) "
+                f"or a mapping of keyword arguments, got {type(condition).__name__}"
+            )
+        check = getattr(self.denoiser, "check_condition", None)
+        if check is not None:
+            check(batch, **keywords)
+        return keywords
+
+    @staticmethod
+    def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
+        if seed is None:
+            return torch.randint(0, 2**62, (batch,)).tolist()
+        if isinstance(seed, int) and not isinstance(seed, bool):
+            return [seed + i for i in range(batch)]
+        if isinstance(seed, Sequence) and all(isinstance(s, int) for s in seed):
+            if len(seed) != batch:
+                raise ValueError(f"{batch} samples need as many seeds, got {len(seed)}")
+            return list(seed)
+        raise TypeError(f"seed must be a whole number or one per sample, got {seed!r}")
+
+
+def _check_finite(x: Tensor, what: str) -> None:
+    if x.device.type != "meta" and not bool(torch.isfinite(x).all()):
+        share = (~torch.isfinite(x)).float().mean().item()
+        error = ValueError if what.startswith("x,") else FloatingPointError
+        raise error(
+            f"{what} is not finite in {share:.1%} of its values: "
+            "check the model's output and the input for overflow or NaN"
+        )
+
+
+def _progress_bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="sampling", unit="call", leave=False)

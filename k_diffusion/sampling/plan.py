@@ -1,0 +1,473 @@
+"""Plans: a solver traced on levels becomes plain data that one engine runs.
+
+A solver is a generator. It yields `(state, level)` to ask the denoiser, is sent the answer, and
+returns the final state; all its states are symbols (`Expr`) that stand for tensors. `make_plan`
+drives it once on the host, in float64, and keeps the linear combinations that it formed:
+
+- a symbol that is used after a later query than the one it was made at is *carried*: it becomes a
+  value of the plan, computed once and dropped after its last use; all others are expanded away;
+- noise asked for on overlapping intervals is split into independent atoms, so that intervals which
+  share a part of the Brownian path are correlated as they must be.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from k_diffusion.sampling.expr import Assignment, Expr, Interval, Node, Tracer
+from k_diffusion.utils import maths
+from k_diffusion.utils.levels import Level, Levels
+
+Answers = Any  # one Expr, or a tuple of them where a solver declares outputs=2
+SolverFunction = Callable[..., Generator[tuple[Expr, Level], Answers, Expr]]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Make unit noise for an interval of the Brownian path, and call it `name`."""
+
+    name: str
+    interval: Interval
+    drop: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        iv = self.interval
+        kind = "fresh noise" if iv.fresh else "noise"
+        return f"{self.name} = {kind} from sigma {iv.start.sigma:.6g} to {iv.end.sigma:.6g}"
+
+
+@dataclass(frozen=True)
+class Combine:
+    """`name` = sum of coefficient · value; afterwards forget the values in `drop`."""
+
+    name: str
+    terms: tuple[tuple[str, float], ...]
+    drop: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = "".join(f" {'-' if c < 0 else '+'} {abs(c):.6g} {n}" for n, c in self.terms)
+        return f"{self.name} = {text[3:] if text.startswith(' +') else text[1:]}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Operations, then one query: `answers = denoiser(state, level.sigma)`."""
+
+    operations: tuple[Draw | Combine, ...]
+    state: str
+    level: Level
+    answers: tuple[str, ...]
+    drop: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        ask = f"{', '.join(self.answers)} = denoise({self.state}, sigma {self.level.sigma:.6g})"
+        return "\n".join([*map(str, self.operations), ask])
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a run does, as data.
+
+    Attributes:
+        solver: name of the solver.
+        options: its options, and the churn, as given.
+        levels: what it was traced on.
+        steps: the queries in order, each with the operations before it.
+        last: operations after the last query.
+        result: name of the final state.
+        outputs: answers that the denoiser gives to a query (1, or 2).
+        predictor: whether a queried state may be a mere prediction, so that assigning it has no
+            lasting effect.
+        intervals: whether noise is drawn once per interval in the solver's order (for a caller's
+            own noise sampler); otherwise on independent atoms.
+    """
+
+    solver: str
+    options: tuple[tuple[str, Any], ...]
+    levels: Levels
+    steps: tuple[Step, ...]
+    last: tuple[Draw | Combine, ...]
+    result: str
+    outputs: int = 1
+    predictor: bool = False
+    intervals: bool = False
+
+    @property
+    def evaluations(self) -> int:
+        """Calls of the denoiser."""
+        return len(self.steps)
+
+    @property
+    def operations(self) -> Iterator[Draw | Combine]:
+        """All operations, in order."""
+        for step in self.steps:
+            yield from step.operations
+        yield from self.last
+
+    @property
+    def draws(self) -> tuple[Draw, ...]:
+        """The noise that a run draws, in order."""
+        return tuple(op for op in self.operations if isinstance(op, Draw))
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a run draws noise."""
+        return bool(self.draws)
+
+    @functools.cached_property
+    def live(self) -> int:
+        """The most state-sized tensors that a run holds at once, its input and the denoiser's
+        fresh answer included, what the denoiser holds inside not."""
+        alive, peak = {"x0"}, 1
+
+        def perform(operations: tuple[Draw | Combine, ...]) -> None:
+            nonlocal peak
+            for op in operations:
+                alias = isinstance(op, Combine) and len(op.terms) == 1 and op.terms[0][1] == 1
+                if not (alias and op.terms[0][0] in op.drop):  # type: ignore[union-attr]
+                    alive.add(op.name)
+                    peak = max(peak, len(alive))
+                alive.add(op.name)
+                alive.difference_update(op.drop)
+
+        for step in self.steps:
+            perform(step.operations)
+            alive.update(step.answers)
+            peak = max(peak, len(alive))
+            alive.difference_update(step.drop)
+        perform(self.last)
+        return peak
+
+    def __str__(self) -> str:
+        options = "".join(f", {k}={v!r}" for k, v in self.options)
+        head = (
+            f"{self.solver}{options}: {len(self.levels) - 1} intervals, {self.evaluations} "
+            f"evaluations, {len(self.draws)} draws, {self.live} live tensors"
+        )
+        return "\n".join([head, *map(str, self.steps), *map(str, self.last), f"-> {self.result}"])
+
+
+@dataclass(frozen=True)
+class Churn:
+    """Noise added at the start of each interval, a rewrite that any solver's plan can take.
+
+    Source: Karras et al. 2022, arXiv:2206.00364, algorithm 2.
+
+    Attributes:
+        s_churn: total amount; each of n intervals raises sigma by min(s_churn / n, sqrt(2) - 1).
+        s_tmin: least sigma / alpha at which it acts.
+        s_tmax: greatest sigma / alpha at which it acts.
+        s_noise: scale of the added noise.
+    """
+
+    s_churn: float = 0.0
+    s_tmin: float = 0.0
+    s_tmax: float = math.inf
+    s_noise: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Solver:
+    """A registered sampling method.
+
+    Attributes:
+        name: what users call it.
+        function: the generator `(x, levels, noise, **options)`.
+        order: order of convergence that the formula has on a general problem (weak order for a
+            stochastic one), measured by the tests.
+        source: authors, year, arXiv id, place.
+        stochastic: whether it draws noise with its default options.
+        outputs: answers that it takes from the denoiser for each query.
+        predictor: whether a state that it queries may be a mere prediction, corrected later.
+    """
+
+    name: str
+    function: SolverFunction
+    order: int
+    source: str
+    stochastic: bool = False
+    outputs: int = 1
+    predictor: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def summary(self) -> str:
+        """First sentence of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuses by name an option that the solver does not have, or of another type."""
+        for key, value in options.items():
+            if key not in self.options:
+                raise ValueError(maths.unknown(f"option of {self.name},", key, self.options))
+            default = self.options[key]
+            kind = float if isinstance(default, float) else type(default)
+            good = maths.is_number(value) if kind is float else isinstance(value, kind)
+            if not good or isinstance(value, bool) != isinstance(default, bool):
+                raise ValueError(f"{self.name}'s {key} must be of type {kind.__name__}: {value!r}")
+            if maths.is_number(value) and not math.isfinite(value):
+                raise ValueError(f"{self.name}'s {key} must be finite, got {value!r}")
+
+
+SOLVERS: dict[str, Solver] = {}
+
+
+def solver(
+    *,
+    order: int,
+    source: str,
+    stochastic: bool = False,
+    outputs: int = 1,
+    predictor: bool = False,
+) -> Callable[[SolverFunction], Solver]:
+    """Registers a generator as a solver under its own name; see `Solver` for the arguments.
+
+    Options are the generator's keyword-only parameters, each with a default.
+    """
+
+    def register(function: SolverFunction) -> Solver:
+        name = function.__name__
+        if name in SOLVERS:
+            raise ValueError(f"a solver named {name!r} is registered already")
+        parameters = inspect.signature(function).parameters.values()
+        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        SOLVERS[name] = Solver(
+            name, function, order, source, stochastic, outputs, predictor, options
+        )
+        return SOLVERS[name]
+
+    return register
+
+
+def get_solver(name: str | Solver) -> Solver:
+    """A registered solver; a Solver passes through.
+
+    Raises:
+        ValueError: unknown name (the nearest known one is offered).
+    """
+    if isinstance(name, Solver):
+        return name
+    if name not in SOLVERS:
+        raise ValueError(maths.unknown("sampler", name, SOLVERS))
+    return SOLVERS[name]
+
+
+def make_plan(
+    solver: str | Solver,
+    levels: Levels,
+    *,
+    churn: Churn | None = None,
+    intervals: bool = False,
+    **options: Any,
+) -> Plan:
+    """Traces a solver on levels. Plans are cached by all the arguments.
+
+    From pure noise (alpha = 0) the first interval is one DDIM step for every solver, which then
+    starts after it: there x is the noise itself, and no history can be had at infinite log-SNR.
+
+    Args:
+        solver: a registered name or a Solver.
+        levels: noisy to clean, at least two.
+        churn: noise added at the start of each interval.
+        intervals: draw noise once per interval, in the solver's order, instead of on atoms.
+        options: the solver's own.
+
+    Raises:
+        ValueError: unknown solver or option; too few levels; a method that cannot do this; a
+            coefficient that is not finite.
+    """
+    chosen = get_solver(solver)
+    chosen.check_options(options)
+    if len(levels) < 2:
+        raise ValueError(f"{chosen.name} needs at least two levels, got {len(levels)}")
+    if churn is not None and churn.s_churn == 0:
+        churn = None
+    if churn is not None and chosen.predictor:
+        raise ValueError(
+            f"{chosen.name} queries predictions that it corrects afterwards, so churn has no place "
+            "in it: use another sampler, or leave s_churn at 0"
+        )
+    return _make_plan(chosen, levels, churn, intervals, tuple(sorted(options.items())))
+
+
+class _ChurnedLevels:
+    """Levels whose intervals begin with more noise than the last one ended with."""
+
+    def __init__(self, levels: Levels, churn: Churn) -> None:
+        self._levels = levels
+        self._churn = churn
+        self.pending: tuple[Level, Level] | None = None
+
+    def pairs(self) -> Iterator[tuple[Level, Level]]:
+        churn = self._churn
+        gamma = min(churn.s_churn / (len(self._levels) - 1), math.sqrt(2) - 1)
+        for s, t in self._levels.pairs():
+            if churn.s_tmin <= s.ratio <= churn.s_tmax:
+                raised = self._levels.at(s.half_log_snr - math.log1p(gamma))
+                self.pending = s, raised
+                yield raised, t
+            else:
+                yield s, t
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._levels, name)
+
+    def __getitem__(self, i: int) -> Level:
+        return self._levels[i]
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+
+def _drive(
+    chosen: Solver, x: Expr, levels: Levels, tracer: Tracer, churn: Churn | None, options: Any
+) -> Generator[tuple[Expr, Level], Answers, Expr]:
+    """The solver's requests, with what holds for every solver done around it."""
+    s = levels[0]
+    if s.alpha == 0:
+        d = yield x, s
+        t = levels[1]
+        # DDIM: at alpha = 0 the noise is x / sigma, whatever the answer.
+        x = t.alpha * (d if chosen.outputs == 1 else d[0]) + (t.sigma / s.sigma) * x
+        if len(levels) == 2:
+            return x
+        levels = levels[1:]
+    if churn is None:
+        return (yield from chosen.function(x, levels, tracer.noise, **options))
+    churned = _ChurnedLevels(levels, churn)
+    run = chosen.function(x, churned, tracer.noise, **options)
+    answer = None
+    while True:
+        try:
+            state, level = run.send(answer)
+        except StopIteration as stop:
+            return stop.value
+        if churned.pending is not None:
+            s, raised = churned.pending
+            churned.pending = None
+            scale = raised.alpha / s.alpha
+            added = math.sqrt(max(raised.sigma**2 - (scale * s.sigma) ** 2, 0.0))
+            noise = tracer.noise(raised, s, fresh=True)
+            state.become(scale * state + (added * churn.s_noise) * noise)
+        answer = yield state, level
+
+
+@functools.lru_cache(maxsize=256)
+def _make_plan(
+    chosen: Solver,
+    levels: Levels,
+    churn: Churn | None,
+    intervals: bool,
+    options: tuple[tuple[str, Any], ...],
+) -> Plan:
+    tracer = Tracer()
+    x = tracer.leaf("x0")
+    run = _drive(chosen, x, levels, tracer, churn, dict(options))
+    queries: list[tuple[Node, Level, tuple[Node, ...]]] = []
+    answer: Answers = None
+    while True:
+        try:
+            state, level = run.send(answer)
+        except StopIteration as stop:
+            result: Node = stop.value.node
+            break
+        asked = state.node
+        tracer.epoch += 1
+        k = len(queries) + 1
+        answers = tuple(tracer.leaf(f"{kind}{k}") for kind in ("d", "u")[: chosen.outputs])
+        answer = answers[0] if chosen.outputs == 1 else answers
+        queries.append((asked, level, tuple(a.node for a in answers)))
+    if not intervals:
+        tracer.split_noise()
+    assignments = tracer.resolve([node for node, _, _ in queries], result)
+    for assignment in assignments:
+        if not all(map(math.isfinite, assignment.terms.values())):
+            k = min(assignment.node.epoch, len(queries) - 1)
+            raise ValueError(
+                f"{chosen.name} has no finite coefficients after the query at level "
+                f"{queries[k][1]} (query {k + 1} of {len(queries)}): it cannot take these levels"
+            )
+    every = tuple(sorted(options)) if churn is None else (*sorted(options), ("churn", churn))
+    return _assemble(chosen, every, levels, queries, result, assignments, tracer, intervals)
+
+
+def _assemble(
+    chosen: Solver,
+    options: tuple[tuple[str, Any], ...],
+    levels: Levels,
+    queries: list[tuple[Node, Level, tuple[Node, ...]]],
+    result: Node,
+    assignments: list[Assignment],
+    tracer: Tracer,
+    intervals: bool,
+) -> Plan:
+    """Names the values, places the draws, and works out when each value can be forgotten."""
+    names = {node: node.leaf for node in tracer.nodes if node.leaf}
+    names.update((node, node.leaf) for node, _ in tracer.draws)
+    for k, node in enumerate(dict.fromkeys([*(q[0] for q in queries), result])):
+        names.setdefault(node, f"x{k + 1}")
+    for k, node in enumerate(a.node for a in assignments if a.node not in names):
+        names[node] = f"v{k + 1}"
+
+    blocks: list[list[Draw | Combine]] = [[] for _ in range(len(queries) + 1)]
+    interval_of = dict(tracer.draws)
+    drawn: set[Node] = set()
+
+    def draw(node: Node, epoch: int) -> None:
+        drawn.add(node)
+        blocks[epoch].append(Draw(names[node], interval_of[node]))
+
+    if intervals:  # as often, and in the order, that the solver asked
+        for node, _ in tracer.draws:
+            draw(node, node.epoch)
+    for assignment in assignments:
+        for term in assignment.terms:
+            if term in interval_of and term not in drawn:
+                draw(term, assignment.node.epoch)
+        terms = tuple((names[node], c) for node, c in assignment.terms.items())
+        blocks[assignment.node.epoch].append(Combine(names[assignment.node], terms))
+
+    # Backwards over the plan: what is met for the first time is used for the last time.
+    seen = {names[result]}
+    steps: list[Step] = []
+
+    def finish(block: list[Draw | Combine]) -> tuple[Draw | Combine, ...]:
+        finished: list[Draw | Combine] = []
+        for op in reversed(block):
+            if isinstance(op, Draw):
+                unused = () if op.name in seen else (op.name,)
+                finished.append(Draw(op.name, op.interval, unused))
+                continue
+            drop = tuple(name for name, _ in op.terms if name not in seen)
+            seen.update(drop)
+            finished.append(Combine(op.name, op.terms, drop))
+        return tuple(reversed(finished))
+
+    last = finish(blocks[-1])
+    for k in reversed(range(len(queries))):
+        state, level, answer_nodes = queries[k]
+        answers = tuple(names[node] for node in answer_nodes)
+        drop = tuple(name for name in (names[state], *answers) if name not in seen)
+        seen.add(names[state])
+        steps.append(Step(finish(blocks[k]), names[state], level, answers, drop))
+    return Plan(
+        chosen.name,
+        options,
+        levels,
+        tuple(reversed(steps)),
+        last,
+        names[result],
+        chosen.outputs,
+        chosen.predictor,
+        intervals,
+    )

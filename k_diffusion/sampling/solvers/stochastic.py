@@ -1,0 +1,138 @@
+"""Solvers that add noise on the way: ancestral steps and the reverse diffusion SDE.
+
+eta scales the noise: 0 is the probability-flow ODE, 1 the reverse diffusion of the forward process.
+"""
+
+from __future__ import annotations
+
+from math import expm1, sqrt
+from typing import Any
+
+from k_diffusion.sampling.plan import Expr, solver
+from k_diffusion.sampling.solvers.exponential import data_step, third_order_terms
+from k_diffusion.sampling.solvers.linear import Trace
+from k_diffusion.utils.levels import Level
+
+
+def ancestral(s: Level, t: Level, eta: float) -> tuple[Level, float]:
+    """Where to step down to, and the standard deviation of the noise that leads up again to t.
+
+    At eta = 1 that is the posterior of the forward process given the data (Ho et al. 2020,
+    arXiv:2006.11239, eq. 7; Song et al. 2021, arXiv:2010.02502, eq. 16), in any coordinates.
+    """
+    up = min(t.sigma, eta * t.sigma * sqrt(max(1 - (t.ratio / s.ratio) ** 2, 0.0)))
+    return Level(t.alpha, sqrt(max((t.sigma - up) * (t.sigma + up), 0.0))), up
+
+
+@solver(order=1, source="Song et al. 2021, arXiv:2010.02502, eqs. 12 and 16")
+def ddim(x: Expr, levels: Any, noise: Any, *, eta: float = 0.0) -> Trace:
+    """DDIM: the data and noise estimates put together again at the next level."""
+    for s, t in levels.pairs():
+        d = yield x, s
+        down, up = ancestral(s, t, eta)
+        x = data_step(x, d, s, down)
+        if up > 0:
+            x = x + up * noise(s, t)
+    return x
+
+
+@solver(order=1, source="Song et al. 2021, arXiv:2011.13456, appendix F", stochastic=True)
+def euler_ancestral(
+    x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
+) -> Trace:
+    """Euler steps below the next level, with noise that leads up to it again."""
+    for s, t in levels.pairs():
+        d = yield x, s
+        down, up = ancestral(s, t, eta)
+        x = data_step(x, d, s, down)
+        if up > 0:
+            x = x + (up * s_noise) * noise(s, t)
+    return x
+
+
+@solver(order=1, source="Lu et al. 2022, arXiv:2211.01095, eq. 18, single-step form", stochastic=True)
+def dpmpp_sde(
+    x: Expr,
+    levels: Any,
+    noise: Any,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
+    r: float = 0.5,
+) -> Trace:
+    """SDE-DPM-Solver++(2S): ancestral steps with one more data estimate at the share r of a step;
+    the noise of both belongs to one Brownian path."""
+    if not 0 < r <= 1:
+        raise ValueError(f"dpmpp_sde: r must lie in (0, 1], got {r}")
+    for s, t in levels.pairs():
+        d = yield x, s
+        if not t.sigma > 0:
+            x = data_step(x, d, s, t)
+            continue
+        h = t.half_log_snr - s.half_log_snr
+        m = levels.at(s.half_log_snr + r * h)
+        down, up = ancestral(s, m, eta)
+        middle = data_step(x, d, s, down)
+        if up > 0:
+            middle = middle + (up * s_noise) * noise(s, m)
+        d_middle = yield middle, m
+        down, up = ancestral(s, t, eta)
+        x = data_step(x, (1 - 1 / (2 * r)) * d + 1 / (2 * r) * d_middle, s, down)
+        if up > 0:
+            x = x + (up * s_noise) * noise(s, t)
+    return x
+
+
+def _sde_step(x: Expr, d: Expr, s: Level, t: Level, eta: float) -> tuple[Expr, float, float]:
+    """The exact step of the reverse SDE for a constant data estimate, without its noise; the
+    noise's standard deviation; and the step h · (1 + eta) in half log-SNR that d is weighted by."""
+    if not t.sigma > 0:
+        return t.alpha * d, 0.0, float("inf")
+    h = t.half_log_snr - s.half_log_snr
+    decay = t.sigma / s.sigma * (s.sigma * t.alpha / (s.alpha * t.sigma)) ** -eta
+    whole = h * (1 + eta)
+    step = decay * x - t.alpha * expm1(-whole) * d
+    return step, t.sigma * sqrt(-expm1(-2 * eta * h)), whole
+
+
+@solver(order=1, source="Lu et al. 2022, arXiv:2211.01095, eq. 19", stochastic=True)
+def dpmpp_2m_sde(
+    x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
+) -> Trace:
+    """SDE-DPM-Solver++(2M): 2M's extrapolated data estimate (midpoint form) in the reverse SDE."""
+    last: tuple[Expr, float] | None = None
+    for s, t in levels.pairs():
+        d = yield x, s
+        e = d
+        if last is not None and t.sigma > 0:
+            h = t.half_log_snr - s.half_log_snr
+            e = d + h / (2 * (s.half_log_snr - last[1])) * (d - last[0])
+        x, up, _ = _sde_step(x, e, s, t, eta)
+        if up > 0:
+            x = x + (up * s_noise) * noise(s, t)
+        last = d, s.half_log_snr
+    return x
+
+
+@solver(order=1, source="3M's differences in arXiv:2211.01095, eq. 19, as in use", stochastic=True)
+def dpmpp_3m_sde(
+    x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
+) -> Trace:
+    """SDE-DPM-Solver++(3M): 3M's differences of the data estimate in the reverse SDE."""
+    past: list[tuple[float, Expr]] = []
+    for s, t in levels.pairs():
+        d = yield x, s
+        x, up, whole = _sde_step(x, d, s, t, eta)
+        if past and t.sigma > 0:
+            phi2 = expm1(-whole) / whole + 1
+            h = t.half_log_snr - s.half_log_snr
+            if len(past) == 1:
+                r = (s.half_log_snr - past[-1][0]) / h
+                x = x + t.alpha * phi2 * (d - past[-1][1]) / r
+            else:
+                first, second = third_order_terms(d, h, past, s.half_log_snr)
+                x = x + t.alpha * (phi2 * first - (phi2 / whole - 0.5) * second)
+        if up > 0:
+            x = x + (up * s_noise) * noise(s, t)
+        past = [*past, (s.half_log_snr, d)][-2:]
+    return x
