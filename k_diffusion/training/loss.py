@@ -66,7 +66,7 @@ def register_density(name: str) -> Callable[[Any], Any]:
 @register_weighting("edm")
 def edm(half_log_snr: Tensor, sigma_data: float) -> Tensor:
     """1 / c_out²: the initial loss of an EDM network is 1 at every level (Karras et al. 2022,
-    arXiv:2206.00364, eq. 144)."""
+    arXiv:2206.00364, table 1)."""
     return torch.exp(2 * half_log_snr) + sigma_data**-2
 
 
@@ -104,14 +104,14 @@ def flow(half_log_snr: Tensor, sigma_data: float) -> Tensor:
 
 @register_weighting("min_snr")
 def min_snr(half_log_snr: Tensor, sigma_data: float, *, gamma: float = 5.0) -> Tensor:
-    """min(snr, gamma) (Hang et al. 2023, arXiv:2303.09556, section 3.4)."""
+    """min(snr, gamma) (Hang et al. 2023, arXiv:2303.09556)."""
     return torch.exp(2 * half_log_snr).clamp(max=gamma)
 
 
 @register_weighting("soft_min_snr")
 def soft_min_snr(half_log_snr: Tensor, sigma_data: float, *, gamma: float | None = None) -> Tensor:
     """snr · gamma / (snr + gamma), gamma = 1 / sigma_data² unless given (Crowson et al. 2024,
-    arXiv:2401.11605, section 3.3)."""
+    arXiv:2401.11605)."""
     limit = sigma_data**2 if gamma is None else 1 / gamma
     return 1 / (torch.exp(-2 * half_log_snr) + limit)
 
@@ -132,7 +132,8 @@ def loguniform(
     u: Tensor, process: Scheduler | None, *, min: float = 0.002, max: float = 80.0
 ) -> Tensor:
     """log r is uniform between two values of r (EDM's range of levels, Karras et al. 2022)."""
-    return -torch.lerp(*(u.new_tensor(math.log(end)) for end in (min, max)), u)
+    low, high = math.log(min), math.log(max)
+    return -(low + (high - low) * u)
 
 
 @register_density("uniform_time")
@@ -152,13 +153,8 @@ def logit_normal(
 def _at_time(share: Tensor, process: Scheduler | None) -> Tensor:
     if process is None:
         raise ValueError("this density is one of the process's time: give a process")
-    return process.half_log_snr(
-        torch.lerp(*(share.new_tensor(end) for end in _ends(process)), share)
-    )
-
-
-def _ends(process: Scheduler) -> tuple[float, float]:
-    return process.time_min, process.time_max
+    low, high = process.time_min, process.time_max
+    return process.half_log_snr(low + (high - low) * share)
 
 
 # ---------------------------------------------------------------- by name
@@ -170,7 +166,8 @@ def check_options(kind: str, name: str, options: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: unknown name or option; the nearest one is offered.
     """
-    table: Mapping[str, Any] = {"weighting": WEIGHTINGS, "density": DENSITIES}[kind]
+    tables: dict[str, Mapping[str, Any]] = {"weighting": WEIGHTINGS, "density": DENSITIES}
+    table = tables[kind]
     if name not in table:
         raise ValueError(unknown(kind, name, table))
     parameters = inspect.signature(table[name]).parameters.values()

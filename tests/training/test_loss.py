@@ -234,7 +234,7 @@ def test_extreme_uniforms_stay_finite() -> None:
 def test_unknown_names_and_options_offer_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown weighting 'min_snrr'; did you mean 'min_snr'"):
         loss.make_weighting("min_snrr")
-    with pytest.raises(ValueError, match="option of weighting 'min_snr', 'gama'.*'gamma'"):
+    with pytest.raises(ValueError, match=r"option of weighting 'min_snr', 'gama'.*'gamma'"):
         loss.make_weighting("min_snr", gama=3)
     with pytest.raises(ValueError, match="unknown density 'log_normal'; did you mean 'lognormal'"):
         loss.make_density("log_normal")
