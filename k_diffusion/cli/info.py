@@ -1,0 +1,77 @@
+"""`k-diffusion info`: what is in a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from k_diffusion.training.checkpoint import CheckpointInfo
+
+
+@dataclass
+class Info:
+    """Say what is in a checkpoint, after verifying every bit of it."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A .safetensors file that `k-diffusion train` wrote."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        from k_diffusion.training.checkpoint import read_info
+
+        facts = checkpoint_facts(read_info(self.checkpoint))
+        if self.json:
+            print(json.dumps(facts, indent=2))
+            return
+        for name, value in facts.items():
+            if isinstance(value, dict):
+                print(f"{name}:")
+                lines = list(_flattened(value))
+                width = max((len(key) for key, _ in lines), default=0)
+                for key, shown in lines:
+                    print(f"  {key:<{width}}  {shown}")
+            else:
+                print(f"{name + ':':<16}{_shown(value)}")
+
+
+def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
+    """What `info` tells, as JSON data."""
+    model = info.config.get("model", {})
+    return {
+        "checkpoint": str(info.path),
+        "sha256": info.sha256,
+        "bytes": info.bytes,
+        "images seen": info.images_seen,
+        "steps": info.step,
+        "model": model.get("type", "?"),
+        "prediction": model.get("prediction", "eps"),
+        "parameters": info.parameters,
+        "weights": sorted({name.partition("/")[0] for name in info.tensors}),
+        "data": info.data,
+        "config": info.config,
+    }
+
+
+def _flattened(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    found = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            found += _flattened(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, _shown(value)))
+    return found
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return json.dumps(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(str(item) for item in value)
+    return str(value)

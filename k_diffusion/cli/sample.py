@@ -1,0 +1,275 @@
+"""`k-diffusion sample`: images from a checkpoint, each with what is needed to make it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from .problems import UsageError
+from .values import Classes, Settings, show_settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from k_diffusion.sampling import Churn, KSampler
+    from k_diffusion.training.checkpoint import CheckpointInfo
+
+_GRID_HOLDS = 400
+
+
+@dataclass
+class Sample:
+    """Draw images from a checkpoint into a folder: single PNGs and a grid.
+
+    Image i has the seed `--seed` + i and does not depend on the others drawn with it. Its PNG text
+    holds the settings and the command that draws it again.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A .safetensors file that `k-diffusion train` wrote."""
+    sampler: str = "dpmpp_2m"
+    """The method; `k-diffusion samplers` lists them."""
+    scheduler: str = "karras"
+    """How the noise levels are laid: karras, exponential, linear, cosine, flow or custom."""
+    steps: int = 20
+    """Steps from noise to image."""
+    seed: int = 0
+    """The seed of the first image."""
+    number: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 16
+    """How many images."""
+    class_label: Classes = ()
+    """One class, or several such as 0,3 or 0-9, which the images take in turn. Without it, a model
+    with classes takes all of them in turn."""
+    batch_size: int = 64
+    """Images drawn at a time; it changes the memory needed, not the images."""
+    out: Path = Path("samples")
+    """The folder to write to; made where it is missing."""
+    overwrite: bool = False
+    """Replace images that are already there."""
+    sampler_options: Settings = field(default_factory=dict)
+    """Options of the method, such as eta=0.5."""
+    scheduler_options: Settings = field(default_factory=dict)
+    """Options of the levels, such as rho=5,sigma_max=40."""
+    no_ema: bool = False
+    """Take the last weights, not their moving average."""
+    device: str = ""
+    """cpu, cuda, cuda:1, mps...; without it a GPU where there is one."""
+
+    def run(self) -> None:
+        self._check()
+        import torch
+
+        from k_diffusion.sampling import KSampler, get_solver
+        from k_diffusion.training.checkpoint import load_denoiser
+        from k_diffusion.utils.scheduler import make_scheduler
+
+        with as_usage():
+            solver = get_solver(self.sampler)
+            churn, options = _split_churn(self.sampler_options, solver.options)
+            solver.check_options(options)
+            scheduler = make_scheduler(self.scheduler, **self.scheduler_options)
+        device = pick_device(self.device)
+        denoiser, info = load_denoiser(self.checkpoint, ema=not self.no_ema, device=device)
+        seeds = [self.seed + index for index in range(self.number)]
+        labels = self._labels(info.data.get("num_classes") or 0)
+        with as_usage():
+            sampler = KSampler(denoiser, scheduler, solver, churn=churn, **options)
+            calls = sampler.plan(self.steps).evaluations
+        names = [
+            f"seed{seed:06d}" + (f"_class{label}" if labels else "") + ".png"
+            for seed, label in zip(seeds, labels or seeds, strict=True)
+        ]
+        self._make_room([*names, "grid.png"])
+
+        from tqdm import tqdm
+
+        from k_diffusion.utils.images import image_grid, save_png
+
+        texts = [self._text(info, index, labels) for index in range(self.number)]
+        kept: list[torch.Tensor] = []
+        batches = -(-self.number // self.batch_size)
+        with tqdm(total=calls * batches, unit="call", desc="sampling", disable=None) as bar:
+            for first, images in draw(
+                sampler,
+                info.data["shape"],
+                seeds,
+                labels,
+                steps=self.steps,
+                batch_size=self.batch_size,
+                device=device,
+                tick=bar.update,
+            ):
+                for index, image in enumerate(images, first):
+                    save_png(self.out / names[index], image, texts[index])
+                kept += images[: max(0, _GRID_HOLDS - len(kept))]
+        grid = image_grid(torch.stack(kept), scale=_grid_scale(kept[0].shape[-1]))
+        save_png(self.out / "grid.png", grid, self._text(info, None, labels))
+        print(f"{self.number} images and grid.png are in {self.out}")
+
+    def _check(self) -> None:
+        """Refuse, before anything is loaded, what no checkpoint could make right."""
+        for name, value in (
+            ("--steps", self.steps),
+            ("--number", self.number),
+            ("--batch-size", self.batch_size),
+        ):
+            if value < 1:
+                raise UsageError(f"{name} is {value}; give a whole number of at least 1")
+        if self.seed < 0:
+            raise UsageError(f"--seed is {self.seed}; give a whole number of at least 0")
+
+    def _labels(self, num_classes: int) -> list[int]:
+        """The class of each image; empty for a model without classes."""
+        if self.class_label and not num_classes:
+            raise UsageError(
+                f"--class-label is {self.class_label[0]}, but {self.checkpoint} was trained "
+                "without classes; leave the option away"
+            )
+        for label in self.class_label:
+            if label >= num_classes:
+                raise UsageError(
+                    f"--class-label {label} does not exist: {self.checkpoint} has {num_classes} "
+                    f"classes, 0 to {num_classes - 1}"
+                )
+        if not num_classes:
+            return []
+        turn = self.class_label or tuple(range(num_classes))
+        return [turn[index % len(turn)] for index in range(self.number)]
+
+    def _make_room(self, names: list[str]) -> None:
+        """Make the folder, and refuse, before the work, to replace what is there unasked."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UsageError(f"--out {self.out} is a file; give a folder") from None
+        there = [name for name in names if (self.out / name).exists()]
+        if there and not self.overwrite:
+            raise UsageError(
+                f"--out {self.out} holds {there[0]} already ({len(there)} of {len(names)} files); "
+                "give another folder, or --overwrite"
+            )
+
+    def _text(self, info: CheckpointInfo, index: int | None, labels: list[int]) -> dict[str, str]:
+        """What the PNG of image `index` says (None: of the grid)."""
+        from importlib.metadata import version
+
+        seed, number = (self.seed, self.number) if index is None else (self.seed + index, 1)
+        classes = labels if index is None else labels[index : index + 1]
+        if index is None and self.class_label:
+            classes = list(self.class_label)
+        said = {
+            "software": f"k-diffusion {version('k-diffusion')}",
+            "checkpoint": str(self.checkpoint),
+            "checkpoint sha256": info.sha256,
+            "weights": "last" if self.no_ema else "ema",
+            "sampler": self.sampler,
+            "sampler options": show_settings(self.sampler_options),
+            "scheduler": self.scheduler,
+            "scheduler options": show_settings(self.scheduler_options),
+            "steps": str(self.steps),
+            "seed": str(seed),
+            "images": str(number),
+            "class": ",".join(map(str, dict.fromkeys(classes))),
+        }
+        command = ["k-diffusion", "sample", str(self.checkpoint)]
+        for option in ("sampler", "sampler options", "scheduler", "scheduler options", "steps"):
+            if said[option]:
+                command += ["--" + option.replace(" ", "-"), said[option]]
+        command += ["--seed", str(seed), "-n", str(number)]
+        if said["class"]:
+            command += ["--class-label", said["class"]]
+        said["command"] = shlex.join(command + ["--no-ema"] * self.no_ema)
+        return {key: value for key, value in said.items() if value}
+
+
+def draw(
+    sampler: KSampler,
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    labels: Sequence[int] = (),
+    *,
+    steps: int,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    tick: Callable[[], object] = lambda: None,
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Draw images batch by batch; each depends on its own seed and label alone.
+
+    Args:
+        sampler: what draws.
+        shape: of one image, (channels, height, width).
+        seeds: one an image.
+        labels: one class an image, or none.
+        steps: steps from noise to image.
+        batch_size: images drawn at a time.
+        device: where the model is.
+        tick: called after each call of the model.
+
+    Yields:
+        The index of a batch's first image, and its images (count, channels, height, width) in
+        [-1, 1] as the model gives them, on the CPU.
+    """
+    import torch
+
+    from k_diffusion.sampling import unit_noise
+
+    def asked(*_: object) -> None:
+        tick()
+
+    for first in range(0, len(seeds), batch_size):
+        chosen = list(seeds[first : first + batch_size])
+        classes = torch.tensor(labels[first : first + batch_size], device=device)
+        images = sampler.sample(
+            unit_noise(shape, chosen, device),
+            steps=steps,
+            condition={"class_label": classes} if labels else None,
+            seed=chosen,
+            callback=asked,
+        )
+        yield first, images.cpu()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of this name, or the usual one for an empty name; refused if it is not there."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--device {name} cannot be used here ({reason}); try cpu") from None
+    return device
+
+
+@contextmanager
+def as_usage() -> Iterator[None]:
+    """What is refused inside was asked for on the command line."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _split_churn(
+    given: dict[str, Any], own: Mapping[str, Any]
+) -> tuple[Churn | None, dict[str, Any]]:
+    """The options of the churn that any sampler takes, if `s_churn` is among them, and the rest."""
+    from k_diffusion.sampling import Churn
+
+    if "s_churn" not in given or "s_churn" in own:
+        return None, given
+    known = {f.name for f in fields(Churn)} - set(own)
+    churn = Churn(**{key: value for key, value in given.items() if key in known})
+    return churn, {key: value for key, value in given.items() if key not in known}
+
+
+def _grid_scale(width: int) -> int:
+    """Small images are shown larger: about 64 pixels wide."""
+    return max(1, 64 // width)

@@ -1,0 +1,75 @@
+"""`k-diffusion samplers`: the registry as a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the table says of one sampler."""
+
+    name: str
+    order: int
+    evaluations_per_step: int
+    """Calls of the model a step, away from the run's ends."""
+    stochastic: bool
+    live_tensors: int
+    """The most state-sized tensors that a run holds at once."""
+    source: str
+    summary: str
+    options: dict[str, Any]
+
+
+@dataclass
+class Samplers:
+    """List the samplers: order, calls of the model a step, noise, live tensors, source."""
+
+    json: bool = False
+    """Print JSON, with each sampler's options too."""
+
+    def run(self) -> None:
+        rows = sampler_rows()
+        if self.json:
+            print(json.dumps([asdict(row) for row in rows], indent=2, default=str))
+        else:
+            print(table(rows))
+
+
+def sampler_rows() -> list[Row]:
+    """One row a registered sampler, in order of registration; measured on traced plans."""
+    from k_diffusion.sampling import SOLVERS, make_plan
+    from k_diffusion.utils.scheduler import KarrasScheduler
+
+    rows = []
+    for name, solver in SOLVERS.items():
+        short, long = (make_plan(solver, KarrasScheduler().levels(steps)) for steps in (20, 30))
+        rows.append(
+            Row(
+                name,
+                solver.order,
+                round((long.evaluations - short.evaluations) / 10),
+                solver.stochastic,
+                long.live,
+                solver.source,
+                solver.summary,
+                dict(solver.options),
+            )
+        )
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Aligned plain text with a header."""
+    lines = [("sampler", "order", "calls/step", "noise", "live", "source")]
+    for row in rows:
+        noise = "yes" if row.stochastic else "no"
+        numbers = (str(row.order), str(row.evaluations_per_step), noise, str(row.live_tensors))
+        lines.append((row.name, *numbers, row.source))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
