@@ -223,6 +223,10 @@ class Run:
             values[name] = answer if answer.dtype == self.dtype else answer.to(self.dtype)
         for dead in step.drop:
             del values[dead]
-        del denoised, others
+        del (
+            denoised,
+            others,
+            answer,
+        )  # so that dropped values are freed before the next ones are made
         self.k += 1
         self._prepare()

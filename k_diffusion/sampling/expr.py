@@ -6,7 +6,9 @@ solver formed into assignments `value = sum of coefficient · value`, in the ord
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Real
@@ -35,11 +37,12 @@ class Node:
 class Expr:
     """A symbolic tensor: may be added, subtracted, negated, and scaled by numbers."""
 
-    __slots__ = ("_tracer", "node")
+    __slots__ = ("__weakref__", "_tracer", "node")
 
     def __init__(self, tracer: Tracer, node: Node) -> None:
         self._tracer = tracer
         self.node = node
+        tracer.alive.add(self)
 
     def _make(self, *terms: tuple[Node, float]) -> Expr:
         return Expr(self._tracer, self._tracer.combination(terms))
@@ -74,21 +77,19 @@ class Expr:
             return self._make((self.node, 1 / float(divisor) if divisor else math.inf))
         return NotImplemented
 
-    def become(self, other: Expr) -> None:
-        """From now on this symbol means `other` (how churn puts noise under a solver's feet)."""
-        self.node = other.node
-
 
 @dataclass(frozen=True)
 class Interval:
     """Unit Gaussian noise that belongs to the part of the Brownian path from `start` to `end`.
 
-    `fresh` noise belongs to no path: it is independent of all other noise.
+    `fresh` noise belongs to no path: it is independent of all other noise. A run that goes back to
+    a noisier level (churn) begins another `path`, since it crosses the same levels again.
     """
 
     start: Level
     end: Level
     fresh: bool = False
+    path: int = 0
 
 
 @dataclass
@@ -101,11 +102,24 @@ class Assignment:
 
 @dataclass
 class Tracer:
-    """Hands out symbols while a solver is driven."""
+    """Hands out symbols while a solver is driven.
+
+    Attributes:
+        epoch: queries answered so far.
+        path: which Brownian path noise is asked for on.
+        nodes: all symbols ever made.
+        draws: the noise among them.
+        content: for leaves and queried states, what they are made of: (signal, noise) such that on
+            data at one point c the symbol is signal · c + noise · (the state's unit noise).
+        alive: the symbols that the solver still holds.
+    """
 
     epoch: int = 0
+    path: int = 0
     nodes: list[Node] = field(default_factory=list)
     draws: list[tuple[Node, Interval]] = field(default_factory=list)
+    content: dict[Node, tuple[float, float]] = field(default_factory=dict)
+    alive: weakref.WeakSet[Expr] = field(default_factory=weakref.WeakSet)
 
     def combination(self, terms: Iterable[tuple[Node, float]]) -> Node:
         """A new node for a linear combination."""
@@ -113,16 +127,45 @@ class Tracer:
         self.nodes.append(node)
         return node
 
-    def leaf(self, name: str) -> Expr:
+    def leaf(self, name: str, content: tuple[float, float] = (0.0, 0.0)) -> Expr:
         """A new symbol for the input, an answer, or noise."""
         node = Node(self.epoch, len(self.nodes), (), name)
         self.nodes.append(node)
+        self.content[node] = content
         return Expr(self, node)
+
+    def content_of(self, node: Node) -> tuple[float, float]:
+        """(signal, noise) of any symbol; see `content`."""
+        if node not in self.content:
+            parts = [(c, self.content_of(term)) for term, c in node.terms]
+            self.content[node] = sum(c * p[0] for c, p in parts), sum(c * p[1] for c, p in parts)
+        return self.content[node]
+
+    def churn(self, state: Expr, s: Level, raised: Level, s_noise: float) -> None:
+        """Puts noise under a solver's feet: its state at s becomes one at the noisier level.
+
+        With k = ratio_s / ratio_raised the state's unit noise eps becomes k eps + sqrt(1 - k²) z.
+        The noise estimates that a multistep solver remembers are of the old eps, and turn into the
+        new one in the same way; its data estimates stay what they are.
+        """
+        keep = s.ratio / raised.ratio
+        add = math.sqrt(max((1 - keep) * (1 + keep), 0.0)) * s_noise
+        z = self.noise(raised, s, fresh=True)
+        self.path += 1
+        self.content[state.node] = s.alpha, s.sigma
+        for symbol in sorted(self.alive, key=lambda symbol: symbol.node.index):
+            signal, noise = self.content_of(symbol.node)
+            pure = abs(signal) <= 1e-12 * abs(noise)
+            if pure and noise and symbol is not state:
+                symbol.node = (keep * symbol + (noise * add) * z).node
+                self.content[symbol.node] = signal, noise
+        scale = raised.alpha / s.alpha
+        state.node = (scale * state + (raised.sigma * add) * z).node
 
     def noise(self, start: Level, end: Level, *, fresh: bool = False) -> Expr:
         """Unit noise on the interval between two levels; see `Interval`."""
         symbol = self.leaf(f"z{len(self.draws) + 1}")
-        self.draws.append((symbol.node, Interval(start, end, fresh)))
+        self.draws.append((symbol.node, Interval(start, end, fresh, self.path)))
         return symbol
 
     def split_noise(self) -> None:
@@ -134,27 +177,31 @@ class Tracer:
         exact Brownian path: x / (alpha · ratio²) gains variance 1 / ratio_t² - 1 / ratio_s²
         between two levels, with ratio = sigma / alpha.
         """
-        intervals = [iv for _, iv in self.draws]
-        clocks = [_clocks(interval) for interval in intervals]
-        points = sorted({c for iv, ab in zip(intervals, clocks, strict=True) if not iv.fresh for c in ab})
-        atoms: dict[float, tuple[Node, Interval]] = {}
-        level_at = {c: lv for iv, ab in zip(intervals, clocks, strict=True)
-                    for c, lv in zip(ab, (iv.start, iv.end), strict=True)}
+        marks: dict[int, dict[float, Level]] = {}  # per path: the levels at which intervals end
+        for _, iv in self.draws:
+            if not iv.fresh:
+                marks.setdefault(iv.path, {}).update(
+                    zip(_clock(iv), (iv.start, iv.end), strict=True)
+                )
+        atoms: dict[tuple[int, float], Node] = {}
         draws: list[tuple[Node, Interval]] = []
-        for (node, interval), (a, b) in zip(self.draws, clocks, strict=True):
+        for node, interval in self.draws:
+            a, b = _clock(interval)
             if interval.fresh or not a < b:
                 draws.append((node, interval))
                 continue
-            inside = [p for p in points if a <= p <= b]
+            levels = marks[interval.path]
+            inside = sorted(c for c in levels if a <= c <= b)
             terms = []
-            for low, high in zip(inside[:-1], inside[1:], strict=True):
-                if low not in atoms:
-                    atom = Node(node.epoch, node.index, (), "z")
-                    atoms[low] = atom, Interval(level_at[low], level_at[high])
-                    draws.append(atoms[low])
+            for low, high in itertools.pairwise(inside):
+                key = interval.path, low
+                if key not in atoms:
+                    atoms[key] = Node(node.epoch, node.index, (), "z")
+                    part = Interval(levels[low], levels[high], path=interval.path)
+                    draws.append((atoms[key], part))
                 # An interval up to clean data is infinitely long: its last atom has all the weight.
                 share = float(math.isinf(high)) if math.isinf(b) else (high - low) / (b - a)
-                terms.append((atoms[low][0], math.sqrt(share)))
+                terms.append((atoms[key], math.sqrt(share)))
             node.leaf, node.terms = "", tuple(terms)
         self.draws = draws
         for i, (node, _) in enumerate(draws):
@@ -175,7 +222,7 @@ class Tracer:
         return _inline(assignments, {*queries, result}, queries)
 
 
-def _clocks(interval: Interval) -> tuple[float, float]:
+def _clock(interval: Interval) -> tuple[float, float]:
     def snr(level: Level) -> float:
         return (level.alpha / level.sigma) ** 2 if level.sigma else math.inf
 
@@ -217,8 +264,10 @@ def _inline(
     last_use: dict[Node, int] = {}
     position = {a.node: i for i, a in enumerate(assignments)}
     # A queried state lives until its query: the first assignment of the following epoch.
-    starts = [next((i for i, a in enumerate(assignments) if a.node.epoch > q), len(assignments))
-              for q in range(len(queries))]
+    starts = [
+        next((i for i, a in enumerate(assignments) if a.node.epoch > q), len(assignments))
+        for q in range(len(queries))
+    ]
     for state, start in zip(queries, starts, strict=True):
         last_use[state] = max(last_use.get(state, 0), start - 1)
     uses: dict[Node, list[Assignment]] = {}

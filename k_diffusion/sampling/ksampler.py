@@ -56,9 +56,7 @@ class KSampler:
     ) -> None:
         chosen = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
         if chosen is not None and not isinstance(chosen, Scheduler):
-            raise TypeError(
-                f"scheduler must be a Scheduler or a name, got {type(chosen).__name__}"
-            )
+            raise TypeError(f"scheduler must be a Scheduler or a name, got {type(chosen).__name__}")
         self.model = model
         self.denoiser = make_denoiser(model, chosen)
         process = getattr(self.denoiser, "process", None)

@@ -355,10 +355,7 @@ def _drive(
         if churned.pending is not None:
             s, raised = churned.pending
             churned.pending = None
-            scale = raised.alpha / s.alpha
-            added = math.sqrt(max(raised.sigma**2 - (scale * s.sigma) ** 2, 0.0))
-            noise = tracer.noise(raised, s, fresh=True)
-            state.become(scale * state + (added * churn.s_noise) * noise)
+            tracer.churn(state, s, raised, churn.s_noise)
         answer = yield state, level
 
 
@@ -371,7 +368,7 @@ def _make_plan(
     options: tuple[tuple[str, Any], ...],
 ) -> Plan:
     tracer = Tracer()
-    x = tracer.leaf("x0")
+    x = tracer.leaf("x0", (levels[0].alpha, levels[0].sigma))
     run = _drive(chosen, x, levels, tracer, churn, dict(options))
     queries: list[tuple[Node, Level, tuple[Node, ...]]] = []
     answer: Answers = None
@@ -382,9 +379,12 @@ def _make_plan(
             result: Node = stop.value.node
             break
         asked = state.node
+        tracer.content[asked] = level.alpha, level.sigma
         tracer.epoch += 1
         k = len(queries) + 1
-        answers = tuple(tracer.leaf(f"{kind}{k}") for kind in ("d", "u")[: chosen.outputs])
+        answers = tuple(
+            tracer.leaf(f"{kind}{k}", (1.0, 0.0)) for kind in ("d", "u")[: chosen.outputs]
+        )
         answer = answers[0] if chosen.outputs == 1 else answers
         queries.append((asked, level, tuple(a.node for a in answers)))
     if not intervals:

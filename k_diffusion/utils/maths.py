@@ -169,13 +169,16 @@ def lagrange_integrals(
     nodes: Sequence[float],
     start: float,
     end: float,
+    total: float,
     weight: Callable[[float], float] = lambda u: 1.0,
 ) -> list[float]:
     """For each node j, the integral from start to end of weight(u) · L_j(u) du.
 
     L_j is the Lagrange polynomial that is 1 at node j and 0 at the others: the coefficients of any
     Adams method on uneven steps. 24-point quadrature: exact to rounding for polynomials, and for
-    exponential weights over the few units of log-SNR that a step spans.
+    exponential weights over the few units of log-SNR that a step spans. `total` is the integral of
+    the weight alone, in closed form: the L_j sum to 1, so it fixes the last integral without the
+    rounding errors of the others, and a constant is integrated exactly.
     """
     centre, half = (start + end) / 2, (end - start) / 2
     integrals = [0.0] * len(nodes)
@@ -184,7 +187,7 @@ def lagrange_integrals(
         for j, node in enumerate(nodes):
             basis = math.prod((u - m) / (node - m) for k, m in enumerate(nodes) if k != j)
             integrals[j] += half * w * weight(u) * basis
-    return integrals
+    return [*integrals[:-1], total - math.fsum(integrals[:-1])]
 
 
 def solve_linear(rows: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:

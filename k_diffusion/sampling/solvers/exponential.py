@@ -160,7 +160,11 @@ def exp_ab3(x: Expr, levels: Any, noise: Any) -> Trace:
         else:
             l = t.half_log_snr
             weights = lagrange_integrals(
-                [p for p, _ in past], s.half_log_snr, l, lambda u, l=l: exp(u - l)
+                [p for p, _ in past],
+                s.half_log_snr,
+                l,
+                -expm1(s.half_log_snr - l),
+                lambda u, l=l: exp(u - l),
             )
             parts = (w * d for w, (_, d) in zip(weights, past, strict=True))
             x = (t.sigma / s.sigma) * x + t.alpha * sum(parts)
@@ -185,7 +189,11 @@ def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
             continue
         l = t.half_log_snr
         weights = lagrange_integrals(
-            [p for p, _ in past], s.half_log_snr, l, lambda u, l=l: exp(l - u)
+            [p for p, _ in past],
+            s.half_log_snr,
+            l,
+            expm1(l - s.half_log_snr),
+            lambda u, l=l: exp(l - u),
         )
         parts = (w * e for w, (_, e) in zip(weights, past, strict=True))
         x = (t.alpha / s.alpha) * x - t.sigma * sum(parts)

@@ -42,7 +42,11 @@ def heun(x: Expr, levels: Any, noise: Any) -> Trace:
         if t.sigma > 0:
             d_end = yield end, t
             eps_end = noise_in(end, d_end, t)
-            x = x + (t.alpha - s.alpha) / 2 * (d + d_end) + (t.sigma - s.sigma) / 2 * (eps + eps_end)
+            x = (
+                x
+                + (t.alpha - s.alpha) / 2 * (d + d_end)
+                + (t.sigma - s.sigma) / 2 * (eps + eps_end)
+            )
         else:
             x = end
     return x
@@ -75,9 +79,13 @@ def lms(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
     for s, t in levels.pairs():
         d = yield x, s
         history = [*history, (s, d, noise_in(x, d, s))][-order:]
-        by_sigma = lagrange_integrals([p.sigma for p, _, _ in history], s.sigma, t.sigma)
+        by_sigma = lagrange_integrals(
+            [p.sigma for p, _, _ in history], s.sigma, t.sigma, t.sigma - s.sigma
+        )
         x = x + sum(w * eps for w, (_, _, eps) in zip(by_sigma, history, strict=True))
         if t.alpha != s.alpha:
-            by_alpha = lagrange_integrals([p.alpha for p, _, _ in history], s.alpha, t.alpha)
+            by_alpha = lagrange_integrals(
+                [p.alpha for p, _, _ in history], s.alpha, t.alpha, t.alpha - s.alpha
+            )
             x = x + sum(w * d for w, (_, d, _) in zip(by_alpha, history, strict=True))
     return x

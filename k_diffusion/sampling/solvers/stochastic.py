@@ -50,7 +50,9 @@ def euler_ancestral(
     return x
 
 
-@solver(order=1, source="Lu et al. 2022, arXiv:2211.01095, eq. 18, single-step form", stochastic=True)
+@solver(
+    order=2, source="Lu et al. 2022, arXiv:2211.01095, eq. 18, single-step form", stochastic=True
+)
 def dpmpp_sde(
     x: Expr,
     levels: Any,
@@ -95,7 +97,7 @@ def _sde_step(x: Expr, d: Expr, s: Level, t: Level, eta: float) -> tuple[Expr, f
     return step, t.sigma * sqrt(-expm1(-2 * eta * h)), whole
 
 
-@solver(order=1, source="Lu et al. 2022, arXiv:2211.01095, eq. 19", stochastic=True)
+@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, eq. 19", stochastic=True)
 def dpmpp_2m_sde(
     x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> Trace:
@@ -114,7 +116,7 @@ def dpmpp_2m_sde(
     return x
 
 
-@solver(order=1, source="3M's differences in arXiv:2211.01095, eq. 19, as in use", stochastic=True)
+@solver(order=2, source="3M in arXiv:2211.01095, eq. 19, as it is in use", stochastic=True)
 def dpmpp_3m_sde(
     x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> Trace:

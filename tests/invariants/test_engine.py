@@ -1,0 +1,267 @@
+"""What the engine must do for every solver: agree with the plan, wait for nothing, hold little."""
+
+import gc
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from host import execute, levels_between
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from k_diffusion.sampling import (
+    FLOW, SOLVERS, CallerNoise, Churn, KSampler, Run, SampleNoise, make_plan,
+)  # fmt: skip
+from k_diffusion.sampling.plan_file import load_plan, plan_from_dict, plan_to_dict, save_plan
+from k_diffusion.utils.scheduler import FlowScheduler, KarrasScheduler
+
+STEPS = 8
+
+
+def denoise(x, sigma):
+    """Smooth, nonlinear, of one sample at a time."""
+    sigma = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    return torch.tanh(x / (1 + sigma)) / (1 + 0.1 * sigma)
+
+
+def start(batch=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(batch, 2, 4, 5, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def test_engine_equals_the_plan_executed_plainly(name):
+    plan = make_plan(name, levels_between(STEPS, "uneven", FLOW))
+    x = start()
+    noise = SampleNoise([1, 2, 3], x)
+    drawn = [noise.draw() for _ in plan.draws]
+    expected = execute(
+        plan,
+        x.numpy(),
+        lambda v, level: denoise(
+            torch.from_numpy(v), torch.full((3,), level.sigma, dtype=torch.float64)
+        ).numpy(),
+        lambda k: drawn[k].numpy(),
+    )
+    run = Run(plan, x, SampleNoise([1, 2, 3], x))
+    while not run.done:
+        run.advance(denoise(run.x, run.sigma))
+    assert np.abs(run.result.numpy() - expected).max() <= 1e-12
+
+
+def test_stepwise_equals_the_loop_bitwise(name):
+    x = start(dtype=torch.float32)
+    sampler = KSampler(denoise, "karras", name)
+    whole = sampler.sample(x, STEPS, seed=5)
+    plan = sampler.plan(STEPS)
+    state = x * plan.levels[0].sigma
+    run = Run(plan, state, SampleNoise([5, 6, 7], state))
+    while not run.done:
+        run.advance(denoise(run.x, run.sigma))
+    assert torch.equal(whole, run.result)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours(name):
+    x = start(dtype=torch.float32)
+    sampler = KSampler(denoise, "karras", name)
+    whole = sampler.sample(x, STEPS, seed=[11, 12, 13])
+    alone = torch.cat([sampler.sample(x[i : i + 1], STEPS, seed=11 + i) for i in range(3)])
+    turned = sampler.sample(x.flip(0), STEPS, seed=[13, 12, 11]).flip(0)
+    assert (whole - alone).abs().max() <= 1e-6
+    assert (whole - turned).abs().max() <= 1e-6
+    assert torch.equal(whole, sampler.sample(x, STEPS, seed=[11, 12, 13]))
+    if SOLVERS[name].stochastic:
+        assert (whole - sampler.sample(x, STEPS, seed=[11, 12, 14])).abs().max() > 1e-3
+
+
+class Watch(TorchDispatchMode):
+    """Records operations, and the most state-sized tensors that were alive after one of them."""
+
+    def __init__(self, numel, device):
+        super().__init__()
+        self.numel, self.device = numel, device
+        self.names, self.alive, self.peak = [], weakref.WeakValueDictionary(), 0
+
+    def track(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.nbytes() >= self.numel * tensor.element_size():
+            self.alive[storage._cdata] = tensor
+        self.peak = max(self.peak, len({t.untyped_storage()._cdata for t in self.alive.values()}))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.name())
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel() == self.numel:
+                self.track(tensor)
+        return out
+
+
+@pytest.fixture(scope="module")
+def warm():
+    """The first use of a dispatch mode in a process keeps a tensor alive a little longer."""
+    with Watch(1, "cpu"):
+        torch.lerp(torch.ones_like(torch.zeros(1)), torch.ones(1), 0.5).mul_(2).add_(1)
+
+
+WAITS = ("_local_scalar_dense", "lift_fresh", "_to_copy", "copy_", "nonzero", "is_nonzero", "equal")
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("churn", [None, Churn(s_churn=3.0)])
+def test_no_wait_and_no_more_live_tensors_than_declared(name, device, churn, warm):
+    """Neither a host-device copy nor a read of the device after the first step; memory as declared."""
+    if churn is not None and SOLVERS[name].predictor:
+        pytest.skip("takes no churn")
+    plan = make_plan(name, KarrasScheduler().levels(STEPS), churn=churn)
+    x = torch.empty(2, 3, 16, 16, device=device)
+    if device == "cpu":
+        x.normal_()
+    answer_op = "aten::ones_like"
+    gc.disable()  # what is freed must be freed by its last reference, not by the collector
+    try:
+        with Watch(x.numel(), device) as watch:
+            run = Run(plan, x, SampleNoise([1, 2], x))
+            watch.track(x)
+            del x
+            first = len(watch.names)
+            while not run.done:
+                run.advance(torch.ones_like(run.x))
+                if run.k == 1:
+                    first = len(watch.names)
+    finally:
+        gc.enable()
+    waits = [n for n in watch.names[first:] if any(f"aten::{w}" in n for w in WAITS)]
+    assert waits == []
+    assert watch.names.count(answer_op) == plan.evaluations
+    assert watch.peak <= plan.live
+    assert run.result.shape == (2, 3, 16, 16)
+
+
+LIVE = {"ddim": 3, "euler": 3, "dpmpp_2m": 4, "heun": 5, "dpmpp_3m_sde": 6}
+
+
+def test_live_tensors_stay_few(name):
+    """Declared memory does not grow with the steps, and is what the design counted."""
+    few, many = (make_plan(name, KarrasScheduler().levels(n)).live for n in (12, 40))
+    assert few == many <= 6
+    if name in LIVE:
+        assert many == LIVE[name]
+
+
+def test_save_and_load(name, tmp_path):
+    plan = make_plan(name, FlowScheduler().levels(5))
+    save_plan(plan, tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json")
+    assert list(tmp_path.iterdir()) == [tmp_path / "plan.json"]
+    assert plan_to_dict(again) == plan_to_dict(plan)
+    assert str(again) == str(plan)
+    x = start()
+    ends = []
+    for p in (plan, again):
+        run = Run(p, x, SampleNoise([1, 2, 3], x))
+        while not run.done:
+            run.advance(denoise(run.x, run.sigma))
+        ends.append(run.result)
+    assert torch.equal(*ends)
+
+
+def test_damaged_plans_are_refused(tmp_path):
+    good = plan_to_dict(make_plan("heun", KarrasScheduler().levels(3), churn=Churn(1.0)))
+    assert plan_to_dict(plan_from_dict(good)) == good
+    text = json.dumps(good)
+    for old, new, message in [
+        ('"k_diffusion plan"', '"other"', "not a plan"),
+        ('"version": 1', '"version": 9', "version 9"),
+        ('["d1", ', '["d7", ', "uses d7"),
+        ('"state": "x2"', '"state": "x9"', "uses x9"),
+        ('"levels": ', '"level": ', "levels"),
+        ('"outputs": 1', '"outputs": 2', "1 answers, not 2"),
+    ]:
+        assert old in text
+        path = tmp_path / "bad.json"
+        path.write_text(text.replace(old, new, 1))
+        with pytest.raises(ValueError, match=f"bad.json: .*{message}"):
+            load_plan(path)
+    (tmp_path / "cut.json").write_text(text[:200])
+    with pytest.raises(ValueError, match="cut.json"):
+        load_plan(tmp_path / "cut.json")
+
+
+def test_a_caller_s_noise_sampler_is_asked_once_per_interval_in_order():
+    levels = KarrasScheduler().levels(4)
+    asked = []
+
+    def sampler(sigma, sigma_next):
+        asked.append((sigma, sigma_next))
+        return torch.zeros(3, 2, 4, 5, dtype=torch.float64)
+
+    run = Run(make_plan("dpmpp_sde", levels, intervals=True), start(), CallerNoise(sampler))
+    while not run.done:
+        run.advance(denoise(run.x, run.sigma))
+    s = levels.sigmas
+    middle = [(a * b) ** 0.5 for a, b in zip(s[:3], s[1:4], strict=True)]
+    expected = [p for k in range(3) for p in ((s[k], middle[k]), (s[k], s[k + 1]))]
+    assert np.abs(np.array(asked) - np.array(expected)).max() <= 1e-12
+
+
+def test_the_state_stays_float32_around_a_bfloat16_network(name):
+    """The error of a run with a denoiser rounded to bfloat16 is that of the rounding alone."""
+
+    def exact(x, sigma):
+        return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+    x = start(dtype=torch.float32)
+    sampler = KSampler(exact, "karras", name)
+    rounded = KSampler(lambda x, sigma: exact(x, sigma).bfloat16(), "karras", name)
+    plan = sampler.plan(30)
+    assert {a.dtype for a in (sampler.sample(x, 30, seed=1), rounded.sample(x, 30, seed=1))} == {
+        torch.float32
+    }
+    states = []
+    run = Run(plan, x * 80, SampleNoise([1, 2, 3], x))
+    while not run.done:
+        states.append(run.x.dtype)
+        run.advance(exact(run.x, run.sigma).bfloat16())
+    assert set(states) == {torch.float32}
+
+
+def test_assigning_x(name):
+    """An edited state is what the run goes on from; where that would be undone it is refused."""
+    plan = make_plan(name, KarrasScheduler().levels(4))
+    run = Run(plan, start(), SampleNoise([1, 2, 3], start()))
+    if SOLVERS[name].predictor:
+        with pytest.raises(ValueError, match=f"{name} queries predictions"):
+            run.x = run.x
+        return
+    run.x = torch.zeros_like(run.x)
+    assert run.x.abs().max() == 0
+    with pytest.raises(ValueError, match="x has shape"):
+        run.x = torch.zeros(1)
+
+
+def test_runs_on_the_meta_device(name):
+    x = torch.empty(2, 3, 8, 8, device="meta")
+    result = KSampler(denoise, "karras", name).sample(x, 5)
+    assert result.shape == x.shape
+    assert result.device.type == "meta"
+
+
+def test_advance_refuses_what_it_cannot_take():
+    x = start()
+    run = Run(make_plan("euler", KarrasScheduler().levels(1)), x)
+    with pytest.raises(RuntimeError, match="answered 0 of 1"):
+        _ = run.result
+    with pytest.raises(ValueError, match=r"returned shape \(3, 2, 4\)"):
+        run.advance(x[..., 0])
+    with pytest.raises(ValueError, match="takes 1 answers"):
+        run.advance(x, x)
+    run.advance(x)
+    with pytest.raises(RuntimeError, match="done"):
+        run.advance(x)
+    with pytest.raises(ValueError, match="noise source"):
+        Run(make_plan("euler_ancestral", KarrasScheduler().levels(2)), x).advance(x)
+    with pytest.raises(TypeError, match="floating-point"):
+        Run(make_plan("euler", KarrasScheduler().levels(1)), x.long())
+    with pytest.raises(ValueError, match="at least one sample"):
+        Run(make_plan("euler", KarrasScheduler().levels(1)), x[:0])

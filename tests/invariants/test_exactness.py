@@ -1,0 +1,177 @@
+"""What every solver must do exactly: point masses, and identities between methods and coordinates."""
+
+import math
+
+import numpy as np
+import pytest
+from host import GRIDS, MIXTURE, execute, levels_between, linear_form, slopes
+
+from k_diffusion.sampling import FLOW, SOLVERS, VE, VP, Churn, Levels, make_plan
+from k_diffusion.utils.scheduler import FlowScheduler, KarrasScheduler, LinearScheduler
+
+C = 0.8  # the point that all data is
+
+# (levels, whether they start at pure noise): each path, ends at 0 and above 0, one step, unevenness.
+LEVELS = {
+    "karras": KarrasScheduler().levels(9),
+    "karras above 0": KarrasScheduler().levels(9)[:-1],
+    "one step": KarrasScheduler().levels(1),
+    "one step above 0": KarrasScheduler().levels(9)[3:5],
+    "linear vp": LinearScheduler().levels(9),
+    "flow from pure noise": FlowScheduler(shift=3.0).levels(9),
+    "flow, one step": FlowScheduler().levels(1),
+    "flow, two steps": FlowScheduler().levels(2),
+    "flow from the middle": FlowScheduler().levels(9)[4:],
+    "uneven": levels_between(11, "uneven", VP),
+}
+
+
+@pytest.mark.parametrize("case", LEVELS)
+@pytest.mark.parametrize("churn", [None, Churn(s_churn=3.0, s_tmin=0.05, s_tmax=50.0)])
+def test_point_mass(name, case, churn):
+    """Data at one point c: every queried state has mean alpha·c and standard deviation sigma."""
+    levels = LEVELS[case]
+    if churn is not None and SOLVERS[name].predictor:
+        with pytest.raises(ValueError, match=f"{name} queries predictions .* churn"):
+            make_plan(name, levels, churn=churn)
+        return
+    plan = make_plan(name, levels, churn=churn)
+    first = levels[0]
+    seen = []
+    # Rounding errors grow with the coefficients: extrapolation over uneven steps has large ones.
+    largest = max(abs(c) for op in plan.operations for _, c in getattr(op, "terms", ()))
+
+    def check(state, level):
+        # x0 = alpha c + sigma · unit noise at the first level.
+        mean = state[0] + state[1] * first.alpha * C
+        spread = math.sqrt((state[1] * first.sigma) ** 2 + np.sum(state[2:] ** 2))
+        scale = max(1.0, level.sigma, largest)
+        assert abs(mean - level.alpha * C) <= 1e-12 * scale
+        assert abs(spread - level.sigma) <= 1e-12 * scale
+        seen.append(level)
+
+    result = linear_form(plan, C, 0.0, watch=check)
+    check(result, levels[-1])
+    assert len(seen) == plan.evaluations + 1
+
+
+def test_declared_order(name):
+    """The least order over problems, grids and paths is the declared one."""
+    solver = SOLVERS[name]
+    measured = slopes(solver)
+    tolerance = 0.15 if solver.order < 3 else 0.3
+    worst = min(measured, key=measured.get)
+    assert abs(measured[worst] - solver.order) <= tolerance, (worst, measured)
+
+
+def _transfer(plan):
+    """The plan's action on Gaussian data, per unit of alpha at the first and the last level."""
+    form = linear_form(plan, 0.7, 0.4)
+    s, t = plan.levels[0], plan.levels[-1]
+    return np.concatenate([[form[0]], [form[1] * s.alpha], form[2:]]) / t.alpha
+
+
+# Methods in sigma integrate dx = d dalpha + eps dsigma, which depends on the path; Euler's does not.
+IN_SIGMA = {"heun", "dpm_2", "lms"}
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("path", [VP, FLOW], ids=str)
+def test_coordinates(name, grid, path):
+    """The same levels in other coordinates give the same samples (and noise, atom by atom)."""
+    if name in IN_SIGMA:
+        pytest.skip("works in sigma: its formula depends on the path")
+    levels = levels_between(8, grid)
+    here, there = (_transfer(make_plan(name, lv)) for lv in (levels, levels.on(path)))
+    assert np.abs(here - there).max() <= 1e-12
+
+
+@pytest.mark.parametrize("levels", [KarrasScheduler().levels(7), LinearScheduler().levels(7)])
+def test_first_order_methods_are_one(levels):
+    euler, *others = (
+        execute(make_plan(name, levels, **options), MIXTURE.points, MIXTURE.denoise)
+        for name, options in [
+            ("euler", {}),
+            ("ddim", {}),
+            ("dpm_solver_1", {}),
+            ("lms", {"order": 1}),
+            ("deis", {"order": 1}),
+            ("euler_ancestral", {"eta": 0.0}),
+        ]
+    )
+    for other in others:
+        assert np.abs(euler - other).max() <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("stochastic", "ode"),
+    [("dpmpp_2m_sde", "dpmpp_2m"), ("dpmpp_3m_sde", "dpmpp_3m"), ("dpmpp_sde", "dpmpp_2s")],
+)
+def test_eta_0_is_the_ode_method(stochastic, ode):
+    levels = KarrasScheduler().levels(7)
+    plan = make_plan(stochastic, levels, eta=0.0)
+    assert not plan.stochastic
+    ends = [execute(p, MIXTURE.points, MIXTURE.denoise) for p in (plan, make_plan(ode, levels))]
+    assert np.abs(ends[0] - ends[1]).max() <= 1e-12
+
+
+def test_ancestral_is_ddim_with_eta_1():
+    levels = LinearScheduler().levels(7)
+    forms = [_transfer(make_plan(n, levels, eta=1.0)) for n in ("ddim", "euler_ancestral")]
+    assert np.abs(forms[0] - forms[1]).max() == 0
+
+
+def test_churn_0_is_no_churn(name):
+    levels = KarrasScheduler().levels(5)
+    assert make_plan(name, levels, churn=Churn()) is make_plan(name, levels)
+
+
+def test_churn_follows_its_formula():
+    """Euler with churn, written out by hand from Karras et al. 2022, algorithm 2."""
+    sigmas = (10.0, 4.0, 1.0, 0.2, 0.0)
+    churn = Churn(s_churn=1.0, s_tmin=0.5, s_tmax=5.0, s_noise=1.1)
+    z = np.random.default_rng(0).standard_normal((2, MIXTURE.points.size))
+    x, k = MIXTURE.points, 0
+    for s, t in zip(sigmas[:-1], sigmas[1:], strict=True):
+        hat = s
+        if 0.5 <= s <= 5.0:
+            hat = s * (1 + min(1.0 / 4, math.sqrt(2) - 1))
+            x = x + math.sqrt(hat**2 - s**2) * 1.1 * z[k]
+            k += 1
+        d = MIXTURE.denoise(x, VE.at(-math.log(hat)))
+        x = x + (t - hat) * (x - d) / hat
+    plan = make_plan("euler", Levels.from_sigmas(sigmas), churn=churn)
+    assert len(plan.draws) == 2
+    ours = execute(plan, MIXTURE.points, MIXTURE.denoise, lambda i: z[i])
+    assert np.abs(ours - x).max() <= 1e-12
+
+
+def test_from_pure_noise_the_first_step_is_ddim(name):
+    """At alpha = 0 every method takes alpha_t d + sigma_t x, then starts afresh."""
+    levels = FlowScheduler().levels(4)
+    plan = make_plan(name, levels)
+    assert plan.steps[0].level == levels[0]
+    after = plan.steps[1]
+    combine = next(op for op in after.operations if op.name == after.state)
+    assert dict(combine.terms) == pytest.approx({"d1": 0.25, "x0": 0.75}, abs=1e-15)
+    rest = make_plan(name, levels[1:])
+    assert len(rest.steps) == len(plan.steps) - 1
+    assert [s.level for s in rest.steps] == [s.level for s in plan.steps[1:]]
+
+
+def test_noise_on_overlapping_intervals_is_correlated():
+    """dpmpp_sde draws on [s, m] and [s, t]: with the signal-to-noise ratio c as the path's clock
+    their correlation is sqrt((c_m - c_s) / (c_t - c_s))."""
+    levels = Levels.from_sigmas([4.0, 1.0])
+    plan = make_plan("dpmpp_sde", levels)
+    forms = []
+    linear_form(plan, 0.0, 0.0, watch=lambda state, level: forms.append(state.copy()))
+    middle, end = forms[-1][2:], linear_form(plan, 0.0, 0.0)[2:]
+    correlation = middle @ end / math.sqrt((middle @ middle) * (end @ end))
+    c_s, c_m, c_t = 1 / 16, 1 / 4, 1.0
+    assert abs(correlation - math.sqrt((c_m - c_s) / (c_t - c_s))) <= 1e-12
+    asked = make_plan("dpmpp_sde", levels, intervals=True)
+    assert [(d.interval.start.sigma, d.interval.end.sigma) for d in asked.draws] == [
+        (4.0, pytest.approx(2.0)),
+        (4.0, 1.0),
+    ]
