@@ -1,0 +1,90 @@
+"""Training: data, loss, averaged weights, checkpoints and the loop.
+
+Names are resolved when they are asked for, so that reading a checkpoint brings in no accelerate,
+scikit-learn or pydantic.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from k_diffusion.training.checkpoint import (
+        CheckpointError,
+        CheckpointInfo,
+        load_denoiser,
+        read_info,
+        save_inference,
+    )
+    from k_diffusion.training.config import ConfigError, TrainConfig, load_config, make_config
+    from k_diffusion.training.dataset import (
+        ArraySource,
+        DataError,
+        Digits,
+        Source,
+        Stream,
+        make_source,
+    )
+    from k_diffusion.training.ema import Ema
+    from k_diffusion.training.folder import Folder
+    from k_diffusion.training.loss import denoising_loss, make_density, make_weighting
+    from k_diffusion.training.run import RunResult, latest_checkpoint, run_training
+    from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
+
+_HOMES = {
+    "checkpoint": (
+        "CheckpointError",
+        "CheckpointInfo",
+        "load_denoiser",
+        "read_info",
+        "save_inference",
+    ),
+    "config": ("ConfigError", "TrainConfig", "load_config", "make_config"),
+    "dataset": ("ArraySource", "DataError", "Digits", "Source", "Stream", "make_source"),
+    "ema": ("Ema",),
+    "folder": ("Folder",),
+    "loss": ("denoising_loss", "make_density", "make_weighting"),
+    "run": ("RunResult", "latest_checkpoint", "run_training"),
+    "trainer": ("TrainState", "Trainer", "TrainingError"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ArraySource",
+    "CheckpointError",
+    "CheckpointInfo",
+    "ConfigError",
+    "DataError",
+    "Digits",
+    "Ema",
+    "Folder",
+    "RunResult",
+    "Source",
+    "Stream",
+    "TrainConfig",
+    "TrainState",
+    "Trainer",
+    "TrainingError",
+    "denoising_loss",
+    "latest_checkpoint",
+    "load_config",
+    "load_denoiser",
+    "make_config",
+    "make_density",
+    "make_source",
+    "make_weighting",
+    "read_info",
+    "run_training",
+    "save_inference",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,423 @@
+"""The config of a run: typed, documented, and refused by name where it is wrong.
+
+A file is TOML or JSON and cannot run code. A mistake gives one line with the key's dotted path,
+the value, and the nearest key that exists.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from k_diffusion.denoiser import DENOISERS
+from k_diffusion.training.loss import check_options
+from k_diffusion.utils.maths import nearest, unknown
+from k_diffusion.utils.scheduler import make_scheduler
+
+AUTO = "auto"
+_LARGEST_SEED = 2**63 - 1
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; its message is one line."""
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class DigitsConfig(_Config):
+    """The handwritten digits that come with scikit-learn: 1 x 8 x 8, ten classes."""
+
+    source: Literal["digits"] = Field(default="digits", description="Which kind of data this is.")
+    split: Literal["train", "test", "all"] = Field(
+        default="train", description="Four fifths of each class, the other fifth, or all of them."
+    )
+    split_seed: Amount = Field(default=0, description="Decides which images are held out.")
+
+
+def _listed_size(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+class FolderConfig(_Config):
+    """A folder of images, or of one folder a class."""
+
+    source: Literal["folder"] = Field(default="folder", description="Which kind of data this is.")
+    path: str = Field(description="The folder.")
+    size: Annotated[Count | tuple[Count, Count], BeforeValidator(_listed_size)] = Field(
+        description="Height and width in pixels that training sees; one number: a square."
+    )
+    channels: Literal[1, 3, 4] = Field(default=3, description="1: grey, 3: RGB, 4: RGB and alpha.")
+    crop: Literal["center", "random"] = Field(
+        default="center", description="Which part is taken of an image that is not of that shape."
+    )
+    flip: bool = Field(default=False, description="Mirror half of the images left to right.")
+    classes: Literal["auto", "folders", "none"] = Field(
+        default="auto",
+        description="Whether folders are classes; auto: where there are any with images.",
+    )
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
+        default=89_478_485, description="Files with more pixels count as broken."
+    )
+
+
+DataConfig = Annotated[DigitsConfig | FolderConfig, Field(discriminator="source")]
+
+
+class LossConfig(_Config):
+    """How errors at different noise levels are weighed, and how often each level comes."""
+
+    weighting: str = Field(
+        default=AUTO,
+        description="A name in WEIGHTINGS; auto: uniform in what the network predicts.",
+    )
+    weighting_options: dict[str, float] = Field(
+        default={}, description="Such as gamma for min_snr."
+    )
+    density: str = Field(
+        default=AUTO,
+        description="A name in DENSITIES, from which noise levels are drawn; auto: lognormal for "
+        "edm, logit_normal for flow, else uniform_time.",
+    )
+    density_options: dict[str, float] = Field(
+        default={}, description="Such as mean and std of lognormal."
+    )
+    stratified: bool = Field(
+        default=True, description="Spread a batch's noise levels evenly over their density."
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> LossConfig:
+        for kind in ("weighting", "density"):
+            name, options = getattr(self, kind), getattr(self, f"{kind}_options")
+            if name != AUTO:
+                check_options(kind, name, options)
+            elif options:
+                raise ValueError(f"{kind}_options {options} are for a {kind} that is not named")
+        return self
+
+
+class OptimizerConfig(_Config):
+    """AdamW and the course of its learning rate, measured in images."""
+
+    lr: Positive = Field(default=1e-3, description="Learning rate after the warm-up.")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="constant",
+        description="After the warm-up; cosine: falls to final_share of lr at the end.",
+    )
+    warmup_images: Amount = Field(default=0, description="Images over which lr rises from 0.")
+    final_share: Share = Field(
+        default=0.0, description="What is left of lr at the end, for cosine."
+    )
+    betas: Annotated[tuple[Below1, Below1], BeforeValidator(_listed_size)] = Field(
+        default=(0.9, 0.999),
+        description="Decay of AdamW's averages of the gradient and of its square.",
+    )
+    eps: Positive = Field(default=1e-8, description="AdamW's epsilon.")
+    weight_decay: NotNegative = Field(
+        default=0.0, description="Decoupled weight decay, of weights with two dimensions or more."
+    )
+
+
+class EmaConfig(_Config):
+    """The average of the weights that sampling uses."""
+
+    max_decay: Share = Field(
+        default=0.9999, description="The most that one update keeps of the average."
+    )
+    power: Positive = Field(default=0.75, description="Exponent of the warm-up 1 - (1 + n)^-power.")
+    inv_gamma: Positive = Field(
+        default=1.0, description="Stretches the warm-up: n is updates / inv_gamma."
+    )
+
+
+class TrainConfig(_Config):
+    """A whole training run."""
+
+    model: dict[str, Any] = Field(
+        description="The network: its type and its options, prediction, time_convention and "
+        "sigma_data (a number, or auto: measured on the data) among them. in_channels may be "
+        "left to the data."
+    )
+    data: DataConfig = Field(description="Where the images come from.")
+    total_images: Count = Field(description="The run's length, in images seen.")
+    process: dict[str, Any] | None = Field(
+        default=None,
+        description="The noise schedule that is learned: its name and options; none: the "
+        "prediction's usual one.",
+    )
+    loss: LossConfig = Field(default=LossConfig(), description="Weighting and noise levels.")
+    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW.")
+    ema: EmaConfig = Field(default=EmaConfig(), description="The averaged weights.")
+    batch_size: Count = Field(default=128, description="Images a step, of all processes together.")
+    seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED)] = Field(
+        default=0, description="Decides the first weights and everything random in every step."
+    )
+    label_dropout: Share = Field(
+        default=0.1, description="Share of images shown without their class, for guidance."
+    )
+    grad_clip: Positive | None = Field(
+        default=1.0, description="Largest norm of the gradient; none: any."
+    )
+    precision: Literal["no", "bf16", "fp16"] = Field(
+        default="no",
+        description="Mixed precision of the network's arithmetic; weights stay float32.",
+    )
+    workers: Amount = Field(
+        default=0, description="Processes that load images; 0: the main one does."
+    )
+    max_skipped: Count = Field(
+        default=20,
+        description="Steps in a row that may be skipped as not finite before the run ends.",
+    )
+    out: str = Field(default="runs/run", description="Folder for checkpoints and metrics.")
+    checkpoint_every_images: Count | None = Field(
+        default=None, description="Images between checkpoints; none: only at the end."
+    )
+    keep_checkpoints: Count = Field(
+        default=2, description="How many of the newest checkpoints stay."
+    )
+    log_every_images: Count = Field(
+        default=1000,
+        description="Images between lines of the metrics file, to the next whole step.",
+    )
+
+    @field_validator("process")
+    @classmethod
+    def _process(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            if "name" not in value:
+                raise ValueError("the schedule's name is missing, as in name = 'cosine'")
+            _plainly(make_scheduler, **value)
+        return value
+
+    @field_validator("model")
+    @classmethod
+    def _model(cls, value: dict[str, Any]) -> dict[str, Any]:
+        prediction = value.get("prediction", "eps")
+        if prediction not in DENOISERS:
+            raise ValueError(unknown("prediction", prediction, DENOISERS))
+        sigma_data = value.get("sigma_data", 1.0)
+        if sigma_data != AUTO and not (
+            isinstance(sigma_data, (int, float))
+            and not isinstance(sigma_data, bool)
+            and 0 < sigma_data < math.inf
+        ):
+            raise ValueError(f"sigma_data is {sigma_data!r}; give a number above 0, or 'auto'")
+        check_model(value)
+        return value
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run: total_images, to the next whole batch."""
+        return -(-self.total_images // self.batch_size)
+
+    @property
+    def prediction(self) -> str:
+        """What the network predicts."""
+        return str(self.model.get("prediction", "eps"))
+
+    @property
+    def weighting(self) -> str:
+        """The loss weighting's name, "auto" resolved."""
+        return self.prediction if self.loss.weighting == AUTO else self.loss.weighting
+
+    @property
+    def density(self) -> str:
+        """The name of the density of noise levels, "auto" resolved."""
+        usual = {"edm": "lognormal", "flow": "logit_normal"}.get(self.prediction, "uniform_time")
+        return usual if self.loss.density == AUTO else self.loss.density
+
+    def to_json(self) -> dict[str, Any]:
+        """The config as plain JSON data: `make_config(config.to_json())` gives an equal one."""
+        return self.model_dump(mode="json")
+
+
+def check_model(model: Mapping[str, Any]) -> None:
+    """Build the network without memory for its weights, to see whether its options are right.
+
+    Raises:
+        ValueError: the registry of models or the model itself refuses them.
+    """
+    from k_diffusion.models import make_model
+
+    settled = {**model, **({"sigma_data": 1.0} if model.get("sigma_data") == AUTO else {})}
+    with torch.device("meta"):
+        _plainly(make_model, settled)
+
+
+def _plainly(function: Any, *args: Any, **options: Any) -> None:
+    """Call, with a TypeError (an ill-typed option) as the ValueError that a validator reports."""
+    try:
+        function(*args, **options)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Read a config from a .toml or .json file.
+
+    Args:
+        path: the file.
+        overrides: dotted key -> value, put in place of the file's.
+
+    Raises:
+        ConfigError: no such file, not TOML or JSON, an unknown key, or a value that does not fit.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ConfigError(f"config {path} {reason}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {path} is no text in UTF-8") from None
+    if path.suffix == ".json":
+        data = _parse_json(path, text)
+    elif path.suffix == ".toml":
+        data = _parse_toml(path, text)
+    else:
+        raise ConfigError(f"config {path} ends in {path.suffix!r}; give a .toml or .json file")
+    if not isinstance(data, dict):
+        raise ConfigError(f"config {path} holds a {type(data).__name__}, not keys with values")
+    for key, value in (overrides or {}).items():
+        _override(data, key, value)
+    return make_config(data, f"config {path}")
+
+
+def make_config(data: Mapping[str, Any], name: str = "config") -> TrainConfig:
+    """A TrainConfig from plain data, with every mistake as one line.
+
+    Args:
+        data: the keys of TrainConfig.
+        name: what to call the config in an error.
+
+    Raises:
+        ConfigError: an unknown key, or a value that does not fit.
+    """
+    try:
+        return TrainConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(error)}") from None
+
+
+def _parse_json(path: Path, text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConfigError(f"config {path}: key {key!r} stands twice")
+        return dict(pairs)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ConfigError(f"config {path} is no valid JSON: {error}") from None
+
+
+def _parse_toml(path: Path, text: str) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise ConfigError(
+                f"config {path}: Python 3.10 reads TOML with tomli: pip install tomli, or give "
+                "the config as JSON"
+            ) from None
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ConfigError(f"config {path} is no valid TOML: {error}") from None
+
+
+def _override(data: dict[str, Any], key: str, value: Any) -> None:
+    *above, last = key.split(".")
+    for part in above:
+        below = data.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{key}: {part} is {below!r}, which has no keys")
+        data = below
+    data[last] = value
+
+
+# ---------------------------------------------------------------- explaining
+
+
+def _explain(error: ValidationError) -> str:
+    mistakes = error.errors(include_url=False)
+    # An unknown key first: it is often the reason why another one is missing.
+    first = min(mistakes, key=lambda m: m["type"] != "extra_forbidden")
+    where = _keys(first["loc"])
+    key = ".".join(where)
+    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(where[:-1], first["loc"])
+        close = nearest(where[-1], known)
+        prefix = "".join(f"{part}." for part in where[:-1])
+        hint = f"did you mean {prefix}{close}?" if close else f"known: {', '.join(known)}"
+        return f"{key} = {_short(first['input'])} is no known key; {hint}{more}"
+    if first["type"] == "missing":
+        return f"{key} is missing{more}"
+    if first["type"] == "union_tag_not_found":
+        return f"{key}.source is missing; one of digits, folder{more}"
+    if first["type"] == "union_tag_invalid":
+        tag = first["ctx"]["tag"]
+        return f"{key}." + unknown("source", tag, ["digits", "folder"]) + more
+    if first["type"] == "literal_error":
+        choices = first["ctx"]["expected"]
+        return f"{key} = {_short(first['input'])} is not one of {choices}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message.startswith("Input") else message
+    return f"{key} = {_short(first['input'])}: {' '.join(message.split())}{more}"
+
+
+def _keys(loc: Sequence[int | str]) -> list[str]:
+    """The path as the file has it: without the names that pydantic gives to parts of a union."""
+    parts = [str(part) for part in loc]
+    if parts[:1] == ["data"] and len(parts) > 1 and parts[1] in ("digits", "folder"):
+        del parts[1]
+    return [part for part in parts if "[" not in part and part not in ("int", "float")]
+
+
+def _known_keys(above: Sequence[str], loc: Sequence[int | str]) -> list[str]:
+    kind: Any = TrainConfig
+    if above[:1] == ["data"]:
+        kind = FolderConfig if loc[1] == "folder" else DigitsConfig
+    elif above:
+        kind = TrainConfig.model_fields[above[0]].annotation
+    return list(kind.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

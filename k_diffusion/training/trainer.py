@@ -1,0 +1,390 @@
+"""The training loop: an iterator, so that logging and saving stay outside it.
+
+Every step is a function of (seed, step): which images, their augmentation, noise levels, noise,
+dropped labels and the network's own randomness. So a resumed run is bitwise the one that was never
+stopped. The clock is images seen.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
+from k_diffusion.training.checkpoint import (
+    CheckpointError,
+    CheckpointInfo,
+    load_into,
+    named_tensors,
+    read_checkpoint,
+    save_checkpoint,
+)
+from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
+from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
+from k_diffusion.training.ema import Ema
+from k_diffusion.training.loss import (
+    denoising_loss,
+    draw_half_log_snr,
+    make_density,
+    make_weighting,
+)
+from k_diffusion.training.optimizer import learning_rate, load_moments, make_adamw, moments
+from k_diffusion.utils.maths import fold_seed
+from k_diffusion.utils.scheduler import make_scheduler
+
+FIXED = ("seed", "batch_size", "model", "data", "process")
+"""What a resumed run must share with the one it continues: else its steps would be others."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message is one line."""
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What is known after a step.
+
+    Attributes:
+        step: steps done, skipped ones included.
+        images_seen: the clock.
+        total_images: where the run ends.
+        loss: mean over the batch; not finite in a skipped step.
+        grad_norm: norm of the gradient before clipping.
+        lr: learning rate of this step.
+        ema_decay: what this step kept of the average.
+        skipped: whether this step changed nothing, because loss or gradient were not finite.
+        skipped_steps: how many have been, since the start of the run.
+        images_per_second: over the last steps of this session.
+        seconds_left: at that speed, to the end of the run.
+    """
+
+    step: int
+    images_seen: int
+    total_images: int
+    loss: float
+    grad_norm: float
+    lr: float
+    ema_decay: float
+    skipped: bool
+    skipped_steps: int
+    images_per_second: float
+    seconds_left: float
+
+
+class LossModule(nn.Module):
+    """Denoiser and loss as the one module that accelerate wraps for processes and precision."""
+
+    def __init__(self, denoiser: nn.Module, weighting: Any) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.weighting = weighting
+
+    def forward(self, x0: Tensor, sigma: Tensor, noise: Tensor, **condition: Any) -> Tensor:
+        return denoising_loss(self.denoiser, x0, sigma, noise, self.weighting, **condition)
+
+
+class Trainer:
+    """Trains; `for state in Trainer(config)` is the loop, and `.save(path)` works between steps.
+
+    Args:
+        config: the run. `.config` is it with "auto" and what the data decides filled in.
+        resume: a checkpoint of this run, to go on from there.
+        network: trained instead of one built from the config.
+        source: trained on instead of the config's data.
+
+    Raises:
+        ConfigError: model and data do not fit each other, or the machine has no such precision.
+        DataError: the data cannot be used.
+        CheckpointError: the checkpoint is damaged, or of another run.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        resume: str | Path | None = None,
+        network: nn.Module | None = None,
+        source: Source | None = None,
+    ) -> None:
+        from k_diffusion.models import make_model
+
+        self.accelerator = _accelerator(config.precision)
+        self.device: torch.device = self.accelerator.device
+        options = config.data.model_dump()
+        self.source = make_source(**options) if source is None else source
+        self.config = config = settle(config, self.source)
+        self.stream = Stream(
+            self.source,
+            config.batch_size,
+            config.seed,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
+        torch.manual_seed(fold_seed(config.seed, Purpose.INIT))
+        network = make_model(config.model) if network is None else network
+        self.network = network.to(self.device).train()
+        process = make_scheduler(**config.process) if config.process else None
+        self.denoiser: NetworkDenoiser = make_denoiser(self.network, process)
+        self.num_classes = int(getattr(self.network, "num_classes", 0))
+        _check_classes(self.num_classes, self.source)
+        self._density = make_density(
+            config.density, self.denoiser.process, **config.loss.density_options
+        )
+        weighting = make_weighting(
+            config.weighting,
+            getattr(self.denoiser, "sigma_data", 1.0),
+            **config.loss.weighting_options,
+        )
+
+        self.optimizer = make_adamw(self.network, config.optimizer)
+        self.ema = Ema(
+            self.network,
+            power=config.ema.power,
+            inv_gamma=config.ema.inv_gamma,
+            max_decay=config.ema.max_decay,
+        )
+        self.step = 0
+        self.skipped_steps = 0
+        self.skipped_in_a_row = 0
+        self.extra: dict[str, Any] = {}
+        """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
+        if resume is not None:
+            self._resume(Path(resume))
+        self._module, self._optimizer = self.accelerator.prepare(
+            LossModule(self.denoiser, weighting), self.optimizer
+        )
+        self._parameters = [p for p in self.network.parameters() if p.requires_grad]
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.config.batch_size
+
+    # ------------------------------------------------------------ the loop
+
+    def __iter__(self) -> Iterator[TrainState]:
+        config = self.config
+        batches = self.stream.batches(
+            self.step, config.steps, config.workers, pin_memory=self.device.type == "cuda"
+        )
+        clock = deque([(time.perf_counter(), self.images_seen)], maxlen=51)
+        for batch in batches:
+            lr = learning_rate(
+                config.optimizer, self.images_seen, config.total_images, config.batch_size
+            )
+            decay = self.ema.decay
+            loss, grad_norm, skipped = self.train_step(batch, lr)
+            clock.append((time.perf_counter(), self.images_seen))
+            seconds = clock[-1][0] - clock[0][0]
+            speed = (clock[-1][1] - clock[0][1]) / max(seconds, 1e-9)
+            left = config.steps * config.batch_size - self.images_seen
+            yield TrainState(
+                step=self.step,
+                images_seen=self.images_seen,
+                total_images=config.steps * config.batch_size,
+                loss=loss,
+                grad_norm=grad_norm,
+                lr=lr,
+                ema_decay=1.0 if skipped else decay,
+                skipped=skipped,
+                skipped_steps=self.skipped_steps,
+                images_per_second=speed,
+                seconds_left=left / speed,
+            )
+            if self.skipped_in_a_row >= config.max_skipped:
+                raise TrainingError(
+                    f"{self.skipped_in_a_row} steps in a row were not finite (loss {loss}, "
+                    f"gradient norm {grad_norm}), the last at {self.images_seen} images: lower "
+                    f"optimizer.lr (now {config.optimizer.lr}) or look at the data"
+                )
+
+    def train_step(self, batch: Batch, lr: float) -> tuple[float, float, bool]:
+        """One step, from (seed, step) alone.
+
+        Returns:
+            Loss, norm of the gradient, and whether the step was skipped.
+        """
+        x0, sigma, noise, condition = self._inputs(batch)
+        torch.manual_seed(self._seed(Purpose.NETWORK, self.accelerator.process_index))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._module(x0, sigma, noise, **condition).mean()
+        self.accelerator.backward(loss)
+        self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        total = self.accelerator.reduce(loss.detach(), reduction="mean")
+        # The one place where the host waits for the device: what follows depends on it.
+        loss_value, norm_value = torch.stack([total.double(), norm.double()]).tolist()
+        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        if finite and self.config.grad_clip is not None:
+            nn.utils.clip_grads_with_norm_(
+                self._parameters, self.config.grad_clip, norm, foreach=True
+            )
+        scaler = getattr(self.accelerator, "scaler", None)
+        if finite or (scaler is not None and not math.isfinite(norm_value)):
+            self._optimizer.step()  # the scaler skips by itself here, and learns from it
+        elif scaler is not None:
+            scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if finite:
+            self.ema.update()
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped_steps += 1
+            self.skipped_in_a_row += 1
+        return loss_value, norm_value, not finite
+
+    def _seed(self, purpose: Purpose, *keys: int) -> int:
+        return fold_seed(self.config.seed, purpose, self.step, *keys)
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Clean data, sigma, noise and condition of this process's part of the step.
+
+        Each is drawn for the whole batch and then cut, so that the step is the same on any number
+        of processes.
+        """
+        config, device = self.config, self.device
+        share = len(batch.images)
+        mine = slice(share * self.stream.rank, share * (self.stream.rank + 1))
+        x0 = as_float(batch.images.to(device, non_blocking=True))
+        generator = torch.Generator().manual_seed(self._seed(Purpose.LEVELS))
+        half_log_snr = draw_half_log_snr(
+            self._density, config.batch_size, generator, stratified=config.loss.stratified
+        )
+        sigma = self.denoiser.path.sigma(half_log_snr)[mine]
+        if device.type == "mps":  # it has no float64
+            sigma = sigma.float()
+        sigma = sigma.to(device, non_blocking=True)
+        generator = torch.Generator(device).manual_seed(self._seed(Purpose.NOISE))
+        shape = (config.batch_size, *x0.shape[1:])
+        noise = torch.randn(shape, generator=generator, device=device)[mine]
+        if not self.num_classes:
+            return x0, sigma, noise, {}
+        generator = torch.Generator().manual_seed(self._seed(Purpose.LABELS))
+        hidden = torch.rand(config.batch_size, generator=generator)[mine] < config.label_dropout
+        labels = batch.labels.masked_fill(hidden, self.num_classes)
+        return x0, sigma, noise, {"class_label": labels.to(device, non_blocking=True)}
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save(self, path: str | Path) -> str:
+        """Write a checkpoint, on the main process only; gives its sha256."""
+        if not self.accelerator.is_main_process:
+            return ""
+        scaler = getattr(self.accelerator, "scaler", None)
+        return save_checkpoint(
+            path,
+            {
+                "model": named_tensors(self.network),
+                "ema": self.ema.state_dict(),
+                "optimizer": moments(self.optimizer, self.network),
+            },
+            config=self.config.to_json(),
+            images_seen=self.images_seen,
+            step=self.step,
+            data=self.source.facts(),
+            state={
+                "ema_updates": self.ema.updates,
+                "skipped_steps": self.skipped_steps,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "extra": self.extra,
+            },
+        )
+
+    def _resume(self, path: Path) -> None:
+        info, parts = read_checkpoint(path, ["model", "ema", "optimizer"])
+        self._check_same_run(info)
+        if not parts["model"]:
+            raise CheckpointError(
+                f"checkpoint {path} holds weights for sampling only: it cannot be resumed"
+            )
+        load_into(self.network, parts["model"], path)
+        try:
+            self.ema.load_state_dict(parts["ema"], info.state["ema_updates"])
+            load_moments(self.optimizer, self.network, parts["optimizer"])
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and info.state["scaler"] is not None:
+            scaler.load_state_dict(info.state["scaler"])
+        self.step = info.step
+        self.skipped_steps = info.state["skipped_steps"]
+        self.skipped_in_a_row = info.state["skipped_in_a_row"]
+        self.extra = dict(info.state["extra"])
+
+    def _check_same_run(self, info: CheckpointInfo) -> None:
+        theirs, ours = _flat(info.config), _flat(self.config.to_json())
+        theirs["data.images"], ours["data.images"] = info.data.get("images"), len(self.source)
+        for key in sorted(set(theirs) | set(ours)):
+            old, new = theirs.get(key), ours.get(key)
+            if key.split(".")[0] in FIXED and key != "data.path" and old != new:
+                raise CheckpointError(
+                    f"checkpoint {info.path} is of a run with {key} = {old!r}, not {new!r}: "
+                    f"resume with the same, or begin a new run"
+                )
+
+
+def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{above}{key}.")
+        else:
+            flat[above + key] = value
+    return flat
+
+
+def settle(config: TrainConfig, source: Source) -> TrainConfig:
+    """The config with what the data decides: in_channels, and a sigma_data of "auto".
+
+    Raises:
+        ConfigError: the data is constant, so that it has no sigma_data.
+    """
+    model = dict(config.model)
+    model.setdefault("in_channels", source.shape[0])
+    if model["in_channels"] != source.shape[0]:
+        raise ConfigError(
+            f"model.in_channels is {model['in_channels']}, but the data has {source.shape[0]} "
+            "channels: leave it out, and the data decides"
+        )
+    if model.get("sigma_data") == AUTO:
+        if source.std < 1e-6:
+            raise ConfigError("model.sigma_data is auto, but all values of the data are equal")
+        model["sigma_data"] = source.std
+    return config.model_copy(update={"model": model})
+
+
+def _check_classes(num_classes: int, source: Source) -> None:
+    if num_classes and num_classes != source.num_classes:
+        raise ConfigError(
+            f"model.num_classes is {num_classes}, but the data has {source.num_classes} classes: "
+            "give as many, or 0 to learn without classes"
+        )
+
+
+def _accelerator(precision: str) -> Any:
+    """accelerate's view of the machine, once a process; its state is shared by all of them."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    shared = AcceleratorState._shared_state
+    if shared and shared.get("_mixed_precision") != precision:
+        AcceleratorState._reset_state()  # another run of this process had another precision
+    try:
+        return Accelerator(mixed_precision=precision)
+    except ValueError as error:
+        AcceleratorState._reset_state()
+        message = " ".join(str(error).split())
+        raise ConfigError(f"precision = {precision!r} does not work here: {message}") from None
