@@ -255,7 +255,7 @@ def make_denoiser(model: Any, process: Scheduler | None = None) -> Any:
     process = getattr(model, "process", None) or process
     if prediction == "edm":
         return EDMDenoiser(model, getattr(model, "sigma_data", 0.5), process)
-    return DENOISERS[prediction](model, process)  # type: ignore[call-arg, arg-type]
+    return DENOISERS[prediction](model, process)  # type: ignore[arg-type]
 
 
 class FunctionDenoiser:

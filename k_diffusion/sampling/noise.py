@@ -1,4 +1,4 @@
-"""Noise that belongs to a sample, not to a batch: each sample has a seed and a stream of its own."""
+"""Noise that belongs to a sample, not to a batch: each sample has a seed of its own."""
 
 from __future__ import annotations
 

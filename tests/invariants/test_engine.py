@@ -1,6 +1,7 @@
 """What the engine must do for every solver: agree with the plan, wait for nothing, hold little."""
 
 import gc
+import itertools
 import json
 import weakref
 
@@ -11,7 +12,14 @@ from host import execute, levels_between
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from k_diffusion.sampling import (
-    FLOW, SOLVERS, CallerNoise, Churn, KSampler, Run, SampleNoise, make_plan,
+    FLOW,
+    SOLVERS,
+    CallerNoise,
+    Churn,
+    KSampler,
+    Run,
+    SampleNoise,
+    make_plan,
 )  # fmt: skip
 from k_diffusion.sampling.plan_file import load_plan, plan_from_dict, plan_to_dict, save_plan
 from k_diffusion.utils.scheduler import FlowScheduler, KarrasScheduler
@@ -110,7 +118,7 @@ WAITS = ("_local_scalar_dense", "lift_fresh", "_to_copy", "copy_", "nonzero", "i
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("churn", [None, Churn(s_churn=3.0)])
 def test_no_wait_and_no_more_live_tensors_than_declared(name, device, churn, warm):
-    """Neither a host-device copy nor a read of the device after the first step; memory as declared."""
+    """No host-device copy and no read of the device after the first step; memory as declared."""
     if churn is not None and SOLVERS[name].predictor:
         pytest.skip("takes no churn")
     plan = make_plan(name, KarrasScheduler().levels(STEPS), churn=churn)
@@ -200,7 +208,7 @@ def test_a_caller_s_noise_sampler_is_asked_once_per_interval_in_order():
     while not run.done:
         run.advance(denoise(run.x, run.sigma))
     s = levels.sigmas
-    middle = [(a * b) ** 0.5 for a, b in zip(s[:3], s[1:4], strict=True)]
+    middle = [(a * b) ** 0.5 for a, b in itertools.pairwise(s)]
     expected = [p for k in range(3) for p in ((s[k], middle[k]), (s[k], s[k + 1]))]
     assert np.abs(np.array(asked) - np.array(expected)).max() <= 1e-12
 

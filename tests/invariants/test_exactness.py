@@ -1,5 +1,6 @@
-"""What every solver must do exactly: point masses, and identities between methods and coordinates."""
+"""What every solver must do exactly: point masses, orders, identities."""
 
+import itertools
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from k_diffusion.utils.scheduler import FlowScheduler, KarrasScheduler, LinearSc
 
 C = 0.8  # the point that all data is
 
-# (levels, whether they start at pure noise): each path, ends at 0 and above 0, one step, unevenness.
+# Each path, levels that end at 0 and above 0, one step, starts at pure noise, uneven levels.
 LEVELS = {
     "karras": KarrasScheduler().levels(9),
     "karras above 0": KarrasScheduler().levels(9)[:-1],
@@ -71,7 +72,7 @@ def _transfer(plan):
     return np.concatenate([[form[0]], [form[1] * s.alpha], form[2:]]) / t.alpha
 
 
-# Methods in sigma integrate dx = d dalpha + eps dsigma, which depends on the path; Euler's does not.
+# Methods in sigma integrate dx = d dalpha + eps dsigma, which depends on the path; not Euler's.
 IN_SIGMA = {"heun", "dpm_2", "lms"}
 
 
@@ -132,7 +133,7 @@ def test_churn_follows_its_formula():
     churn = Churn(s_churn=1.0, s_tmin=0.5, s_tmax=5.0, s_noise=1.1)
     z = np.random.default_rng(0).standard_normal((2, MIXTURE.points.size))
     x, k = MIXTURE.points, 0
-    for s, t in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for s, t in itertools.pairwise(sigmas):
         hat = s
         if 0.5 <= s <= 5.0:
             hat = s * (1 + min(1.0 / 4, math.sqrt(2) - 1))

@@ -1,13 +1,14 @@
-"""Solvers in half log-SNR, l = log(alpha / sigma): the linear part of the ODE is solved exactly.
+"""Solvers in half log-SNR, lambda = log(alpha / sigma): the linear part of the ODE is solved exactly.
 
-With data prediction d, x / sigma gains the integral of exp(l) d dl; with noise prediction eps,
-x / alpha loses the integral of exp(-l) eps dl (Lu et al. 2022, arXiv:2206.00927, eq. 3.4, and
+With data prediction d, x / sigma gains the integral of exp(lambda) d; with noise prediction
+eps, x / alpha loses the integral of exp(-lambda) eps (Lu et al. 2022, arXiv:2206.00927, eq. 3.4, and
 arXiv:2211.01095, eq. 8). The methods differ in how they interpolate d or eps. Into clean data
-(sigma = 0, l infinite) no interpolation reaches, and each takes one first-order step.
+(sigma = 0, lambda infinite) no interpolation reaches, and each takes one first-order step.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from math import exp, expm1, factorial
 from typing import Any
 
@@ -27,6 +28,11 @@ def noise_step(x: Expr, eps: Expr, s: Level, t: Level) -> Expr:
     """The exact step for a constant noise estimate: the same as `data_step`, by other terms."""
     ratio = t.alpha / s.alpha
     return ratio * x + (t.sigma - s.sigma * ratio) * eps
+
+
+def _exp_difference(sign: int, end: float, u: float) -> float:
+    """The weight exp(±(u - end)) under the integrals above."""
+    return exp(sign * (u - end))
 
 
 @solver(order=1, source="Lu et al. 2022, arXiv:2206.00927, eq. 3.7 (the same as DDIM)")
@@ -105,11 +111,11 @@ def dpmpp_2m(x: Expr, levels: Any, noise: Any) -> Trace:
 
 
 def third_order_terms(
-    d: Expr, h: float, past: list[tuple[float, Expr]], l: float
+    d: Expr, h: float, past: list[tuple[float, Expr]], lam: float
 ) -> tuple[Expr, Expr]:
     """First and second differences of the data estimate in units of h, from the last three."""
     (l1, d1), (l2, d2) = past[-1], past[-2]
-    r0, r1 = (l - l1) / h, (l1 - l2) / h
+    r0, r1 = (lam - l1) / h, (l1 - l2) / h
     first, second = (d - d1) / r0, (d1 - d2) / r1
     return (
         first + r0 / (r0 + r1) * (first - second),
@@ -158,13 +164,13 @@ def exp_ab3(x: Expr, levels: Any, noise: Any) -> Trace:
             middle = yield data_step(x, d, s, m), m
             x = data_step(x, middle, s, t)
         else:
-            l = t.half_log_snr
+            lam = t.half_log_snr
             weights = lagrange_integrals(
                 [p for p, _ in past],
                 s.half_log_snr,
-                l,
-                -expm1(s.half_log_snr - l),
-                lambda u, l=l: exp(u - l),
+                lam,
+                -expm1(s.half_log_snr - lam),
+                partial(_exp_difference, 1, lam),
             )
             parts = (w * d for w, (_, d) in zip(weights, past, strict=True))
             x = (t.sigma / s.sigma) * x + t.alpha * sum(parts)
@@ -187,13 +193,13 @@ def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
         if not t.sigma > 0:
             x = noise_step(x, eps, s, t)
             continue
-        l = t.half_log_snr
+        lam = t.half_log_snr
         weights = lagrange_integrals(
             [p for p, _ in past],
             s.half_log_snr,
-            l,
-            expm1(l - s.half_log_snr),
-            lambda u, l=l: exp(l - u),
+            lam,
+            expm1(lam - s.half_log_snr),
+            partial(_exp_difference, -1, lam),
         )
         parts = (w * e for w, (_, e) in zip(weights, past, strict=True))
         x = (t.alpha / s.alpha) * x - t.sigma * sum(parts)
@@ -227,12 +233,12 @@ def _unified(
 ) -> Expr:
     """UniP from s to t by the estimates in `past`, the last of them at s; UniC with `answer`, the
     estimate at t."""
-    l, d = past[-1]
+    lam, d = past[-1]
     step = data_step(x, d, s, t)
     if not t.sigma > 0:
         return step
-    h = t.half_log_snr - l
-    ratios = [(p - l) / h for p, _ in past[:-1]]
+    h = t.half_log_snr - lam
+    ratios = [(p - lam) / h for p, _ in past[:-1]]
     changes = [(e - d) / r for r, (_, e) in zip(ratios, past[:-1], strict=True)]
     if answer is not None:
         ratios, changes = [*ratios, 1.0], [*changes, answer - d]

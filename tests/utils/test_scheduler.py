@@ -1,0 +1,220 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from k_diffusion.utils.levels import VE, Level
+from k_diffusion.utils.scheduler import (
+    SCHEDULERS,
+    CosineScheduler,
+    CustomScheduler,
+    ExponentialScheduler,
+    FlowScheduler,
+    KarrasScheduler,
+    LinearScheduler,
+    Scheduler,
+    make_scheduler,
+)  # fmt: skip
+
+BETAS = np.linspace(1e-4, 0.02, 1000)
+ALL = {
+    "linear": LinearScheduler(),
+    "linear, 50": LinearScheduler(timesteps=50),
+    "cosine": CosineScheduler(),
+    "cosine from pure noise": CosineScheduler(time_max=1.0),
+    "karras": KarrasScheduler(),
+    "karras, rho 3": KarrasScheduler(0.03, 14.6, rho=3.0),
+    "exponential": ExponentialScheduler(0.01, 50.0),
+    "flow": FlowScheduler(),
+    "flow, shift 3": FlowScheduler(shift=3.0),
+    "betas": CustomScheduler(betas=tuple(BETAS)),
+    "alphas_cumprod": CustomScheduler(alphas_cumprod=tuple(np.cumprod(1 - BETAS))),
+    "sigmas": CustomScheduler(sigmas=(14.6, 5.0, 2.0, 0.3, 0.0)),
+    "flow sigmas": CustomScheduler(sigmas=(1.0, 0.7, 0.2, 0.0), path_name="flow"),
+    "function": CustomScheduler(function=lambda t: 0.01 * 3000**t),
+    "vp function": CustomScheduler(function=lambda t: math.sin(t * math.pi / 2), path_name="vp"),
+}
+INFINITE = {"cosine from pure noise", "flow", "flow, shift 3", "flow sigmas", "vp function"}
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_time_and_level_are_inverse(case):
+    scheduler = ALL[case]
+    times = np.linspace(scheduler.time_min, scheduler.time_max, 203)[1:-1].tolist()
+    snrs = [scheduler.level(t).half_log_snr for t in times]
+    assert max(abs(scheduler.time(s) - t) for s, t in zip(snrs, times, strict=True)) <= 1e-9
+    again = [scheduler.half_log_snr(scheduler.time(s)) for s in snrs]
+    assert max(abs(a - s) for a, s in zip(again, snrs, strict=True)) <= 1e-9
+    # A function's inverse on tensors is a table of 4097 points: see CustomScheduler.time.
+    tolerance = 1e-6 if "function" in case else 1e-9
+    on_tensor = scheduler.time(torch.tensor(snrs, dtype=torch.float64))
+    assert max(abs(a - t) for a, t in zip(on_tensor.tolist(), times, strict=True)) <= tolerance
+    snr_on_tensor = scheduler.half_log_snr(torch.tensor(times, dtype=torch.float64))
+    assert (
+        max(abs(a - s) for a, s in zip(snr_on_tensor.tolist(), snrs, strict=True)) <= tolerance * 10
+    )
+
+
+@pytest.mark.parametrize("case", ALL)
+@pytest.mark.parametrize("steps", [1, 2, 7, 50, 1000])
+def test_levels(case, steps):
+    scheduler = ALL[case]
+    levels = scheduler.levels(steps)
+    assert len(levels) == steps + 1
+    assert levels.path is scheduler.path
+    top = scheduler.half_log_snr(scheduler.time_max)
+    assert levels[0].half_log_snr == pytest.approx(top, rel=1e-12)
+    assert (levels[0].alpha == 0) == (case in INFINITE)
+    assert (levels[-1].sigma == 0) == (case != "function")
+    for level in levels:
+        assert abs(scheduler.path.alpha(level.sigma) - level.alpha) <= 1e-12
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_times_outside_are_clamped_or_refused(case):
+    scheduler = ALL[case]
+    # sin is 1 to the last bit a little before its top: no inverse can tell these times apart.
+    tolerance = 1e-7 if case == "vp function" else 1e-12
+    for snr, end in ((math.inf, scheduler.time_min), (-math.inf, scheduler.time_max)):
+        assert scheduler.time(snr) == pytest.approx(end, abs=tolerance)
+        tensor = scheduler.time(torch.tensor([snr], dtype=torch.float64))
+        assert tensor.item() == pytest.approx(end, abs=1e-12)
+    with pytest.raises(ValueError, match="time 1.5 is outside"):
+        scheduler.level(1.5)
+
+
+def test_linear_is_ddpm():
+    abar = np.cumprod(1 - BETAS)
+    for i in (0, 1, 500, 998, 999):
+        level = LinearScheduler().level(i / 1000)
+        assert level.alpha == pytest.approx(math.sqrt(abar[i]), rel=1e-12)
+        assert level.sigma == pytest.approx(math.sqrt(1 - abar[i]), rel=1e-10)
+    levels = LinearScheduler().levels(4)
+    expected = [LinearScheduler().level(i / 1000).sigma for i in (999, 666, 333, 0)]
+    assert levels.sigmas == pytest.approx([*expected, 0.0], rel=1e-12)
+
+
+def test_cosine_is_its_formula():
+    s = 0.008
+
+    def abar(t):
+        return (
+            math.cos((t + s) / (1 + s) * math.pi / 2) ** 2
+            / math.cos(s / (1 + s) * math.pi / 2) ** 2
+        )
+
+    for t in (0.001, 0.1, 0.5, 0.9, 0.9946):
+        level = CosineScheduler().level(t)
+        assert level.alpha == pytest.approx(math.sqrt(abar(t)), rel=1e-12)
+        assert level.sigma == pytest.approx(math.sqrt(1 - abar(t)), rel=1e-9)
+    assert CosineScheduler(time_max=1.0).levels(3)[0] == Level(0.0, 1.0)
+    assert CosineScheduler().levels(3)[-1] == Level(1.0, 0.0)
+    assert 115 < CosineScheduler().levels(3)[0].ratio < 125
+
+
+def test_karras_and_exponential_are_their_formulas():
+    low, high, rho, n = 0.03, 14.6, 7.0, 6
+    ramp = np.linspace(0, 1, n)
+    expected = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    assert KarrasScheduler(low, high).levels(n).sigmas == pytest.approx([*expected, 0.0], rel=1e-12)
+    expected = np.exp(np.linspace(math.log(high), math.log(low), n))
+    laid = ExponentialScheduler(low, high).levels(n).sigmas
+    assert laid == pytest.approx([*expected, 0.0], rel=1e-12)
+
+
+def test_flow_is_exact_at_both_ends_and_shifts():
+    levels = FlowScheduler(shift=3.0).levels(4)
+    assert levels[0] == Level(0.0, 1.0)
+    assert levels[-1] == Level(1.0, 0.0)
+    assert levels.sigmas == pytest.approx([1.0, 2.25 / 2.5, 1.5 / 2, 0.75 / 1.5, 0.0], rel=1e-15)
+    assert FlowScheduler(shift=3.0).time(levels[2].half_log_snr) == pytest.approx(0.75, rel=1e-14)
+
+
+def test_custom_numbers_are_laid_as_they_are():
+    sigmas = (14.6, 5.0, 2.0, 0.3, 0.0)
+    assert ALL["sigmas"].levels(4).sigmas == sigmas
+    assert ALL["sigmas"].levels(8).sigmas[::2] == pytest.approx(sigmas, rel=1e-12)
+    same = LinearScheduler().levels(9).sigmas
+    for case in ("betas", "alphas_cumprod"):
+        assert ALL[case].levels(9).sigmas == pytest.approx(same, rel=1e-9)
+
+
+def test_open_ends_come_from_the_process():
+    fitted = KarrasScheduler().within(LinearScheduler())
+    levels = fitted.levels(5)
+    assert levels[0].sigma == pytest.approx(LinearScheduler().levels(1)[0].ratio, rel=1e-12)
+    assert levels[-2].sigma == pytest.approx(LinearScheduler().level(0.0).ratio, rel=1e-12)
+    assert KarrasScheduler(sigma_max=5.0).within(LinearScheduler()).levels(3)[0].sigma == (
+        pytest.approx(5.0, rel=1e-12)
+    )
+    # A process without ends to give (pure noise, clean data) leaves the usual range.
+    assert KarrasScheduler().within(FlowScheduler()) == KarrasScheduler()
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if "function" not in c])
+def test_config_round_trip(case):
+    config = json.loads(json.dumps(ALL[case].to_config()))
+    again = make_scheduler(**config)
+    assert again == ALL[case]
+    assert hash(again) == hash(ALL[case])
+
+
+def test_names_and_options():
+    assert set(SCHEDULERS) == {"linear", "cosine", "karras", "exponential", "flow", "custom"}
+    assert make_scheduler("karras", rho=5.0) == KarrasScheduler(rho=5.0)
+    assert make_scheduler(FlowScheduler()) == FlowScheduler()
+    with pytest.raises(ValueError, match="unknown scheduler 'karas'; did you mean 'karras'"):
+        make_scheduler("karas")
+    with pytest.raises(ValueError, match="'roh'; did you mean 'rho'"):
+        make_scheduler("karras", roh=5.0)
+    with pytest.raises(ValueError, match="function cannot be saved"):
+        ALL["function"].to_config()
+
+
+@pytest.mark.parametrize("steps", [0, -1, "x", 2.5, True, None])
+def test_bad_steps(steps):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1"):
+        KarrasScheduler().levels(steps)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KarrasScheduler(1.0, 0.5), "0 < sigma_min < sigma_max"),
+        (lambda: KarrasScheduler(0.0, 0.5), "0 < sigma_min"),
+        (lambda: LinearScheduler(beta_end=1.5), "beta .* strictly between 0 and 1"),
+        (lambda: LinearScheduler(timesteps=1), "timesteps must be at least 2"),
+        (lambda: CosineScheduler(time_max=0.0), "time_max"),
+        (lambda: CosineScheduler(offset=-1.0), "offset"),
+        (lambda: FlowScheduler(shift=0.0), "shift must be above 0"),
+        (lambda: CustomScheduler(), "exactly one .* got none"),
+        (lambda: CustomScheduler(betas=(0.1, 0.2), sigmas=(1.0, 0.0)), "betas and sigmas"),
+        (lambda: CustomScheduler(sigmas=(1.0,)), "at least 2 numbers"),
+        (lambda: CustomScheduler(sigmas=(1.0, 2.0)), "sigmas must decrease"),
+        (lambda: CustomScheduler(sigmas=(2.0, 1.0), path_name="vp"), "sigma 0 is 2.0"),
+        (lambda: CustomScheduler(alphas_cumprod=(0.5, 0.9)), "must decrease"),
+        (lambda: CustomScheduler(function=lambda t: 1 - t), "function must increase"),
+        (lambda: CustomScheduler(function=lambda t: t, path_name="x"), "unknown path"),
+    ],
+)
+def test_bad_schedules_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_scheduler_of_one_s_own():
+    class Quadratic(Scheduler):
+        path = VE
+
+        def half_log_snr(self, time):
+            return -math.log(0.01 + time**2)
+
+        def time(self, half_log_snr):
+            return math.sqrt(max(math.exp(-half_log_snr) - 0.01, 0.0))
+
+    levels = Quadratic().levels(4)
+    assert levels.sigmas == pytest.approx([1.01, 0.5725, 0.26, 0.0725, 0.01])
+    with pytest.raises(ValueError, match="Quadratic cannot be saved"):
+        Quadratic().to_config()
