@@ -1,7 +1,7 @@
-"""Solvers in half log-SNR, lambda = log(alpha / sigma): the linear part of the ODE is solved exactly.
+"""Solvers in half log-SNR, lambda = log(alpha / sigma): the ODE's linear part is solved exactly.
 
-With data prediction d, x / sigma gains the integral of exp(lambda) d; with noise prediction
-eps, x / alpha loses the integral of exp(-lambda) eps (Lu et al. 2022, arXiv:2206.00927, eq. 3.4, and
+With data prediction d, x / sigma gains the integral of exp(lambda) d; with noise prediction eps,
+x / alpha loses the integral of exp(-lambda) eps (Lu et al. 2022, arXiv:2206.00927, eq. 3.4, and
 arXiv:2211.01095, eq. 8). The methods differ in how they interpolate d or eps. Into clean data
 (sigma = 0, lambda infinite) no interpolation reaches, and each takes one first-order step.
 """
