@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .problems import UsageError
+from .problems import UsageError, as_usage
 from .values import Classes, Settings, show_settings
 
 if TYPE_CHECKING:
@@ -246,15 +245,6 @@ def pick_device(name: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"--device {name} cannot be used here ({reason}); try cpu") from None
     return device
-
-
-@contextmanager
-def as_usage() -> Iterator[None]:
-    """What is refused inside was asked for on the command line."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
 
 
 def _split_churn(

@@ -10,7 +10,6 @@ import pytest
 
 from k_diffusion.cli import app, main
 from k_diffusion.cli.problems import Stopped, UsageError, one_line, unboxed
-from k_diffusion.cli.signals import Terminated, stop_asked
 
 
 def failure(capsys, *argv: str) -> tuple[int, str]:
@@ -164,19 +163,6 @@ def test_sigterm_ends_the_program_with_143(capsys, monkeypatch) -> None:
 
 def test_a_long_message_is_cut() -> None:
     assert len(one_line(ValueError("x" * 9999))) == 500
-
-
-def test_the_first_signal_asks_and_the_second_ends() -> None:
-    with stop_asked() as request:
-        assert request.signal is None
-        os.kill(os.getpid(), signal.SIGINT)
-        assert request.signal == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    with stop_asked() as request, pytest.raises(Terminated):  # noqa: PT012
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert request.signal == signal.SIGTERM
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_message_that_tyro_words_anew_stands_as_it_is() -> None:
