@@ -28,7 +28,13 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)
+PEERS := benchmarks/.peers
+$(PEERS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) --upgrade \
+	  k-diffusion==0.1.1.post1 torchsde==0.2.6 torchdiffeq==0.2.5 trampoline==0.1.2
+	touch $@
+
+bench: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/overhead.py
 

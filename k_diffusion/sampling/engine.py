@@ -40,44 +40,56 @@ def _combine(op: Combine) -> Operation:
     Terms are never written into: the caller's x and the denoiser's answers may be shared.
     """
     name, drop = op.name, op.drop
-    # A coefficient of exactly 1 goes first: it needs no multiplication of its own.
-    terms = sorted(op.terms, key=lambda term: term[1] != 1)
-    if len(terms) == 0:
+    states = [(term, c) for term, c in op.terms if not term.startswith("z")]
+    noises = [(term, c) for term, c in op.terms if term.startswith("z")]
+    total = sum(c for _, c in states)
 
-        def run(values: Values, noise: NoiseSource | None) -> None:
-            raise AssertionError(f"{name} has no terms")
-
-    elif len(terms) == 1:
-        ((a, ca),) = terms
+    if len(op.terms) == 1:
+        ((a, ca),) = op.terms
 
         def run(values: Values, noise: NoiseSource | None) -> None:
             values[name] = values[a] if ca == 1 else values[a] * ca
             for dead in drop:
                 del values[dead]
 
-    elif len(terms) == 2 and abs(sum(c for _, c in terms) - 1) < 1e-15:
-        # x + (1 - w)(d - x): what every first-order step on unit-signal levels is.
-        (a, ca), (b, _) = terms
+        return run
+
+    if len(states) > 1 and abs(total - 1) <= 1e-15 * sum(abs(c) for _, c in states):
+        # Coefficients that sum to 1, as on all unit-signal and flow levels, are a chain of
+        # interpolations: a kernel less. From the largest on, the partial sums stay above 0.
+        (a, partial), *rest = sorted(states, key=lambda term: -term[1])
+        chain = []
+        for term, c in rest:
+            partial += c
+            chain.append((term, c / partial))
+        (b, cb), *more = chain
 
         def run(values: Values, noise: NoiseSource | None) -> None:
-            values[name] = torch.lerp(values[b], values[a], ca)
+            out = torch.lerp(values[a], values[b], cb)
+            for term, weight in more:
+                out.lerp_(values[term], weight)
+            for term, c in noises:
+                out.add_(values[term], alpha=c)
+            values[name] = out
             for dead in drop:
                 del values[dead]
 
-    else:
-        (a, ca), (b, cb), *rest = terms
+        return run
 
-        def run(values: Values, noise: NoiseSource | None) -> None:
-            if ca == 1:
-                total = torch.add(values[a], values[b], alpha=cb)
-            else:
-                total = values[a] * ca
-                total.add_(values[b], alpha=cb)
-            for term, coefficient in rest:
-                total.add_(values[term], alpha=coefficient)
-            values[name] = total
-            for dead in drop:
-                del values[dead]
+    # A coefficient of exactly 1 goes first: it needs no multiplication of its own.
+    (a, ca), (b, cb), *rest = sorted(op.terms, key=lambda term: term[1] != 1)
+
+    def run(values: Values, noise: NoiseSource | None) -> None:
+        if ca == 1:
+            out = torch.add(values[a], values[b], alpha=cb)
+        else:
+            out = values[a] * ca
+            out.add_(values[b], alpha=cb)
+        for term, c in rest:
+            out.add_(values[term], alpha=c)
+        values[name] = out
+        for dead in drop:
+            del values[dead]
 
     return run
 

@@ -1,0 +1,59 @@
+"""What importing the package brings in, and what its public face offers."""
+
+import importlib.metadata
+import subprocess
+import sys
+
+import pytest
+
+import k_diffusion
+
+HEAVY = {
+    "accelerate", "diffusers", "matplotlib", "PIL", "pandas", "pydantic", "scipy", "sklearn",
+    "safetensors", "tqdm", "transformers", "tyro", "torchvision", "wandb",
+}  # fmt: skip
+
+
+def modules_after(code):
+    """Top-level names in sys.modules that the code adds to those of `import torch`."""
+    script = f"import sys, torch\nbefore = set(sys.modules)\n{code}\n" + (
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_brings_in_torch_alone():
+    # Beyond torch's own lazy parts only the package itself.
+    assert modules_after("import k_diffusion") == {"k_diffusion"}
+
+
+@pytest.mark.parametrize("room", ["sampling", "models", "denoiser", "utils"])
+def test_the_core_is_light(room):
+    brought = modules_after(f"import k_diffusion.{room}")
+    assert "k_diffusion" in brought
+    assert not brought & HEAVY
+
+
+def test_sampling_needs_nothing_heavy_to_run():
+    code = (
+        "from k_diffusion.sampling import KSampler\n"
+        "KSampler(lambda x, s: x / 2, 'karras').sample(torch.randn(1, 2), 3)"
+    )
+    assert not modules_after(code) & HEAVY
+
+
+def test_distribution():
+    assert importlib.metadata.version("k-diffusion") == k_diffusion.__version__ == "0.3.0.dev0"
+
+
+def test_rooms_load_when_asked_for():
+    assert k_diffusion.sampling.KSampler.__name__ == "KSampler"
+    assert k_diffusion.models.UNet.__name__ == "UNet"
+    assert "sampling" in dir(k_diffusion)
+    with pytest.raises(AttributeError, match="gns is not there yet"):
+        _ = k_diffusion.gns
+    with pytest.raises(AttributeError, match="no attribute 'smapling'"):
+        _ = k_diffusion.smapling
