@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.denoiser import make_denoiser
+from k_diffusion.models import make_model
 from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
 
@@ -380,8 +381,6 @@ def load_denoiser(
     Raises:
         CheckpointError: missing, damaged, not a checkpoint, or it does not fit the network.
     """
-    from k_diffusion.models import make_model
-
     info, weights = read_checkpoint(path, [_weights_part(ema)])
     chosen = _chosen(info, weights, ema)
     try:

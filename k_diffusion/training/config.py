@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from pydantic import (
 )
 
 from k_diffusion.denoiser import DENOISERS
+from k_diffusion.models import make_model
 from k_diffusion.training.loss import check_options
 from k_diffusion.utils.maths import nearest, unknown
 from k_diffusion.utils.scheduler import make_scheduler
@@ -60,8 +62,14 @@ class DigitsConfig(_Config):
     split_seed: Amount = Field(default=0, description="Decides which images are held out.")
 
 
-def _listed_size(value: Any) -> Any:
+def _from_list(value: Any) -> Any:
+    """TOML and JSON have lists where we have tuples."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def _pair(value: Any) -> Any:
+    one = isinstance(value, int) and not isinstance(value, bool)
+    return (value, value) if one else _from_list(value)
 
 
 class FolderConfig(_Config):
@@ -69,7 +77,7 @@ class FolderConfig(_Config):
 
     source: Literal["folder"] = Field(default="folder", description="Which kind of data this is.")
     path: str = Field(description="The folder.")
-    size: Annotated[Count | tuple[Count, Count], BeforeValidator(_listed_size)] = Field(
+    size: Annotated[tuple[Count, Count], BeforeValidator(_pair)] = Field(
         description="Height and width in pixels that training sees; one number: a square."
     )
     channels: Literal[1, 3, 4] = Field(default=3, description="1: grey, 3: RGB, 4: RGB and alpha.")
@@ -134,7 +142,7 @@ class OptimizerConfig(_Config):
     final_share: Share = Field(
         default=0.0, description="What is left of lr at the end, for cosine."
     )
-    betas: Annotated[tuple[Below1, Below1], BeforeValidator(_listed_size)] = Field(
+    betas: Annotated[tuple[Below1, Below1], BeforeValidator(_from_list)] = Field(
         default=(0.9, 0.999),
         description="Decay of AdamW's averages of the gradient and of its square.",
     )
@@ -228,7 +236,7 @@ class TrainConfig(_Config):
             and not isinstance(sigma_data, bool)
             and 0 < sigma_data < math.inf
         ):
-            raise ValueError(f"sigma_data is {sigma_data!r}; give a number above 0, or 'auto'")
+            raise ValueError(f"sigma_data = {sigma_data!r}; give a number above 0, or 'auto'")
         check_model(value)
         return value
 
@@ -264,8 +272,6 @@ def check_model(model: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the registry of models or the model itself refuses them.
     """
-    from k_diffusion.models import make_model
-
     settled = {**model, **({"sigma_data": 1.0} if model.get("sigma_data") == AUTO else {})}
     with torch.device("meta"):
         _plainly(make_model, settled)
@@ -396,9 +402,13 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "literal_error":
         choices = first["ctx"]["expected"]
         return f"{key} = {_short(first['input'])} is not one of {choices}{more}"
-    message = first["msg"].removeprefix("Value error, ")
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
+    message = message.replace("Input should be a valid tuple", "Input should be a list")
+    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        # What is wrong lies inside, and the message says where.
+        return f"{key}{'.' if re.match('[a-z_]+ = ', message) else ': '}{message}{more}"
     message = message[0].lower() + message[1:] if message.startswith("Input") else message
-    return f"{key} = {_short(first['input'])}: {' '.join(message.split())}{more}"
+    return f"{key} = {_short(first['input'])}: {message}{more}"
 
 
 def _keys(loc: Sequence[int | str]) -> list[str]:
@@ -406,7 +416,7 @@ def _keys(loc: Sequence[int | str]) -> list[str]:
     parts = [str(part) for part in loc]
     if parts[:1] == ["data"] and len(parts) > 1 and parts[1] in ("digits", "folder"):
         del parts[1]
-    return [part for part in parts if "[" not in part and part not in ("int", "float")]
+    return parts
 
 
 def _known_keys(above: Sequence[str], loc: Sequence[int | str]) -> list[str]:

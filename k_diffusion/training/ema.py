@@ -65,7 +65,8 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the network's present weights, in one multi-tensor call."""
-        new = [self._live[name].detach().to(torch.float32) for name in self._average]
+        live = [self._live[name] for name in self._average]
+        new = [tensor if tensor.dtype is torch.float32 else tensor.float() for tensor in live]
         if new:
             torch._foreach_lerp_(list(self._average.values()), new, 1 - self.decay)
         for name, tensor in self._copied.items():

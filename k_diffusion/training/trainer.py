@@ -11,6 +11,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
+from k_diffusion.models import make_model
 from k_diffusion.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
@@ -114,13 +116,13 @@ class Trainer:
         network: nn.Module | None = None,
         source: Source | None = None,
     ) -> None:
-        from k_diffusion.models import make_model
-
         self.accelerator = _accelerator(config.precision)
         self.device: torch.device = self.accelerator.device
         options = config.data.model_dump()
         self.source = make_source(**options) if source is None else source
         self.config = config = settle(config, self.source)
+        if network is None:
+            _check_shape(config.model, self.source)
         self.stream = Stream(
             self.source,
             config.batch_size,
@@ -213,7 +215,7 @@ class Trainer:
             Loss, norm of the gradient, and whether the step was skipped.
         """
         x0, sigma, noise, condition = self._inputs(batch)
-        torch.manual_seed(self._seed(Purpose.NETWORK, self.accelerator.process_index))
+        _seed_network(self._seed(Purpose.NETWORK, self.accelerator.process_index), self.device)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = self._module(x0, sigma, noise, **condition).mean()
@@ -225,16 +227,15 @@ class Trainer:
         # The one place where the host waits for the device: what follows depends on it.
         loss_value, norm_value = torch.stack([total.double(), norm.double()]).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-        if finite and self.config.grad_clip is not None:
-            nn.utils.clip_grads_with_norm_(
-                self._parameters, self.config.grad_clip, norm, foreach=True
-            )
+        clip = self.config.grad_clip
+        if finite and clip is not None and norm_value > clip:
+            nn.utils.clip_grads_with_norm_(self._parameters, clip, norm, foreach=True)
         scaler = getattr(self.accelerator, "scaler", None)
         if finite or (scaler is not None and not math.isfinite(norm_value)):
             self._optimizer.step()  # the scaler skips by itself here, and learns from it
         elif scaler is not None:
             scaler.update()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         self.step += 1
         if finite:
             self.ema.update()
@@ -346,6 +347,15 @@ def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
+def _seed_network(seed: int, device: torch.device) -> None:
+    """Seed what dropout draws from. (torch.manual_seed seeks every kind of device each time.)"""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
+
+
 def settle(config: TrainConfig, source: Source) -> TrainConfig:
     """The config with what the data decides: in_channels, and a sigma_data of "auto".
 
@@ -364,6 +374,15 @@ def settle(config: TrainConfig, source: Source) -> TrainConfig:
             raise ConfigError("model.sigma_data is auto, but all values of the data are equal")
         model["sigma_data"] = source.std
     return config.model_copy(update={"model": model})
+
+
+def _check_shape(model: Mapping[str, Any], source: Source) -> None:
+    """Run the network on one image without memory, to see whether it takes the data's shape."""
+    with torch.device("meta"), torch.no_grad(), suppress(NotImplementedError, RuntimeError):
+        try:
+            make_model(model)(torch.zeros(1, *source.shape), torch.zeros(1))
+        except ValueError as error:
+            raise ConfigError(f"model and data do not fit each other: {error}") from None
 
 
 def _check_classes(num_classes: int, source: Source) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +11,43 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import k_diffusion.models as models
+from k_diffusion.models import MODELS
+from k_diffusion.models.registry import known_fields
 from k_diffusion.training.config import TrainConfig, make_config
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    in_channels: int = 1
+    width: int = 8
+    num_classes: int = 0
+    dropout: float = 0.0
+    prediction: str = "eps"
+    time_convention: str = "timestep"
+    sigma_data: float = 0.5
 
 
 class Tiny(nn.Module):
     """Two layers with dropout, class embedding and a buffer."""
 
-    def __init__(
-        self,
-        in_channels: int = 1,
-        width: int = 8,
-        num_classes: int = 0,
-        dropout: float = 0.0,
-        prediction: str = "eps",
-        time_convention: str = "timestep",
-        sigma_data: float = 0.5,
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.prediction = prediction
-        self.time_convention = time_convention
-        self.sigma_data = sigma_data
-        self.enter = nn.Conv2d(in_channels, width, 3, padding=1)
-        self.classes = nn.Embedding(num_classes + 1, width)
+        self.config = config = TinyConfig(**options)
+        self.num_classes = config.num_classes
+        self.prediction = config.prediction
+        self.time_convention = config.time_convention
+        self.sigma_data = config.sigma_data
+        channels, width = config.in_channels, config.width
+        self.enter = nn.Conv2d(channels, width, 3, padding=1)
+        self.classes = nn.Embedding(config.num_classes + 1, width)
         self.time = nn.Linear(1, width)
-        self.dropout = nn.Dropout(dropout)
-        self.leave = nn.Conv2d(width, in_channels, 3, padding=1)
+        self.dropout = nn.Dropout(config.dropout)
+        self.leave = nn.Conv2d(width, channels, 3, padding=1)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Tiny:
-        return cls(**config)
+    def from_config(cls, config: Mapping[str, Any]) -> Tiny:
+        return cls(**known_fields(TinyConfig, config))
 
     def forward(self, x: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
         self.calls += 1
@@ -50,19 +57,10 @@ class Tiny(nn.Module):
         return self.leave(self.dropout(torch.nn.functional.silu(hidden)))
 
 
-def make_tiny(config: dict[str, Any]) -> nn.Module:
-    options = dict(config)
-    options.pop("type")
-    return Tiny(**options)
-
-
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> type[Tiny]:
     torch.set_num_threads(1)
-    if hasattr(models, "MODELS"):
-        monkeypatch.setitem(models.MODELS, "tiny", Tiny)
-    else:
-        monkeypatch.setattr(models, "make_model", make_tiny, raising=False)
+    monkeypatch.setitem(MODELS, "tiny", Tiny)
     return Tiny
 
 
