@@ -47,12 +47,12 @@ def _combine(op: Combine) -> Operation:
     if len(op.terms) == 1:
         ((a, ca),) = op.terms
 
-        def run(values: Values, noise: NoiseSource | None) -> None:
+        def scaled(values: Values, noise: NoiseSource | None) -> None:
             values[name] = values[a] if ca == 1 else values[a] * ca
             for dead in drop:
                 del values[dead]
 
-        return run
+        return scaled
 
     if len(states) > 1 and abs(total - 1) <= 1e-15 * sum(abs(c) for _, c in states):
         # Coefficients that sum to 1, as on all unit-signal and flow levels, are a chain of
@@ -64,7 +64,7 @@ def _combine(op: Combine) -> Operation:
             chain.append((term, c / partial))
         (b, cb), *more = chain
 
-        def run(values: Values, noise: NoiseSource | None) -> None:
+        def interpolated(values: Values, noise: NoiseSource | None) -> None:
             out = torch.lerp(values[a], values[b], cb)
             for term, weight in more:
                 out.lerp_(values[term], weight)
@@ -74,12 +74,12 @@ def _combine(op: Combine) -> Operation:
             for dead in drop:
                 del values[dead]
 
-        return run
+        return interpolated
 
     # A coefficient of exactly 1 goes first: it needs no multiplication of its own.
     (a, ca), (b, cb), *rest = sorted(op.terms, key=lambda term: term[1] != 1)
 
-    def run(values: Values, noise: NoiseSource | None) -> None:
+    def summed(values: Values, noise: NoiseSource | None) -> None:
         if ca == 1:
             out = torch.add(values[a], values[b], alpha=cb)
         else:
@@ -91,7 +91,7 @@ def _combine(op: Combine) -> Operation:
         for dead in drop:
             del values[dead]
 
-    return run
+    return summed
 
 
 def _draw(op: Draw) -> Operation:

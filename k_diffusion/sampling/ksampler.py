@@ -13,7 +13,8 @@ from torch import Tensor
 from k_diffusion.denoiser import make_denoiser, model_device
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.noise import SampleNoise
-from k_diffusion.sampling.plan import Churn, Plan, Solver, get_solver, make_plan
+from k_diffusion.sampling.plan import Churn, Plan, make_plan
+from k_diffusion.sampling.registry import Solver, get_solver
 from k_diffusion.utils.levels import FLOW, Level, Levels, Path
 from k_diffusion.utils.scheduler import (
     FlowScheduler,

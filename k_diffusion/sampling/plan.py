@@ -13,18 +13,14 @@ drives it once on the host, in float64, and keeps the linear combinations that i
 from __future__ import annotations
 
 import functools
-import inspect
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from k_diffusion.sampling.expr import Assignment, Expr, Interval, Node, Tracer
-from k_diffusion.utils import maths
+from k_diffusion.sampling.registry import Answers, Solver, get_solver
 from k_diffusion.utils.levels import Level, Levels
-
-Answers = Any  # one Expr, or a tuple of them where a solver declares outputs=2
-SolverFunction = Callable[..., Generator[tuple[Expr, Level], Answers, Expr]]
 
 
 @dataclass(frozen=True)
@@ -174,92 +170,6 @@ class Churn:
         for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class Solver:
-    """A registered sampling method.
-
-    Attributes:
-        name: what users call it.
-        function: the generator `(x, levels, noise, **options)`.
-        order: order of convergence that the formula has on a general problem (weak order for a
-            stochastic one), measured by the tests.
-        source: authors, year, arXiv id, place.
-        stochastic: whether it draws noise with its default options.
-        outputs: answers that it takes from the denoiser for each query.
-        predictor: whether a state that it queries may be a mere prediction, corrected later.
-    """
-
-    name: str
-    function: SolverFunction
-    order: int
-    source: str
-    stochastic: bool = False
-    outputs: int = 1
-    predictor: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
-
-    @property
-    def summary(self) -> str:
-        """First sentence of the docstring."""
-        return (inspect.getdoc(self.function) or "").split("\n")[0]
-
-    def check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuses by name an option that the solver does not have, or of another type."""
-        for key, value in options.items():
-            if key not in self.options:
-                raise ValueError(maths.unknown(f"option of {self.name},", key, self.options))
-            default = self.options[key]
-            kind = float if isinstance(default, float) else type(default)
-            good = maths.is_number(value) if kind is float else isinstance(value, kind)
-            if not good or isinstance(value, bool) != isinstance(default, bool):
-                raise ValueError(f"{self.name}'s {key} must be of type {kind.__name__}: {value!r}")
-            if maths.is_number(value) and not math.isfinite(value):
-                raise ValueError(f"{self.name}'s {key} must be finite, got {value!r}")
-
-
-SOLVERS: dict[str, Solver] = {}
-
-
-def solver(
-    *,
-    order: int,
-    source: str,
-    stochastic: bool = False,
-    outputs: int = 1,
-    predictor: bool = False,
-) -> Callable[[SolverFunction], Solver]:
-    """Registers a generator as a solver under its own name; see `Solver` for the arguments.
-
-    Options are the generator's keyword-only parameters, each with a default.
-    """
-
-    def register(function: SolverFunction) -> Solver:
-        name = function.__name__
-        if name in SOLVERS:
-            raise ValueError(f"a solver named {name!r} is registered already")
-        parameters = inspect.signature(function).parameters.values()
-        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        SOLVERS[name] = Solver(
-            name, function, order, source, stochastic, outputs, predictor, options
-        )
-        return SOLVERS[name]
-
-    return register
-
-
-def get_solver(name: str | Solver) -> Solver:
-    """A registered solver; a Solver passes through.
-
-    Raises:
-        ValueError: unknown name (the nearest known one is offered).
-    """
-    if isinstance(name, Solver):
-        return name
-    if name not in SOLVERS:
-        raise ValueError(maths.unknown("sampler", name, SOLVERS))
-    return SOLVERS[name]
 
 
 def make_plan(

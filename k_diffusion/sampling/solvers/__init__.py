@@ -2,7 +2,7 @@
 imported here): registration alone gives it its tests, its row in the docs and its command line.
 """
 
-from k_diffusion.sampling.plan import SOLVERS, Solver, get_solver, solver
+from k_diffusion.sampling.registry import SOLVERS, Solver, get_solver, solver
 from k_diffusion.sampling.solvers import exponential, linear, stochastic
 
 __all__ = ["SOLVERS", "Solver", "exponential", "get_solver", "linear", "solver", "stochastic"]

@@ -2,7 +2,7 @@
 
 With data prediction d, x / sigma gains the integral of exp(lambda) d; with noise prediction eps,
 x / alpha loses the integral of exp(-lambda) eps (Lu et al. 2022, arXiv:2206.00927, eq. 3.4, and
-arXiv:2211.01095, eq. 8). The methods differ in how they interpolate d or eps. Into clean data
+arXiv:2211.01095, section 4.1). The methods differ in how they interpolate d or eps. Into clean data
 (sigma = 0, lambda infinite) no interpolation reaches, and each takes one first-order step.
 """
 
@@ -12,8 +12,9 @@ from functools import partial
 from math import exp, expm1, factorial
 from typing import Any
 
-from k_diffusion.sampling.plan import Expr, solver
-from k_diffusion.sampling.solvers.linear import Trace, noise_in
+from k_diffusion.sampling.expr import Expr
+from k_diffusion.sampling.registry import Trace, solver
+from k_diffusion.sampling.solvers.linear import noise_in
 from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import lagrange_integrals, solve_linear
 
@@ -177,7 +178,7 @@ def exp_ab3(x: Expr, levels: Any, noise: Any) -> Trace:
     return x
 
 
-@solver(order=2, source="Zhang and Chen 2022, arXiv:2204.13902, eq. 14, polynomials in log rho")
+@solver(order=2, source="Zhang and Chen 2022, arXiv:2204.13902, section 3, polynomials in log rho")
 def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     """DEIS: exponential Adams-Bashforth on the noise estimate, a polynomial in log-SNR.
 
@@ -206,7 +207,9 @@ def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     return x
 
 
-@solver(order=3, source="Zhao et al. 2023, arXiv:2302.04867, algorithm 5, B2(h)", predictor=True)
+@solver(
+    order=3, source="Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2, B2(h)", predictor=True
+)
 def unipc(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     """UniPC: a multistep predictor whose result is corrected by the answer that the next step needs
     anyway, on data estimates.

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from k_diffusion.sampling.plan import Expr, SolverFunction, solver
+from k_diffusion.sampling.expr import Expr
+from k_diffusion.sampling.registry import Trace, solver
 from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import lagrange_integrals
-
-Trace = Any  # the generator type of a solver; see plan.SolverFunction
-__all__ = ["SolverFunction", "dpm_2", "euler", "heun", "lms"]
 
 
 def noise_in(x: Expr, d: Expr, s: Level) -> Expr:
@@ -52,7 +50,7 @@ def heun(x: Expr, levels: Any, noise: Any) -> Trace:
     return x
 
 
-@solver(order=2, source="Karras et al. 2022, arXiv:2206.00364, eq. 5 of appendix D.2 (alpha = 1/2)")
+@solver(order=2, source="Karras et al. 2022, arXiv:2206.00364, algorithm 3, midpoint in log sigma")
 def dpm_2(x: Expr, levels: Any, noise: Any) -> Trace:
     """Midpoint method, with the midpoint in log-SNR; one Euler step to sigma = 0."""
     for s, t in levels.pairs():

@@ -8,9 +8,9 @@ from __future__ import annotations
 from math import expm1, sqrt
 from typing import Any
 
-from k_diffusion.sampling.plan import Expr, solver
+from k_diffusion.sampling.expr import Expr
+from k_diffusion.sampling.registry import Trace, solver
 from k_diffusion.sampling.solvers.exponential import data_step, third_order_terms
-from k_diffusion.sampling.solvers.linear import Trace
 from k_diffusion.utils.levels import Level
 
 
@@ -51,7 +51,7 @@ def euler_ancestral(
 
 
 @solver(
-    order=2, source="Lu et al. 2022, arXiv:2211.01095, eq. 18, single-step form", stochastic=True
+    order=2, source="Lu et al. 2022, arXiv:2211.01095, section 5, single-step form", stochastic=True
 )
 def dpmpp_sde(
     x: Expr,
@@ -97,7 +97,7 @@ def _sde_step(x: Expr, d: Expr, s: Level, t: Level, eta: float) -> tuple[Expr, f
     return step, t.sigma * sqrt(-expm1(-2 * eta * h)), whole
 
 
-@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, eq. 19", stochastic=True)
+@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, section 5", stochastic=True)
 def dpmpp_2m_sde(
     x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> Trace:
@@ -116,7 +116,7 @@ def dpmpp_2m_sde(
     return x
 
 
-@solver(order=2, source="3M in arXiv:2211.01095, eq. 19, as it is in use", stochastic=True)
+@solver(order=2, source="3M as in use, in the SDE of arXiv:2211.01095, section 5", stochastic=True)
 def dpmpp_3m_sde(
     x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> Trace:
