@@ -13,7 +13,8 @@ HEAD = """# Samplers
 Made by `python docs/make_samplers.py` from the registry: do not edit.
 
 *Order* is the order of convergence that the formula has on a general problem (for those that draw
-noise the weak order, on Gaussian data), as `tests/invariants` measures it, not the number in a name.
+noise the weak order, on Gaussian data), as `tests/invariants` measures it, not the number in its
+name.
 *Calls* are calls of the model a step. *Live* is the most state-sized tensors that a run holds at
 once. Every sampler takes levels on any path (variance exploding, variance preserving, flow), ending
 at 0 or above it; from pure noise its first step is one of DDIM.
