@@ -102,11 +102,15 @@ class Source:
 
     @functools.cached_property
     def moments(self) -> tuple[float, float]:
-        """Mean and standard deviation over all values of (at most 512, evenly spread) images."""
+        """Mean and standard deviation of all finite values of (at most 512, evenly spread) images;
+        0 and 0 where there are none."""
         count = min(len(self), 512)
         batch = self.batch(torch.arange(count) * len(self) // count)
         self.report(batch.bad)
         values = as_float(batch.images).double()
+        values = values[values.isfinite()]
+        if not len(values):
+            return 0.0, 0.0
         return float(values.mean()), float(values.std(correction=0))
 
     @property

@@ -402,8 +402,11 @@ def _accelerator(precision: str) -> Any:
     if shared and shared.get("_mixed_precision") != precision:
         AcceleratorState._reset_state()  # another run of this process had another precision
     try:
-        return Accelerator(mixed_precision=precision)
+        accelerator = Accelerator(mixed_precision=precision)
     except ValueError as error:
         AcceleratorState._reset_state()
         message = " ".join(str(error).split())
         raise ConfigError(f"precision = {precision!r} does not work here: {message}") from None
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("precision = 'fp16' needs a GPU; give 'bf16' or 'no'")
+    return accelerator

@@ -1,0 +1,531 @@
+"""The loop: a function of seed and step, bitwise the same after any stop, unharmed by a NaN."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from k_diffusion.training import load_denoiser
+from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint
+from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig
+from k_diffusion.training.dataset import ArraySource, Digits
+from k_diffusion.training.optimizer import learning_rate
+from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
+
+MakeConfig = Callable[..., TrainConfig]
+PARTS = ("model", "ema", "optimizer")
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    _, parts = read_checkpoint(path, PARTS)
+    return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
+
+
+def assert_bitwise_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def train(config: TrainConfig, path: Path, steps: int | None = None, **kwargs: Any) -> list[float]:
+    """Train some steps (all: None), save, and give the losses."""
+    trainer = Trainer(config, **kwargs)
+    losses = []
+    if steps != 0:
+        for state in trainer:
+            losses.append(state.loss)
+            if steps is not None and len(losses) == steps:
+                break
+    trainer.save(path)
+    return losses
+
+
+# ---------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stops", [(10,), (1, 2, 13)])
+def test_resumed_run_is_bitwise_the_unbroken_one(
+    make_run_config: MakeConfig, tmp_path: Path, workers: int, stops: tuple[int, ...]
+) -> None:
+    # 1438 images of batch 128: 11.2 steps an epoch, so that the stops lie inside one.
+    changes = {"batch_size": 128, "total_images": 128 * 20}
+    config = make_run_config(**changes)
+    whole = train(config, tmp_path / "whole.safetensors")
+    assert len(whole) == 20
+    config = make_run_config(**changes, workers=workers)
+    losses, at, path = [], 0, None
+    for i, stop in enumerate([*stops, 20]):
+        before, path = path, tmp_path / f"{i}.safetensors"
+        torch.manual_seed(i)  # a resumed process has another global generator
+        losses += train(config, path, stop - at, resume=before)
+        at = stop
+    assert losses == whole
+    assert path is not None
+    assert_bitwise_equal(contents(path), contents(tmp_path / "whole.safetensors"))
+    info, _ = read_checkpoint(path)
+    assert (info.step, info.images_seen, info.state["ema_updates"]) == (20, 2560, 20)
+
+
+def test_same_seed_same_run_and_another_seed_another(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    one = train(make_run_config(), tmp_path / "1.safetensors")
+    assert train(make_run_config(), tmp_path / "2.safetensors") == one
+    assert_bitwise_equal(contents(tmp_path / "1.safetensors"), contents(tmp_path / "2.safetensors"))
+    other = train(make_run_config(seed=4), tmp_path / "3.safetensors")
+    assert all(a != b for a, b in zip(one, other, strict=True))
+
+
+def test_resume_past_the_end_does_nothing(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    train(make_run_config(), path)
+    assert list(Trainer(make_run_config(), resume=path)) == []
+
+
+def test_a_longer_run_goes_on_from_a_shorter(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    short, long = make_run_config(total_images=320), make_run_config()
+    train(short, tmp_path / "half.safetensors")
+    train(long, tmp_path / "two.safetensors", resume=tmp_path / "half.safetensors")
+    train(long, tmp_path / "one.safetensors")
+    assert_bitwise_equal(
+        contents(tmp_path / "one.safetensors"), contents(tmp_path / "two.safetensors")
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 4}, "a run with seed = 3, not 4"),
+        ({"batch_size": 16}, "batch_size = 32, not 16"),
+        ({"data": {"source": "digits", "split": "all"}}, "data.images = 1438, not 1797"),
+        ({"model": {"type": "tiny", "width": 9}}, r"model\.dropout = 0.2, not None"),
+        ({"process": {"name": "karras"}}, r"process = None, not None|process\.name = None"),
+    ],
+)
+def test_checkpoint_of_another_run_is_refused(
+    make_run_config: MakeConfig, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "a.safetensors"
+    train(make_run_config(), path, 0)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        Trainer(make_run_config(**changes), resume=path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_may_change_at_a_resume(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    train(make_run_config(), path, 5)
+    changed = make_run_config(
+        total_images=6400, workers=1, optimizer={"lr": 1e-4}, precision="bf16"
+    )
+    assert Trainer(changed, resume=path).images_seen == 160
+
+
+def test_inference_file_cannot_be_resumed(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    from k_diffusion.training import save_inference
+
+    train(make_run_config(), tmp_path / "a.safetensors", 2)
+    save_inference(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    with pytest.raises(CheckpointError, match="for sampling only"):
+        Trainer(make_run_config(), resume=tmp_path / "b.safetensors")
+
+
+# ---------------------------------------------------------------- a step
+
+
+class Spy(nn.Module):
+    """Remembers what it was shown; predicts a learned constant."""
+
+    prediction = "flow"
+    time_convention = "unit"
+    num_classes = 10
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.spare = nn.Parameter(torch.ones(2))  # never used: it has no gradient
+        self.seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, t: Tensor, class_label: Tensor) -> Tensor:
+        self.seen.append((x, t, class_label, torch.rand(3)))
+        return self.weight.expand_as(x)
+
+
+FLOW = {"type": "tiny", "num_classes": 10, "prediction": "flow", "time_convention": "unit"}
+
+
+def test_steps_draw_anew_and_independently(make_run_config: MakeConfig) -> None:
+    spy = Spy()
+    source = ArraySource(torch.zeros(64, 1, 4, 4), torch.arange(64) % 10, list("0123456789"))
+    config = make_run_config(model=FLOW, total_images=32 * 200, label_dropout=0.25)
+    for _ in Trainer(config, network=spy, source=source):
+        pass
+    assert len(spy.seen) == 200
+    times = torch.stack([t for _, t, _, _ in spy.seen])
+    # x0 = 0, so x = sigma · noise, and sigma is the flow's time.
+    noise = torch.stack([x for x, _, _, _ in spy.seen]) / times[..., None, None, None]
+    assert abs(noise.mean()) < 3.3 / noise.numel() ** 0.5
+    assert abs(noise.var() - 1) < 3.3 * (2 / noise.numel()) ** 0.5
+    flat = noise.flatten(1)
+    assert (flat[1:] * flat[:-1]).mean(1).abs().max() < 5 / flat.shape[1] ** 0.5
+    logits = torch.logit(times.double())
+    assert (logits.mean(1).abs() < 0.2).all()  # stratified in each step
+    assert abs(logits.mean()) < 0.01
+    assert abs(logits.std() - 1) < 0.02
+    hidden = (torch.stack([c for _, _, c, _ in spy.seen]) == 10).float().mean()
+    assert abs(hidden - 0.25) < 3.3 * (0.25 * 0.75 / 6400) ** 0.5
+    assert len({tuple(r.tolist()) for _, _, _, r in spy.seen}) == 200
+
+
+def test_a_step_depends_on_seed_and_step_alone(make_run_config: MakeConfig) -> None:
+    source = ArraySource(torch.zeros(8, 1, 4, 4), torch.zeros(8, dtype=torch.int64), ["a"] * 10)
+    whole, late = Spy(), Spy()
+    config = make_run_config(model=FLOW)
+    list(Trainer(config, network=whole, source=source))
+    trainer = Trainer(config, network=late, source=source)
+    trainer.step = 15
+    list(trainer)
+    for one, other in zip(whole.seen[15:], late.seen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_processes_cut_the_step_of_one(make_run_config: MakeConfig) -> None:
+    trainer = Trainer(make_run_config())
+    whole = trainer._inputs(trainer.stream[3])
+    parts = []
+    for rank in range(2):
+        part = Trainer(make_run_config())
+        part.stream.rank, part.stream.world = rank, 2
+        parts.append(part._inputs(part.stream[3]))
+    for i in range(3):
+        assert torch.equal(torch.cat([p[i] for p in parts]), whole[i])  # type: ignore[misc]
+    labels = torch.cat([p[3]["class_label"] for p in parts])
+    assert torch.equal(labels, whole[3]["class_label"])
+
+
+def test_state_tells_the_clock(make_run_config: MakeConfig) -> None:
+    states = list(Trainer(make_run_config(total_images=100)))
+    assert [s.images_seen for s in states] == [32, 64, 96, 128]
+    assert {s.total_images for s in states} == {128}
+    assert [s.step for s in states] == [1, 2, 3, 4]
+    assert states[0].ema_decay == 0
+    assert abs(states[1].ema_decay - (1 - 2**-0.75)) < 1e-12
+    for state in states:
+        expected = (128 - state.images_seen) / state.images_per_second
+        assert abs(state.seconds_left - expected) < 1e-9
+
+
+def test_time_left_counts_this_sessions_images(
+    make_run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that moves one second a look, a resumed run still does 32 images a second."""
+    path = tmp_path / "a.safetensors"
+    train(make_run_config(), path, 10)
+    seconds = iter(range(10**6))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+    state = next(iter(Trainer(make_run_config(), resume=path)))
+    assert (state.images_per_second, state.seconds_left) == (32, 9)
+
+
+def test_training_learns(make_run_config: MakeConfig) -> None:
+    config = make_run_config(total_images=32 * 150, optimizer={"lr": 3e-3})
+    losses = [state.loss for state in Trainer(config)]
+    assert sum(losses[-30:]) < 0.85 * sum(losses[:30])
+
+
+def test_gradient_is_clipped(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    def weights(clip: float | None) -> tuple[float, Tensor]:
+        trainer = Trainer(make_run_config(grad_clip=clip))
+        state = next(iter(trainer))
+        moment = torch.cat(
+            [s["exp_avg"].flatten() for s in trainer.optimizer.state.values()]
+        )  # 0.1 of the gradient after one step
+        return state.grad_norm, moment.norm() * 10
+
+    norm, unclipped = weights(None)
+    assert norm > 1
+    assert abs(unclipped / norm - 1) < 1e-5
+    same, clipped = weights(0.5)
+    assert same == norm
+    assert abs(clipped / 0.5 - 1) < 1e-4
+
+
+def test_weight_decay_spares_biases(make_run_config: MakeConfig) -> None:
+    trainer = Trainer(make_run_config(optimizer={"weight_decay": 0.1}))
+    decayed = {
+        id(p)
+        for group in trainer.optimizer.param_groups
+        for p in group["params"]
+        if group["weight_decay"]
+    }
+    named = {name for name, p in trainer.network.named_parameters() if id(p) in decayed}
+    assert named == {"enter.weight", "classes.weight", "time.weight", "leave.weight"}
+
+
+def test_bf16_trains_close_to_float32(make_run_config: MakeConfig) -> None:
+    full = [s.loss for s in Trainer(make_run_config())]
+    trainer = Trainer(make_run_config(precision="bf16"))
+    half = [s.loss for s in trainer]
+    assert full != half
+    assert max(abs(a / b - 1) for a, b in zip(full, half, strict=True)) < 0.05
+    assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
+    assert next(iter(Trainer(make_run_config()))).loss == full[0]  # and back again
+
+
+def with_scaler(trainer: Trainer, scale: float) -> Trainer:
+    """The loss scaling of fp16, which accelerate gives to GPUs only, on the CPU."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    accelerator = trainer.accelerator
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer._optimizer = AcceleratedOptimizer(trainer.optimizer, scaler=accelerator.scaler)
+    accelerator._optimizers = [trainer._optimizer]
+    accelerator.native_amp = True
+    accelerator.state._mixed_precision = "fp16"
+    return trainer
+
+
+def test_scaled_loss_trains_the_same_and_keeps_its_scale(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    plain = Trainer(make_run_config())
+    list(plain)
+    scaled = with_scaler(Trainer(make_run_config()), 4096.0)
+    states = list(scaled)
+    assert not any(state.skipped for state in states)
+    for a, b in zip(plain.network.parameters(), scaled.network.parameters(), strict=True):
+        assert (a - b).abs().max() < 1e-6  # a power of two: unscaling is exact but for clipping
+    scaled.save(tmp_path / "a.safetensors")
+    state = read_checkpoint(tmp_path / "a.safetensors")[0].state["scaler"]
+    assert state["scale"] == 4096
+    assert state["_growth_tracker"] == 20
+
+
+def test_overflow_lowers_the_scale_and_changes_nothing(make_run_config: MakeConfig) -> None:
+    trainer = with_scaler(Trainer(make_run_config()), 2.0**127)
+    before = {name: p.clone() for name, p in trainer.network.named_parameters()}
+    loop = iter(trainer)
+    state = next(loop)
+    assert state.skipped
+    assert trainer.accelerator.scaler.get_scale() == 2.0**126
+    assert not any(s.get("step", 0) for s in trainer.optimizer.state.values())
+    assert trainer.ema.updates == 0
+    for name, p in trainer.network.named_parameters():
+        assert torch.equal(p, before[name])
+    assert any(not state.skipped for state in loop)
+
+
+def test_nan_loss_under_a_scaler_is_skipped(make_run_config: MakeConfig) -> None:
+    trainer = Trainer(make_run_config(model=FLOW), source=poisoned(0))
+    bad = [i for i in range(20) if 0 in trainer.stream[i].indices]
+    trainer = with_scaler(
+        Trainer(make_run_config(model=FLOW, total_images=1500), source=poisoned(0)), 64.0
+    )
+    states = list(trainer)
+    assert [i for i, s in enumerate(states) if s.skipped][: len(bad)] == bad
+    assert any(s.skipped for s in states)
+    assert all(p.isfinite().all() for p in trainer.network.parameters())
+
+
+def test_precision_that_the_machine_lacks_is_refused(
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import accelerate
+
+    def refuse(**options: Any) -> None:
+        raise ValueError("fp16 mixed precision\n requires a GPU")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerate, "Accelerator", refuse)
+        with pytest.raises(ConfigError, match="'fp16' does not work here: fp16 .* a GPU$"):
+            Trainer(make_run_config(precision="fp16"))
+    if not torch.cuda.is_available():  # accelerate would quietly compute in float32
+        with pytest.raises(ConfigError, match="precision = 'fp16' needs a GPU; give 'bf16'"):
+            Trainer(make_run_config(precision="fp16"))
+    assert len(list(Trainer(make_run_config(total_images=32)))) == 1
+
+
+# ---------------------------------------------------------------- not finite
+
+
+def poisoned(bad: int) -> ArraySource:
+    digits = Digits()
+    images = digits.images.clone()
+    images[bad] = math.nan
+    return ArraySource(images, digits.labels, digits.class_names)
+
+
+def test_a_nan_image_skips_its_step_and_nothing_else(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    model = {"type": "tiny", "num_classes": 10, "prediction": "flow", "time_convention": "unit"}
+    config = make_run_config(model=model)
+    clean = Trainer(config)
+    bad = int(clean.stream[7].indices[5])
+    trainer = Trainer(config, source=poisoned(bad))
+    before: dict[str, Tensor] = {}
+    states: list[TrainState] = []
+    for state in trainer:
+        trainer.save(tmp_path / "now.safetensors")
+        now = contents(tmp_path / "now.safetensors")
+        if state.step == 8:
+            for name, tensor in now.items():
+                if not name.endswith("calls"):
+                    assert torch.equal(tensor, before[name]), name
+        before = now
+        states.append(state)
+    assert [s.step for s in states if s.skipped] == [8]
+    assert math.isnan(states[7].loss)
+    assert states[7].ema_decay == 1
+    assert [s.skipped_steps for s in states] == [0] * 7 + [1] * 13
+    assert len(states) == 20
+    assert all(tensor.isfinite().all() for tensor in before.values())
+    assert trainer.ema.updates == 19
+
+
+def test_infinite_gradient_of_a_finite_loss_is_skipped(make_run_config: MakeConfig) -> None:
+    class Cusp(Spy):
+        def forward(self, x: Tensor, t: Tensor, class_label: Tensor) -> Tensor:
+            # The square root's slope at 0 is infinite, and 0 times infinity no number.
+            return x * (self.weight * 0).sqrt()
+
+    network = Cusp()
+    trainer = Trainer(make_run_config(model=FLOW), network=network)
+    state = next(iter(trainer))
+    assert math.isfinite(state.loss)
+    assert not math.isfinite(state.grad_norm)
+    assert state.skipped
+    assert network.weight.isfinite().all()
+
+
+def test_too_many_in_a_row_end_the_run(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    digits = Digits()
+    source = ArraySource(digits.images * math.nan, digits.labels, digits.class_names)
+    config = make_run_config(model=FLOW, max_skipped=3)
+    states = []
+
+    def run() -> None:
+        states.extend(Trainer(config, source=source))
+
+    with pytest.raises(TrainingError, match="3 steps in a row were not finite .* at 96 images"):
+        run()
+    # The count goes on over a stop.
+    trainer = Trainer(config, source=source)
+    loop = iter(trainer)
+    next(loop), next(loop)
+    trainer.save(tmp_path / "a.safetensors")
+    again = Trainer(config, source=source, resume=tmp_path / "a.safetensors")
+    with pytest.raises(TrainingError, match="at 96 images"):
+        list(again)
+
+
+# ---------------------------------------------------------------- config and data
+
+
+def test_data_settles_the_model(make_run_config: MakeConfig) -> None:
+    trainer = Trainer(make_run_config())
+    assert trainer.config.model["in_channels"] == 1
+    assert abs(trainer.config.model["sigma_data"] - Digits().std) < 1e-12
+    assert trainer.denoiser.sigma_data == trainer.config.model["sigma_data"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"in_channels": 3}, "model.in_channels is 3, but the data has 1 channels"),
+        ({"num_classes": 11}, "model.num_classes is 11, but the data has 10 classes"),
+        (
+            {"type": "unet", "channels": 8, "head_channels": 8, "channel_mults": [1] * 5,
+             "attention": [False] * 5},
+            "model and data do not fit each other: x has height 8",
+        ),
+    ],
+)  # fmt: skip
+def test_model_that_does_not_fit_the_data(
+    make_run_config: MakeConfig, model: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Trainer(make_run_config(model={"type": "tiny", **model}))
+
+
+def test_constant_data_has_no_sigma_data(make_run_config: MakeConfig) -> None:
+    source = ArraySource(torch.zeros(8, 1, 4, 4), torch.zeros(8, dtype=torch.int64), ["a"] * 10)
+    with pytest.raises(ConfigError, match="all values of the data are equal"):
+        Trainer(make_run_config(), source=source)
+
+
+def test_unet_trains_resumes_and_loads(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    model = {"type": "unet", "channels": 16, "channel_mults": [1, 2], "attention": [False, True],
+             "blocks": 1, "head_channels": 16, "num_classes": 10, "dropout": 0.1,
+             "prediction": "v"}  # fmt: skip
+    process = {"name": "cosine", "time_max": 0.99}
+    config = make_run_config(model=model, process=process, total_images=256)
+    whole = train(config, tmp_path / "whole.safetensors")
+    half = train(config, tmp_path / "half.safetensors", 3)
+    rest = train(config, tmp_path / "rest.safetensors", resume=tmp_path / "half.safetensors")
+    assert half + rest == whole
+    assert_bitwise_equal(
+        contents(tmp_path / "rest.safetensors"), contents(tmp_path / "whole.safetensors")
+    )
+    denoiser, info = load_denoiser(tmp_path / "rest.safetensors")
+    assert denoiser.process.time_max == 0.99
+    assert info.config == config.model_copy(update={"model": {**model, "in_channels": 1}}).to_json()
+    x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.9])
+    labels = torch.tensor([3, 10])
+    assert denoiser(x, sigma, class_label=labels).isfinite().all()
+
+
+# ---------------------------------------------------------------- learning rate
+
+
+def test_learning_rate_courses() -> None:
+    def course(**options: Any) -> list[float]:
+        config = OptimizerConfig(lr=2.0, **options)
+        return [learning_rate(config, seen, 1000, 100) for seen in range(0, 1100, 100)]
+
+    assert course() == [2.0] * 11
+    assert course(warmup_images=400) == [0.5, 1.0, 1.5] + [2.0] * 8
+    cosine = course(schedule="cosine", final_share=0.1)
+    for i, lr in enumerate(cosine):
+        assert abs(lr - (0.2 + 1.8 * (0.5 + 0.5 * math.cos(math.pi * i / 10)))) < 1e-12
+    both = course(schedule="cosine", warmup_images=400)
+    assert both[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert abs(both[7] - 1.0) < 1e-12  # half-way between the warm-up's end and the run's
+    assert both[10] == 0
+
+
+def test_learning_rate_is_used(make_run_config: MakeConfig) -> None:
+    config = make_run_config(optimizer={"lr": 1e-2, "warmup_images": 320, "schedule": "cosine"})
+    trainer = Trainer(config)
+    for state in trainer:
+        expected = learning_rate(config.optimizer, state.images_seen - 32, 640, 32)
+        assert state.lr == expected
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {expected}
+
+
+LIGHT = """
+import sys
+import k_diffusion.training
+import k_diffusion.training.checkpoint
+heavy = {"accelerate", "sklearn", "pydantic", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+import k_diffusion.training.run, k_diffusion.training.config
+heavy = {"accelerate", "sklearn", "PIL"} & set(sys.modules)
+assert not heavy, heavy
+assert set(k_diffusion.training.__all__) <= set(dir(k_diffusion.training))
+for name in k_diffusion.training.__all__:
+    getattr(k_diffusion.training, name)
+"""
+
+
+def test_imports_stay_light() -> None:
+    subprocess.run([sys.executable, "-c", LIGHT], check=True)
