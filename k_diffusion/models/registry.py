@@ -1,0 +1,162 @@
+"""Models by name: from plain data to a network, with every mistake named.
+
+A model is an `nn.Module` with a frozen dataclass as its `config` and a `from_config` that takes the
+same fields as plain data:
+
+    @register_model("mine")
+    class Mine(nn.Module):
+        def __init__(self, width: int = 64) -> None: ...   # sets self.config = MineConfig(width)
+
+        @classmethod
+        def from_config(cls, config: Mapping[str, Any]) -> Mine:
+            return cls(**known_fields(MineConfig, config))
+
+    make_model({"type": "mine", "width": 32})
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import nn
+
+from k_diffusion.utils.maths import nearest, unknown
+
+MODELS: dict[str, type[nn.Module]] = {}
+"""Name -> class."""
+
+Model = TypeVar("Model", bound=type[nn.Module])
+
+
+def register_model(name: str) -> Callable[[Model], Model]:
+    """Make a model class known by a name.
+
+    Args:
+        name: the "type" of its configs.
+
+    Raises:
+        ValueError: another class has the name.
+        TypeError: the class is no `nn.Module`, or has no `from_config`.
+    """
+
+    def add(cls: Model) -> Model:
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError(f"model {name!r} must be a class derived from nn.Module, got {cls!r}")
+        if not callable(getattr(cls, "from_config", None)):
+            raise TypeError(f"model {name!r}: {cls.__name__} needs a from_config(dict) classmethod")
+        if name in MODELS:
+            taken = MODELS[name]
+            raise ValueError(
+                f"model type {name!r} is taken by {taken.__module__}.{taken.__name__}: "
+                f"register {cls.__name__} under another name"
+            )
+        MODELS[name] = cls
+        return cls
+
+    return add
+
+
+def make_model(config: Mapping[str, Any]) -> nn.Module:
+    """A network, with fresh weights, from plain data.
+
+    Args:
+        config: "type", a name in MODELS, and the options of that model.
+
+    Raises:
+        ValueError: no type, an unknown type or option (the nearest one is offered), or a value
+            that does not fit.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"a model's config must be a mapping, got {type(config).__name__}")
+    if "type" not in config:
+        raise ValueError(f"the model's type is missing; known: {', '.join(MODELS)}")
+    name = config["type"]
+    if not isinstance(name, str) or name not in MODELS:
+        raise ValueError(unknown("model type", name, MODELS))
+    options = {key: value for key, value in config.items() if key != "type"}
+    return MODELS[name].from_config(options)  # type: ignore[attr-defined]
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """The plain data (as JSON has it) from which `make_model` builds a model's like.
+
+    Raises:
+        ValueError: the model's class is not registered.
+    """
+    for name, cls in MODELS.items():
+        if type(model) is cls:
+            fields = dataclasses.asdict(model.config)  # type: ignore[call-overload]
+            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+            return {"type": name, **plain}
+    raise ValueError(f"{type(model).__name__} has no type: register it with register_model")
+
+
+def known_fields(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config's keys and values, once every key is known to be a field of a dataclass.
+
+    Args:
+        cls: the dataclass.
+        config: plain data.
+
+    Raises:
+        ValueError: a key is no field; the nearest one is offered.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"{cls.__name__} is read from a mapping, got {type(config).__name__}")
+    names = [field.name for field in dataclasses.fields(cls)]
+    for key, value in config.items():
+        if key not in names:
+            close = nearest(key, names)
+            hint = f"did you mean {close}?" if close else f"known: {', '.join(names)}"
+            raise ValueError(f"{key} = {value!r} is no option of this model; {hint}")
+    return dict(config)
+
+
+def check_types(config: Any) -> None:
+    """Refuse a dataclass field whose value is not of its annotated type; lists become tuples.
+
+    Understands bool, int, float (a whole number will do), str, None, tuple[..., ...] and unions.
+
+    Raises:
+        ValueError: names the field, its value and what it takes.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, list):  # JSON knows no tuples
+            value = tuple(value)
+            object.__setattr__(config, field.name, value)
+        if not _fits(value, hints[field.name]):
+            raise ValueError(
+                f"{field.name} = {value!r} does not fit; give {_wanted(hints[field.name])}"
+            )
+
+
+_PLURALS = {bool: "true or false values", int: "whole numbers", float: "numbers", str: "names"}
+_SINGULARS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(v, inner) for v in value)
+    if typing.get_args(hint):
+        return any(_fits(value, part) for part in typing.get_args(hint))
+    if hint is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _wanted(hint: Any) -> str:
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_PLURALS[typing.get_args(hint)[0]]}"
+    if typing.get_args(hint):
+        return " or ".join(_wanted(part) for part in typing.get_args(hint))
+    return _SINGULARS.get(hint, "none")

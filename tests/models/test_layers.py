@@ -1,0 +1,100 @@
+"""Group counts and time features: what the layers promise, by number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from k_diffusion.models.layers import (
+    TIME_SCALES,
+    AdaptiveGroupNorm,
+    Conditioning,
+    SelfAttention,
+    norm_groups,
+    sinusoids,
+)
+
+
+def test_norm_groups() -> None:
+    for channels in range(1, 600):
+        groups = norm_groups(channels)
+        assert channels % groups == 0
+        assert groups <= 32
+        assert groups == 1 or channels // groups >= 4
+        # The largest of that kind.
+        assert not any(
+            channels % more == 0 and channels // more >= 4 for more in range(groups + 1, 33)
+        )
+    assert [norm_groups(c) for c in (3, 37, 64, 96, 128, 320)] == [1, 1, 16, 24, 32, 32]
+
+
+def test_sinusoids() -> None:
+    t = torch.tensor([0.0, 1.0, 999.0], dtype=torch.float64)
+    features = sinusoids(t, 4)
+    assert features.shape == (3, 8)
+    for k, frequency in enumerate((1, 1e-1, 1e-2, 1e-3)):
+        assert (features[:, k] - 2**0.5 * (t * frequency).cos()).abs().max() < 1e-12
+        assert (features[:, 4 + k] - 2**0.5 * (t * frequency).sin()).abs().max() < 1e-12
+    assert (features.square().mean(1) - 1).abs().max() < 1e-12
+    assert sinusoids(torch.ones(2, dtype=torch.bfloat16), 4).dtype == torch.float32
+
+
+def test_timestep_and_unit_time_see_the_same_angles() -> None:
+    steps = torch.tensor([0.0, 1.0, 250.5, 999.0])
+    unit = steps / 1000
+    scaled = [t * TIME_SCALES[name] for t, name in ((steps, "timestep"), (unit, "unit"))]
+    assert (sinusoids(scaled[0], 32) - sinusoids(scaled[1], 32)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("convention", "low", "high"),
+    [("timestep", 0.0, 1000.0), ("unit", 0.0, 1.0), ("log_sigma", -2.0, 2.0)],
+)
+def test_time_features_tell_levels_apart(convention: str, low: float, high: float) -> None:
+    """A thousandth of the range is seen, and no two times of the range look the same."""
+    times = torch.linspace(low, high, 1001, dtype=torch.float64) * TIME_SCALES[convention]
+    features = sinusoids(times, 32)
+    distance = torch.cdist(features, features) / 8  # root mean square of the 64 features
+    distance.fill_diagonal_(torch.inf)
+    assert distance.min() > 0.2
+
+
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_conditioning_scales_the_time(scale: float) -> None:
+    torch.manual_seed(0)
+    scaled, plain = Conditioning(16, 8, scale), Conditioning(16, 8, 1.0)
+    plain.load_state_dict(scaled.state_dict())
+    t = torch.tensor([0.25, 0.5])
+    assert torch.equal(scaled(t), plain(t * scale))
+
+
+def test_adaptive_group_norm() -> None:
+    torch.manual_seed(0)
+    norm = AdaptiveGroupNorm(8, 5)
+    x, embedding = torch.randn(3, 8, 4, 6) * 3 + 1, torch.randn(3, 5)
+    scale, shift = norm.modulation(embedding).chunk(2, 1)
+    grouped = x.reshape(3, 2, -1)
+    mean, variance = grouped.mean(2, keepdim=True), grouped.var(2, keepdim=True, correction=0)
+    plain = ((grouped - mean) / (variance + 1e-5).sqrt()).reshape(x.shape)
+    expected = plain * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    assert (norm(x, embedding) - expected).abs().max() < 1e-5
+
+
+def test_self_attention_against_the_formula() -> None:
+    torch.manual_seed(0)
+    attention = SelfAttention(12, 6)
+    nn.init.normal_(attention.out.weight)
+    x = torch.randn(2, 12, 3, 5)
+    tokens = attention.norm(x).reshape(2, 12, 15).transpose(1, 2)
+    heads = []
+    q, k, v = attention.qkv(tokens).split(12, 2)
+    for head in (slice(0, 6), slice(6, 12)):
+        weights = (q[..., head] @ k[..., head].transpose(1, 2) / 6**0.5).softmax(2)
+        heads.append(weights @ v[..., head])
+    added = attention.out(torch.cat(heads, 2)).transpose(1, 2).reshape(x.shape)
+    assert (attention(x) - x - added).abs().max() < 1e-5
+    assert added.std() > 0.1
+    # It knows no positions: moved input, moved output.
+    moved = x.roll((1, 2), (2, 3))
+    assert (attention(moved) - attention(x).roll((1, 2), (2, 3))).abs().max() < 1e-5
