@@ -42,7 +42,8 @@ def one_line(error: BaseException) -> str:
         named = f"{error.filename}: " if error.filename is not None else ""
         return _flat(f"{named}{error.strerror}")
     message = _flat(str(error))
-    if isinstance(error, (ValueError, OSError, ImportError)) and message:
+    ours = type(error).__module__.partition(".")[0] == "k_diffusion"
+    if message and (ours or isinstance(error, (ValueError, OSError, ImportError, ArithmeticError))):
         return message
     kind = type(error).__name__
     return f"{kind}: {message or 'no message'} (K_DIFFUSION_TRACEBACK=1 shows where)"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from k_diffusion.sampling import Churn, KSampler
     from k_diffusion.training.checkpoint import CheckpointInfo
 
-_GRID_HOLDS = 400
+GRID_HOLDS = 400
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Sample:
         device = pick_device(self.device)
         denoiser, info = load_denoiser(self.checkpoint, ema=not self.no_ema, device=device)
         seeds = [self.seed + index for index in range(self.number)]
-        labels = self._labels(info.data.get("num_classes") or 0)
+        labels = self._labels(getattr(denoiser.network, "num_classes", 0))
         with as_usage():
             sampler = KSampler(denoiser, scheduler, solver, churn=churn, **options)
             calls = sampler.plan(self.steps).evaluations
@@ -106,7 +106,7 @@ class Sample:
             ):
                 for index, image in enumerate(images, first):
                     save_png(self.out / names[index], image, texts[index])
-                kept += images[: max(0, _GRID_HOLDS - len(kept))]
+                kept += images[: max(0, GRID_HOLDS - len(kept))]
         grid = image_grid(torch.stack(kept), scale=_grid_scale(kept[0].shape[-1]))
         save_png(self.out / "grid.png", grid, self._text(info, None, labels))
         print(f"{self.number} images and grid.png are in {self.out}")

@@ -10,6 +10,7 @@ import pytest
 
 from k_diffusion.cli import app, main
 from k_diffusion.cli.problems import Stopped, UsageError, one_line, unboxed
+from k_diffusion.training import TrainingError
 
 
 def failure(capsys, *argv: str) -> tuple[int, str]:
@@ -131,6 +132,7 @@ def raising(error: BaseException):
         (UsageError("no"), 2, "k-diffusion made: error: no"),
         (ValueError("one\n  two"), 1, "k-diffusion made: error: one two"),
         (FileNotFoundError(2, "No such file", "a.png"), 1, "error: a.png: No such file"),
+        (TrainingError("20 steps"), 1, "k-diffusion made: error: 20 steps"),
         (KeyError("k"), 1, "error: KeyError: 'k' (K_DIFFUSION_TRACEBACK=1 shows where)"),
         (AssertionError(), 1, "error: AssertionError: no message (K_DIFFUSION_TRACEBACK=1"),
         (KeyboardInterrupt(), 130, "k-diffusion made: stopped"),
