@@ -148,7 +148,7 @@ def run_training(
                     checkpoint = _path(out, state.images_seen)
                     sha256 = trainer.save(checkpoint)
                     if main:
-                        _remove_old(out, config.keep_checkpoints)
+                        _remove_old(out, checkpoint, config.keep_checkpoints, tell)
                 if stopped is not None:
                     tell(
                         f"stopped by {signal.Signals(stopped).name} at {state.images_seen} of "
@@ -255,8 +255,13 @@ def _make_room(out: Path, start: Path | None, overwrite: bool) -> None:
             old.unlink()
 
 
-def _remove_old(out: Path, keep: int) -> None:
-    for old in list_checkpoints(out)[:-keep]:
+def _remove_old(out: Path, newest: Path, keep: int, tell: Callable[[str], None]) -> None:
+    """Leave `keep` checkpoints up to the newest; later ones are of a run given up by a resume."""
+    found = list_checkpoints(out)
+    for later in (path for path in found if path.name > newest.name):
+        tell(f"removing {later}, which the resumed run has not reached")
+        later.unlink(missing_ok=True)
+    for old in [path for path in found if path.name <= newest.name][:-keep]:
         old.unlink(missing_ok=True)
 
 

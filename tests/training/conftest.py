@@ -64,7 +64,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> type[Tiny]:
     return Tiny
 
 
-def config_of(out: Path, **changes: Any) -> TrainConfig:
+def config_of(**changes: Any) -> TrainConfig:
     data = {
         "model": {
             "type": "tiny",
@@ -79,7 +79,6 @@ def config_of(out: Path, **changes: Any) -> TrainConfig:
         "batch_size": 32,
         "seed": 3,
         "log_every_images": 96,
-        "out": str(out),
     }
     return make_config(data | changes)
 
@@ -87,4 +86,4 @@ def config_of(out: Path, **changes: Any) -> TrainConfig:
 @pytest.fixture
 def make_run_config(tmp_path: Path) -> Any:
     """Keys of TrainConfig to change -> the config of a run of 20 small steps."""
-    return lambda **changes: config_of(tmp_path / "run", **changes)
+    return lambda **changes: config_of(**{"out": str(tmp_path / "run"), **changes})
