@@ -231,7 +231,7 @@ class _SigmaRange(Scheduler):
             changes["sigma_min"] = math.exp(-low)
         if self.sigma_max is None and high > -math.inf:
             changes["sigma_max"] = math.exp(-high)
-        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)
