@@ -69,6 +69,25 @@ def test_conditioning_scales_the_time(scale: float) -> None:
     assert torch.equal(scaled(t), plain(t * scale))
 
 
+def test_conditioning_against_the_formula() -> None:
+    torch.manual_seed(0)
+    conditioning = Conditioning(16, 8, 2.0, num_classes=3, embedding_dim=5)
+    state = {name: p.detach() for name, p in conditioning.named_parameters()}
+    t, label, embedding = torch.tensor([3.0, 7.0]), torch.tensor([1, 3]), torch.randn(2, 5)
+    hidden = sinusoids(2 * t, 16) @ state["time.weight"].T + state["time.bias"]
+    hidden = hidden + state["classes.weight"][label] + embedding @ state["vector.weight"].T
+    mapped = (hidden * hidden.sigmoid()) @ state["mapping.weight"].T + state["mapping.bias"]
+    expected = mapped * mapped.sigmoid()
+    assert (conditioning(t, label, embedding) - expected).abs().max() < 1e-5
+
+
+def test_time_and_class_begin_at_like_sizes() -> None:
+    torch.manual_seed(0)
+    conditioning = Conditioning(32, 256, num_classes=100)
+    time = conditioning.time(sinusoids(torch.linspace(0, 1000, 100), 32)).std()
+    assert 0.5 < conditioning.classes.weight.std() / time < 2
+
+
 def test_adaptive_group_norm() -> None:
     torch.manual_seed(0)
     norm = AdaptiveGroupNorm(8, 5)

@@ -87,6 +87,11 @@ def test_the_way_out_for_heads_does_work() -> None:
     UNet(channels=40, channel_mults=(1, 3), attention=(True, True), head_channels=int(found[1]))
 
 
+def test_the_middle_always_attends() -> None:
+    with pytest.raises(ValueError, match="does not divide the 18 channels .* = 18 works"):
+        UNet(channels=9, channel_mults=(1, 2), attention=(False, False))
+
+
 def test_heads_are_no_matter_without_attention() -> None:
     model = UNet(channels=9, channel_mults=(1, 2), attention=(False, False), head_channels=18)
     assert model.down[0][0].attention is None  # type: ignore[index]

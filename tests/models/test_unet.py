@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from k_diffusion.denoiser import DENOISERS, make_denoiser
-from k_diffusion.models import UNet, UNetConfig
+from k_diffusion.models import UNet, UNetConfig, unet
 from k_diffusion.models.unet import PREDICTIONS
 
 
@@ -76,6 +76,12 @@ def test_shapes(options: dict[str, Any], height: int, width: int) -> None:
 def test_the_defaults_work() -> None:
     model = UNet(in_channels=1, num_classes=10)
     assert model(torch.randn(2, 1, 8, 8), torch.ones(2)).shape == (2, 1, 8, 8)
+
+
+def test_a_narrow_network_still_tells_times_apart() -> None:
+    model = tiny(channels=2, head_channels=2)
+    assert model.conditioning.features == 16
+    assert tiny(channels=64).conditioning.features == 32
 
 
 def test_the_signature_and_the_config_are_one() -> None:
@@ -165,10 +171,11 @@ def test_bf16_autocast_is_finite_and_near() -> None:
 
 
 def test_weights_in_bf16_see_the_time_in_float32() -> None:
-    model = tiny().bfloat16()
+    model = tiny(embedding_dim=3).bfloat16()
     x, _ = inputs(2)
+    same, embedding = x[:1].expand(2, -1, -1, -1).bfloat16(), torch.ones(2, 3)
     # bf16 knows no number between 900 and 904.
-    y = model(x[:1].expand(2, -1, -1, -1).bfloat16(), torch.tensor([900.0, 901.0]))
+    y = model(same, torch.tensor([900.0, 901.0]), embedding=embedding)
     assert y.dtype == torch.bfloat16
     assert (y[0] - y[1]).abs().max() > 0.01
 
@@ -323,6 +330,18 @@ def test_checkpointing_saves_memory_and_changes_no_gradient() -> None:
     assert lean < 0.4 * plain
     assert torch.equal(y, z)
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))  # type: ignore[arg-type]
+
+
+def test_checkpointing_rests_where_no_gradient_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It would read the device's random state at every block."""
+    model = tiny(checkpointing=True)
+    x, t = inputs()
+    expected = model(x, t)
+    monkeypatch.setattr(unet, "checkpoint", None)
+    with torch.no_grad():
+        assert torch.equal(model(x, t), expected)
 
 
 # ---------------------------------------------------------------- learning, keeping
