@@ -96,6 +96,15 @@ def test_an_untrained_output_is_zero() -> None:
     assert model(x, t).abs().max() == 0
 
 
+def test_attention_is_where_it_is_asked_for() -> None:
+    options: dict[str, Any] = {"channel_mults": (1, 2, 1), "attention": (False, True, False)}
+    model = tiny(blocks=2, **options)
+    for path in (model.down, model.up):
+        attends = [[b.attention is not None for b in level] for level in path]  # type: ignore[attr-defined]
+        assert attends == [[False] * 2, [True] * 2, [False] * 2]
+    assert [b.attention is not None for b in model.middle] == [True, False]
+
+
 def test_blocks_begin_as_identities() -> None:
     model = tiny(awake=False)
     h = torch.randn(2, 16, 4, 4)
@@ -110,9 +119,18 @@ def test_every_convention_of_the_denoisers_is_known() -> None:
     assert set(PREDICTIONS) == set(DENOISERS)
     for prediction in PREDICTIONS:
         for convention in ("timestep", "unit", "log_sigma"):
-            model = tiny(prediction=prediction, time_convention=convention, num_classes=3)
+            model = tiny(
+                prediction=prediction,
+                time_convention=convention,
+                num_classes=3,
+                embedding_dim=5,
+                sigma_data=0.7,
+            )
+            assert (model.num_classes, model.embedding_dim) == (3, 5)
             denoiser = make_denoiser(model)
             assert type(denoiser) is DENOISERS[prediction]
+            assert denoiser.time_convention == convention
+            assert getattr(denoiser, "sigma_data", 0.7) == 0.7
             x, _ = inputs()
             sigma = torch.tensor([0.2, 0.5, 0.9])
             x0 = denoiser(x, sigma, class_label=torch.tensor([0, 1, 3]))
