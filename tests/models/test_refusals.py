@@ -87,6 +87,11 @@ def test_the_way_out_for_heads_does_work() -> None:
     UNet(channels=40, channel_mults=(1, 3), attention=(True, True), head_channels=int(found[1]))
 
 
+def test_a_config_is_a_mapping() -> None:
+    with pytest.raises(ValueError, match="UNetConfig is read from a mapping, got str"):
+        UNet.from_config("unet")  # type: ignore[arg-type]
+
+
 def test_the_middle_always_attends() -> None:
     with pytest.raises(ValueError, match="does not divide the 18 channels .* = 18 works"):
         UNet(channels=9, channel_mults=(1, 2), attention=(False, False))

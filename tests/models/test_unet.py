@@ -396,3 +396,22 @@ def test_overfits_sixteen_images() -> None:
     with torch.no_grad():
         last = loss(8).item()
     assert last < first / 20
+
+
+def test_the_usual_time_of_a_prediction():
+    usual = {
+        "eps": "timestep",
+        "v": "timestep",
+        "x0": "timestep",
+        "flow": "unit",
+        "edm": "log_sigma",
+    }
+    for prediction, convention in usual.items():
+        model = UNet(channels=8, head_channels=8, prediction=prediction)
+        assert model.time_convention == model.config.time_convention == convention
+        assert make_denoiser(model).time_convention == convention
+    assert UNet(
+        channels=8, head_channels=8, prediction="edm", time_convention="timestep"
+    ).config == (
+        UNet(channels=8, head_channels=8, prediction="edm", time_convention="timestep").config
+    )
