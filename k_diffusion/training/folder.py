@@ -100,8 +100,6 @@ class Folder(Source):
         for place, first in enumerate(indices.tolist()):
             draws = uniforms([seeds[place]], 1, 3)[0].tolist() if seeds is not None else None
             for index in self._from(first):
-                if index in bad:
-                    continue
                 try:
                     images.append(self._image(self.files[index], draws))
                 except Exception as error:  # a decoder may raise anything on a broken file

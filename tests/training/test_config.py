@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from k_diffusion.models import MODELS
 from k_diffusion.training import config as configs
-from k_diffusion.training.config import ConfigError, TrainConfig, load_config, make_config
+from k_diffusion.training.config import ConfigError, load_config, make_config
 
 GOOD: dict[str, Any] = {
     "model": {"type": "tiny", "prediction": "edm", "sigma_data": "auto"},
@@ -185,7 +186,15 @@ def test_missing_file_and_override_below_a_value(tmp_path: Path) -> None:
         load_config(path, {"total_images.x": 1})
 
 
-def test_unknown_option_of_the_model_costs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_the_model_costs_no_memory(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
     """The network is built on the meta device to see whether its options are right."""
-    huge = change("model.width", 2**20)
-    assert isinstance(make_config(huge), TrainConfig)
+    built = []
+
+    class Watched(tiny):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            built.append({p.device.type for p in self.parameters()})
+
+    monkeypatch.setitem(MODELS, "watched", Watched)
+    make_config(change("model.type", "watched"))
+    assert built == [{"meta"}]

@@ -247,7 +247,8 @@ def test_a_run_is_not_overwritten_unasked(make_run_config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match=r"holds a run already \(checkpoint-000000000640"):
         run(make_run_config())
     assert read_info(first.checkpoint).sha256 == first.sha256
-    second, _ = run(make_run_config(total_images=320), overwrite=True)
+    second, said = run(make_run_config(total_images=320), overwrite=True)
+    assert not said  # the old run went before the new one began, not as one given up
     assert list_checkpoints(first.checkpoint.parent) == [second.checkpoint]
     assert len([line for line in lines(second) if line["event"] == "start"]) == 1
 

@@ -17,7 +17,7 @@ from k_diffusion.training import load_denoiser
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint
 from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits
-from k_diffusion.training.optimizer import learning_rate
+from k_diffusion.training.optimizer import learning_rate, load_moments, make_adamw
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
@@ -128,6 +128,32 @@ def test_what_may_change_at_a_resume(make_run_config: MakeConfig, tmp_path: Path
         total_images=6400, workers=1, optimizer={"lr": 1e-4}, precision="bf16"
     )
     assert Trainer(changed, resume=path).images_seen == 160
+
+
+def test_data_may_be_moved(make_run_config: MakeConfig, tmp_path: Path) -> None:
+    from PIL import Image
+
+    def config(folder: str) -> TrainConfig:
+        data = {"source": "folder", "path": str(tmp_path / folder), "size": 8, "channels": 1}
+        return make_run_config(data=data, model={"type": "tiny"}, total_images=128)
+
+    (tmp_path / "here").mkdir()
+    for i in range(3):
+        Image.new("L", (8, 8), 80 * i).save(tmp_path / "here" / f"{i}.png")
+    train(config("here"), tmp_path / "a.safetensors", 1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert Trainer(config("there"), resume=tmp_path / "a.safetensors").step == 1
+    (tmp_path / "there" / "0.png").unlink()
+    with pytest.raises(CheckpointError, match=r"data\.images = 3, not 2"):
+        Trainer(config("there"), resume=tmp_path / "a.safetensors")
+
+
+def test_moments_that_fit_no_weight_are_refused() -> None:
+    network = nn.Linear(2, 3)
+    optimizer = make_adamw(network, OptimizerConfig())
+    for name, shape in (("weight/exp_avg", (2, 3)), ("bias/exp_avg", (4,)), ("gain/step", ())):
+        with pytest.raises(ValueError, match=f"optimizer/{name} of shape .* fits no weight"):
+            load_moments(optimizer, network, {name: torch.zeros(shape)})
 
 
 def test_inference_file_cannot_be_resumed(make_run_config: MakeConfig, tmp_path: Path) -> None:
@@ -259,6 +285,11 @@ def test_gradient_is_clipped(make_run_config: MakeConfig, tmp_path: Path) -> Non
     assert abs(clipped / 0.5 - 1) < 1e-4
 
 
+def test_network_is_put_into_training_mode(make_run_config: MakeConfig, tiny: Any) -> None:
+    network = tiny(num_classes=10).eval()
+    assert Trainer(make_run_config(), network=network).network.training
+
+
 def test_weight_decay_spares_biases(make_run_config: MakeConfig) -> None:
     trainer = Trainer(make_run_config(optimizer={"weight_decay": 0.1}))
     decayed = {
@@ -310,6 +341,20 @@ def test_scaled_loss_trains_the_same_and_keeps_its_scale(
     assert state["_growth_tracker"] == 20
 
 
+def test_scale_comes_back_at_a_resume(
+    make_run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(make_run_config(), tmp_path / "plain.safetensors", 1)
+    trainer = with_scaler(Trainer(make_run_config()), 4096.0)
+    next(iter(trainer))
+    trainer.save(tmp_path / "scaled.safetensors")
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    monkeypatch.setattr("k_diffusion.training.trainer._accelerator", lambda p: trainer.accelerator)
+    for name, scale in (("plain", 2), ("scaled", 4096)):
+        again = Trainer(make_run_config(), resume=tmp_path / f"{name}.safetensors")
+        assert again.accelerator.scaler.state_dict()["scale"] == scale
+
+
 def test_overflow_lowers_the_scale_and_changes_nothing(make_run_config: MakeConfig) -> None:
     trainer = with_scaler(Trainer(make_run_config()), 2.0**127)
     before = {name: p.clone() for name, p in trainer.network.named_parameters()}
@@ -334,6 +379,22 @@ def test_nan_loss_under_a_scaler_is_skipped(make_run_config: MakeConfig) -> None
     assert [i for i, s in enumerate(states) if s.skipped][: len(bad)] == bad
     assert any(s.skipped for s in states)
     assert all(p.isfinite().all() for p in trainer.network.parameters())
+
+
+def test_infinite_loss_of_finite_gradients_under_a_scaler(make_run_config: MakeConfig) -> None:
+    class Blind(Spy):
+        """Infinite for the first image, in a way that no gradient sees, in every other step."""
+
+        def forward(self, x: Tensor, t: Tensor, class_label: Tensor) -> Tensor:
+            self.seen.append((x, t, class_label, t))
+            out = self.weight.expand_as(x)
+            first = torch.arange(len(x)).reshape(-1, 1, 1, 1) == 0
+            return torch.where(first, math.inf, out) if len(self.seen) % 2 else out
+
+    trainer = with_scaler(Trainer(make_run_config(model=FLOW), network=Blind()), 64.0)
+    states = list(trainer)
+    assert [state.skipped for state in states] == [True, False] * 10
+    assert all(math.isfinite(state.grad_norm) for state in states)
 
 
 def test_precision_that_the_machine_lacks_is_refused(
@@ -418,12 +479,20 @@ def test_too_many_in_a_row_end_the_run(make_run_config: MakeConfig, tmp_path: Pa
 
     with pytest.raises(TrainingError, match="3 steps in a row were not finite .* at 96 images"):
         run()
+    # Single ones do not: the count begins anew after each good step.
+    bad = {int(i) for step in (1, 3, 5, 7) for i in Trainer(config).stream[step].indices[:1]}
+    images = digits.images.clone()
+    images[sorted(bad)] = math.nan
+    few = Trainer(config, source=ArraySource(images, digits.labels, digits.class_names))
+    assert sum(state.skipped for state in few) == 4
     # The count goes on over a stop.
     trainer = Trainer(config, source=source)
     loop = iter(trainer)
     next(loop), next(loop)
+    trainer.extra["note"] = [1.5, "of the caller"]
     trainer.save(tmp_path / "a.safetensors")
     again = Trainer(config, source=source, resume=tmp_path / "a.safetensors")
+    assert (again.skipped_steps, again.extra) == (2, trainer.extra)
     with pytest.raises(TrainingError, match="at 96 images"):
         list(again)
 
