@@ -37,6 +37,8 @@ from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.scheduler import Scheduler
 
 PREDICTIONS = ("eps", "v", "x0", "flow", "edm")
+USUAL_TIMES = {"edm": "log_sigma", "flow": "unit"}
+"""The time convention of a prediction where it is not "timestep"."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class UNetConfig:
     embedding_dim: int = 0
     dropout: float = 0.0
     prediction: str = "eps"
-    time_convention: str = "timestep"
+    time_convention: str | None = None
     sigma_data: float = 0.5
     checkpointing: bool = False
 
@@ -91,6 +93,9 @@ class UNetConfig:
             )
         if self.prediction not in PREDICTIONS:
             raise ValueError(unknown("prediction", self.prediction, PREDICTIONS))
+        if self.time_convention is None:
+            usual = USUAL_TIMES.get(self.prediction, "timestep")
+            object.__setattr__(self, "time_convention", usual)
         if self.time_convention not in TIME_SCALES:
             raise ValueError(unknown("time_convention", self.time_convention, TIME_SCALES))
         # The middle, of the coarsest level, always attends.
@@ -136,7 +141,8 @@ class UNet(nn.Module):
         dropout: share of activations dropped in every block, in training.
         prediction: what the output means: "eps", "v", "x0", "flow" or "edm".
         time_convention: what t is: "timestep" (0 to the process's timesteps), "unit" (0 to 1) or
-            "log_sigma" (ln(sigma / alpha) / 4).
+            "log_sigma" (ln(sigma / alpha) / 4); None: "log_sigma" for edm, "unit" for flow,
+            "timestep" for the others.
         sigma_data: standard deviation of the clean data, in data units; only edm uses it.
         checkpointing: keep only the blocks' inputs for the backward pass and compute each block
             twice: less memory, more time, the same gradients.
@@ -159,7 +165,7 @@ class UNet(nn.Module):
         embedding_dim: int = 0,
         dropout: float = 0.0,
         prediction: str = "eps",
-        time_convention: str = "timestep",
+        time_convention: str | None = None,
         sigma_data: float = 0.5,
         checkpointing: bool = False,
         process: Scheduler | None = None,
@@ -187,7 +193,7 @@ class UNet(nn.Module):
             checkpointing=checkpointing,
         )
         self.prediction = prediction
-        self.time_convention = time_convention
+        self.time_convention = str(config.time_convention)
         self.sigma_data = float(sigma_data)
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
@@ -199,7 +205,7 @@ class UNet(nn.Module):
         self.conditioning = Conditioning(
             max(16, channels // 2),
             embedding_width,
-            TIME_SCALES[time_convention],
+            TIME_SCALES[self.time_convention],
             num_classes,
             embedding_dim,
         )
