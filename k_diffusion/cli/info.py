@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from .values import newest_in
+
 if TYPE_CHECKING:
     from k_diffusion.training.checkpoint import CheckpointInfo
 
@@ -17,14 +19,14 @@ class Info:
     """Say what is in a checkpoint, after verifying every bit of it."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A .safetensors file that `k-diffusion train` wrote."""
+    """A .safetensors file that `k-diffusion train` wrote, or a run's folder: the newest in it."""
     json: bool = False
     """Print JSON."""
 
     def run(self) -> None:
         from k_diffusion.training.checkpoint import read_info
 
-        facts = checkpoint_facts(read_info(self.checkpoint))
+        facts = checkpoint_facts(read_info(newest_in(self.checkpoint)))
         if self.json:
             print(json.dumps(facts, indent=2))
             return

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from .problems import UsageError, as_usage
-from .values import Classes, Settings, show_settings
+from .values import Classes, Settings, newest_in, show_settings
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +31,7 @@ class Sample:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A .safetensors file that `k-diffusion train` wrote."""
+    """A .safetensors file that `k-diffusion train` wrote, or a run's folder: the newest in it."""
     sampler: str = "dpmpp_2m"
     """The method; `k-diffusion samplers` lists them."""
     scheduler: str = "karras"
@@ -74,7 +74,8 @@ class Sample:
             solver.check_options(options)
             scheduler = make_scheduler(self.scheduler, **self.scheduler_options)
         device = pick_device(self.device)
-        denoiser, info = load_denoiser(self.checkpoint, ema=not self.no_ema, device=device)
+        checkpoint = newest_in(self.checkpoint)
+        denoiser, info = load_denoiser(checkpoint, ema=not self.no_ema, device=device)
         seeds = [self.seed + index for index in range(self.number)]
         labels = self._labels(getattr(denoiser.network, "num_classes", 0))
         with as_usage():
@@ -164,7 +165,7 @@ class Sample:
             classes = list(self.class_label)
         said = {
             "software": f"k-diffusion {version('k-diffusion')}",
-            "checkpoint": str(self.checkpoint),
+            "checkpoint": str(info.path),
             "checkpoint sha256": info.sha256,
             "weights": "last" if self.no_ema else "ema",
             "sampler": self.sampler,
@@ -176,7 +177,7 @@ class Sample:
             "images": str(number),
             "class": ",".join(map(str, dict.fromkeys(classes))),
         }
-        command = ["k-diffusion", "sample", str(self.checkpoint)]
+        command = ["k-diffusion", "sample", str(info.path)]
         for option in ("sampler", "sampler options", "scheduler", "scheduler options", "steps"):
             if said[option]:
                 command += ["--" + option.replace(" ", "-"), said[option]]

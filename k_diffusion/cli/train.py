@@ -21,7 +21,8 @@ class Train:
     config: Path
     """The run's config, TOML or JSON; examples/digits.toml is one."""
     data: str = ""
-    """The image folder to train on, or `digits`, in place of the config's."""
+    """The image folder to train on, or `digits`, in place of the config's. A config of other data
+    needs `--set data.size=32` (in pixels) as well."""
     out: str = ""
     """The folder for checkpoints and metrics, in place of the config's."""
     total_images: WholeOrNone = None
@@ -43,7 +44,11 @@ class Train:
         from k_diffusion.training import load_config, run_training
 
         with as_usage():
-            config = load_config(self.config, self._overrides())
+            given = self._overrides()
+            if "data.path" in given and load_config(self.config).data.source != "folder":
+                # The config's own data has other keys: it gives way as a whole.
+                given = {"data": {"source": "folder", "path": given.pop("data.path")}} | given
+            config = load_config(self.config, given)
         result = run_training(
             config,
             resume=self.resume_from or ("auto" if self.resume else None),
@@ -65,7 +70,7 @@ class Train:
         if self.data == "digits":
             given["data"] = {"source": "digits"}
         elif self.data:
-            given |= {"data.source": "folder", "data.path": self.data}
+            given["data.path"] = self.data
         named = {
             "out": self.out or None,
             "total_images": self.total_images,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -75,3 +77,13 @@ Classes = Annotated[
     tuple[int, ...], _spec("INT[,INT...]", classes, lambda value: ",".join(map(str, value)))
 ]
 Settings = Annotated[dict[str, Any], _spec("NAME=VALUE[,...]", settings, show_settings)]
+
+
+def newest_in(path: str) -> str:
+    """A run's folder stands for the newest whole checkpoint in it; any other path for itself."""
+    from k_diffusion.training import latest_checkpoint
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    return str((latest_checkpoint(path, say) if Path(path).is_dir() else None) or path)

@@ -249,9 +249,29 @@ def test_a_checkpoint_that_is_none(trained, tmp_path, capsys, command) -> None:
         assert said in line
     assert main([command, str(tmp_path / "checkpoint-32.safetensors")]) == 1
     assert f"does not exist; did you mean {close}?" in one_line(capsys)
-    assert main([command, str(tmp_path)]) == 1
+    empty = tmp_path / "run"
+    empty.mkdir()
+    assert main([command, str(empty)]) == 1
     assert "is a folder" in one_line(capsys)
     assert not (tmp_path / "samples").exists()
+
+
+def test_a_runs_folder_stands_for_its_newest_checkpoint(trained, tmp_path, capsys) -> None:
+    older, newer = (trained.with_name(f"checkpoint-{n:012d}.safetensors") for n in (16, 64))
+    newer.write_bytes(b"cut by a full disk")
+    older.write_bytes(b"older")
+    try:
+        argv = ["--steps", "1", "-n", "1", "--out", str(tmp_path)]
+        assert main(["sample", str(trained.parent), *argv]) == 0
+        assert f"passing over checkpoint {newer} is" in capsys.readouterr().err
+        text = load_png(tmp_path / "grid.png")[1]
+        assert text["checkpoint"] == str(trained)
+        assert str(trained) in text["command"]
+        assert main(["info", str(trained.parent)]) == 0
+        assert f"checkpoint:     {trained}\n" in capsys.readouterr().out
+    finally:
+        newer.unlink()
+        older.unlink()
 
 
 def test_info(trained, capsys) -> None:

@@ -64,7 +64,8 @@ def test_a_run_in_the_folder_is_neither_lost_nor_taken_for_done(
         (["--set", "model.chanels=3"], "chanels"),
         (["--set", "model.prediction=noise"], "unknown prediction 'noise'"),
         (["--set", "optimizer"], "'optimizer' is not of the form name=value"),
-        (["--data", "pictures", "--set", "data.split=test"], "split"),
+        (["--data", "pictures"], "data.size is missing"),
+        (["--data", "digits", "--set", "data.split=rain"], "data.split = 'rain' is not one of"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named(tmp_path, write_config, capsys, more, said) -> None:
@@ -94,7 +95,6 @@ def test_a_config_that_is_none(tmp_path, capsys) -> None:
 def test_overrides() -> None:
     given = Train(Path("c.toml"), data="faces", out="o", seed=0, set={"optimizer.lr": 1e-3})
     assert given._overrides() == {
-        "data.source": "folder",
         "data.path": "faces",
         "out": "o",
         "seed": 0,
@@ -114,6 +114,22 @@ def folder_config(tmp_path, write_config) -> Path:
     config.write_text(text)
     (tmp_path / "pictures").mkdir()
     return config
+
+
+def test_a_folder_takes_the_place_of_other_data(tmp_path, write_config, folder_config) -> None:
+    other = tmp_path / "other"
+    for index in range(2):
+        (other / f"class{index}").mkdir(parents=True)
+        save_png(other / f"class{index}/a.png", torch.full((1, 8, 8), index / 2))
+    more = ["--data", str(other), "--batch-size", "32", "--overwrite"]
+    checkpoint = tmp_path / "run/checkpoint-000000000032.safetensors"
+    assert main(["train", "--config", str(folder_config), *more]) == 0
+    assert read_info(checkpoint).data["class_names"] == ["class0", "class1"]
+    assert read_info(checkpoint).data["shape"] == [1, 8, 8]  # size and channels are the config's
+    digits = ["train", "--config", str(write_config(tmp_path)), *more]
+    sets = "data.size=6,data.channels=3,model.num_classes=2"
+    assert main([*digits, "--set", sets]) == 0
+    assert read_info(checkpoint).data["shape"] == [3, 6, 6]
 
 
 def test_an_empty_folder_is_named(tmp_path, folder_config, capsys) -> None:
