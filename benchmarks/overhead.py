@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from k_diffusion.sampling import KSampler, engine, plan
+from k_diffusion.sampling import KSampler, engine, ksampler, plan
 from k_diffusion.utils.scheduler import KarrasScheduler
 
 HERE = Path(__file__).parent
@@ -89,6 +89,7 @@ def main() -> None:
     def first_call(sampler: KSampler) -> None:
         plan._make_plan.cache_clear()
         engine._program.cache_clear()
+        ksampler._lay.cache_clear()
         sampler.sample(x, STEPS)
 
     sigmas = peer.get_sigmas_karras(STEPS, 0.002, 80.0)

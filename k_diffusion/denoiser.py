@@ -110,15 +110,22 @@ class NetworkDenoiser(nn.Module):
         """x0 from `call(network input)`; alpha and sigma are of shape (B,)."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+    def forward(self, x: Tensor, sigma: Tensor | float, **condition: Any) -> Tensor:
         """The estimate of x0.
 
         Args:
             x: noisy data, shape (B, ...), in this denoiser's coordinates.
-            sigma: noise standard deviation in the same units, shape (B,) or ().
+            sigma: noise standard deviation in the same units, shape (B,) or (), or a number.
             condition: keyword arguments for the network.
         """
-        # The coefficients are a few numbers a sample: float64 costs nothing and keeps alpha exact.
+        if not isinstance(sigma, Tensor):
+            sigma = torch.tensor(float(sigma), dtype=torch.float64, device=x.device)
+        if sigma.shape not in ((), x.shape[:1]):
+            raise ValueError(
+                f"sigma must have one value per sample, shape ({x.shape[0]},), got "
+                f"{tuple(sigma.shape)}"
+            )
+        # The coefficients are a few numbers a sample, in float64 so that alpha stays exact.
         if sigma.device.type != "mps":
             sigma = sigma.double()
         sigma = sigma.expand(x.shape[0])

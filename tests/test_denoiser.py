@@ -127,6 +127,16 @@ def test_flow_and_v_reach_pure_noise():
     assert torch.equal(VDenoiser(constant)(x, one), torch.full_like(x, -2.0))
 
 
+def test_sigma_may_be_a_number_but_not_of_another_shape():
+    denoiser = X0Denoiser(nn.Identity(), LinearScheduler())
+    denoiser.network.forward = lambda x, t: x * t.reshape(-1, 1)
+    x = torch.ones(2, 3)
+    assert torch.equal(denoiser(x, 0.5), denoiser(x, torch.tensor([0.5, 0.5])))
+    for bad in (torch.ones(2, 1), torch.ones(3)):
+        with pytest.raises(ValueError, match="sigma must have one value per sample"):
+            denoiser(x, bad)
+
+
 def test_precision_of_the_network_stays_inside():
     network = Network("x0", "unit", LinearScheduler())
     network.weight = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))

@@ -46,9 +46,13 @@ def _combine(op: Combine) -> Operation:
 
     if len(op.terms) == 1:
         ((a, ca),) = op.terms
+        answer = a[0] in "du"  # it may be a buffer that the model writes into again
 
         def scaled(values: Values, noise: NoiseSource | None) -> None:
-            values[name] = values[a] if ca == 1 else values[a] * ca
+            if ca == 1:
+                values[name] = values[a].clone() if answer else values[a]
+            else:
+                values[name] = values[a] * ca
             for dead in drop:
                 del values[dead]
 
@@ -98,8 +102,7 @@ def _draw(op: Draw) -> Operation:
     name, interval, drop = op.name, op.interval, op.drop
 
     def run(values: Values, noise: NoiseSource | None) -> None:
-        if noise is None:
-            raise ValueError("this plan draws noise: give the run a noise source")
+        assert noise is not None  # Run has seen to it
         values[name] = noise.draw(interval)
         for dead in drop:
             del values[dead]
@@ -124,8 +127,9 @@ class Run:
 
     Args:
         plan: from `make_plan`.
-        x: the state at the first level, shape (B, ...), in the levels' coordinates. It is neither
-            changed nor, once it is not needed, kept.
+        x: the state at the first level, shape (B, ...), in the levels' coordinates. It is not
+            changed, nor kept once it is not needed; but `run.x` is at first this very tensor if
+            its dtype serves, so do not write into that.
         noise: makes the noise, for a plan that draws any.
         sigma_dtype: dtype of `sigma`; by default the state's. float64 becomes float32 on devices
             that have none.
@@ -146,6 +150,10 @@ class Run:
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
         if x.ndim == 0 or x.shape[0] == 0:
             raise ValueError(f"x must hold at least one sample along its first axis: {x.shape}")
+        if noise is None and plan.stochastic:
+            raise ValueError(
+                f"{plan.solver} draws noise here: give the run a noise source, SampleNoise say"
+            )
         self.plan = plan
         self.dtype = torch.promote_types(x.dtype, torch.float32)
         self.k = 0
@@ -173,7 +181,8 @@ class Run:
     def x(self) -> Tensor:
         """The state to be denoised next, shape (B, ...), in float32 or better.
 
-        It may be assigned, to edit the sample between two queries.
+        It may be assigned, to edit the sample between two steps; not at an inner stage of one,
+        where it is not the sample itself (`plan.steps[k].start` tells).
         """
         if self._step is None:
             return self.result
@@ -185,6 +194,11 @@ class Run:
             raise ValueError(
                 f"{self.plan.solver} queries predictions that it corrects afterwards, so assigning "
                 "x would be undone: use another sampler, or wrap the denoiser"
+            )
+        if self._step is not None and not self._step.start:
+            raise ValueError(
+                f"query {self.k + 1} of {self.plan.solver} is an inner stage of a step, not the "
+                "sample itself: assign x where run.plan.steps[run.k].start is true"
             )
         if value.shape != self._shape:
             raise ValueError(f"x has shape {tuple(self._shape)}, got {tuple(value.shape)}")
@@ -227,6 +241,11 @@ class Run:
             )
         values = self._values
         for name, answer in zip(step.answers, (denoised, *others), strict=True):
+            if not isinstance(answer, Tensor):
+                raise TypeError(
+                    f"the denoiser must return a tensor, the estimate of x0, got "
+                    f"{type(answer).__name__}"
+                )
             if answer.shape != self._shape:
                 raise ValueError(
                     f"the denoiser returned shape {tuple(answer.shape)} for x of shape "

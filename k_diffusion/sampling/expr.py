@@ -112,6 +112,7 @@ class Tracer:
         content: for leaves and queried states, what they are made of: (signal, noise) such that on
             data at one point c the symbol is signal · c + noise · (the state's unit noise).
         alive: the symbols that the solver still holds.
+        stale: symbols that churn has left behind.
     """
 
     epoch: int = 0
@@ -120,10 +121,13 @@ class Tracer:
     draws: list[tuple[Node, Interval]] = field(default_factory=list)
     content: dict[Node, tuple[float, float]] = field(default_factory=dict)
     alive: weakref.WeakSet[Expr] = field(default_factory=weakref.WeakSet)
+    stale: set[Node] = field(default_factory=set)
 
     def combination(self, terms: Iterable[tuple[Node, float]]) -> Node:
         """A new node for a linear combination."""
         node = Node(self.epoch, len(self.nodes), tuple(terms))
+        if any(term in self.stale for term, _ in node.terms):
+            raise ValueError("it goes back to an earlier state, which churn has left behind")
         self.nodes.append(node)
         return node
 
@@ -146,7 +150,8 @@ class Tracer:
 
         With k = ratio_s / ratio_raised the state's unit noise eps becomes k eps + sqrt(1 - k²) z.
         The noise estimates that a multistep solver remembers are of the old eps, and turn into the
-        new one in the same way; its data estimates stay what they are.
+        new one in the same way; its data estimates stay what they are. What it holds besides, made
+        of both (an earlier state), is of the old noise: it may not be used any more.
         """
         keep = s.ratio / raised.ratio
         add = math.sqrt(max((1 - keep) * (1 + keep), 0.0)) * s_noise
@@ -154,13 +159,20 @@ class Tracer:
         self.path += 1
         self.content[state.node] = s.alpha, s.sigma
         for symbol in sorted(self.alive, key=lambda symbol: symbol.node.index):
+            if symbol.node is state.node:
+                continue
             signal, noise = self.content_of(symbol.node)
-            pure = abs(signal) <= 1e-12 * abs(noise)
-            if pure and noise and symbol is not state:
+            if noise and abs(signal) > 1e-12 * abs(noise):
+                self.stale.add(symbol.node)
+            elif noise:
                 symbol.node = (keep * symbol + (noise * add) * z).node
                 self.content[symbol.node] = signal, noise
         scale = raised.alpha / s.alpha
-        state.node = (scale * state + (raised.sigma * add) * z).node
+        before = state.node
+        after = (scale * state + (raised.sigma * add) * z).node
+        for symbol in list(self.alive):  # the solver may hold the state under several names
+            if symbol.node is before:
+                symbol.node = after
 
     def noise(self, start: Level, end: Level, *, fresh: bool = False) -> Expr:
         """Unit noise on the interval between two levels; see `Interval`."""
@@ -263,12 +275,11 @@ def _inline(
     """
     last_use: dict[Node, int] = {}
     position = {a.node: i for i, a in enumerate(assignments)}
-    # A queried state lives until its query: the first assignment of the following epoch.
-    starts = [
-        next((i for i, a in enumerate(assignments) if a.node.epoch > q), len(assignments))
-        for q in range(len(queries))
-    ]
-    for state, start in zip(queries, starts, strict=True):
+    # A queried state lives until its query, which comes after the assignments of its epoch.
+    start = 0
+    for q, state in enumerate(queries):
+        while start < len(assignments) and assignments[start].node.epoch <= q:
+            start += 1
         last_use[state] = max(last_use.get(state, 0), start - 1)
     uses: dict[Node, list[Assignment]] = {}
     for i, assignment in enumerate(assignments):
@@ -279,8 +290,10 @@ def _inline(
     for assignment in assignments:
         node, terms = assignment.node, assignment.terms
         users = uses.get(node, [])
-        if node in fixed or not users:
+        if node in fixed:
             remaining.append(assignment)
+            continue
+        if not users:  # formed, carried, and never used
             continue
         extended = [term for term in terms if last_use[term] < last_use[node]]
         added = sum(len(terms.keys() - user.terms.keys()) - 1 for user in users)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from k_diffusion.denoiser import make_denoiser, model_device
+from k_diffusion.denoiser import DENOISERS, make_denoiser, model_device
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.noise import SampleNoise
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
@@ -32,9 +33,11 @@ class KSampler:
     Args:
         model: a Denoiser; a network that carries its conventions, such as `UNet` (its `prediction`,
             `time_convention` and perhaps `process`); or a plain function
-            `(x, sigma, **condition) -> x0`, taken to be variance exploding.
+            `(x, sigma, **condition) -> x0`, taken to be variance exploding. It is called as it is:
+            put a network with dropout into `eval()` first.
         scheduler: lays the noise levels: a Scheduler or its name. A network that carries no process
-            yet takes it as its process, too. None: the model's own process.
+            yet takes it as its process too, if it is in the coordinates of the network's kind
+            (variance preserving for eps, v and x0). None: the model's own process.
         solver: a registered solver or its name; `k-diffusion samplers` lists them.
         churn: noise added at the start of each step (Karras et al. 2022, algorithm 2).
         options: the solver's own, `eta=0.5` say.
@@ -61,7 +64,13 @@ class KSampler:
         if chosen is not None and not isinstance(chosen, Scheduler):
             raise TypeError(f"scheduler must be a Scheduler or a name, got {type(chosen).__name__}")
         self.model = model
-        self.denoiser = make_denoiser(model, chosen)
+        # A schedule in another kind's coordinates (Karras levels for a noise-predicting network)
+        # lays levels, but is no process that such a network can have been trained on.
+        kind = DENOISERS.get(str(getattr(model, "prediction", "")))
+        own = (
+            chosen if kind is not None and chosen is not None and chosen.path is kind.path else None
+        )
+        self.denoiser = make_denoiser(model, own)
         process = getattr(self.denoiser, "process", None)
         if chosen is None:
             chosen = process or (
@@ -80,11 +89,13 @@ class KSampler:
             ValueError: steps is not a whole number of at least 1, or the model cannot begin where
                 the scheduler does.
         """
+        steps = _whole(steps)
         if not isinstance(steps, int) or type(self.scheduler).__hash__ is None:
             levels = self.scheduler.levels(steps).on(self.denoiser.path)
         else:
             levels = _lay(self.scheduler, steps, self.denoiser.path)
-        if getattr(self.denoiser, "prediction", None) == "eps" and levels[0].alpha == 0:
+        eps = getattr(self.denoiser, "prediction", None) == "eps"
+        if eps and self.denoiser.alpha(levels[0].sigma) == 0:
             raise ValueError(
                 f"{type(self.scheduler).__name__} begins at pure noise (alpha = 0), where a "
                 "noise-predicting network says nothing of the data: begin lower (CosineScheduler "
@@ -147,7 +158,8 @@ class KSampler:
         first: Level = plan.levels[0]
         # x = alpha x0 + sigma eps without its first term, which is not known, and small there.
         state = x.to(torch.promote_types(x.dtype, torch.float32)) * first.sigma
-        noise = SampleNoise(self._seeds(seed, x.shape[0]), state) if plan.stochastic else None
+        seeds = self._seeds(seed, x.shape[0])
+        noise = SampleNoise(seeds, state) if plan.stochastic else None
         float64 = getattr(self.denoiser, "float64_sigma", False)
         run = Run(plan, state, noise, torch.float64 if float64 else None)
         del state
@@ -191,13 +203,26 @@ class KSampler:
     def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
         if seed is None:
             return torch.randint(0, 2**62, (batch,)).tolist()
-        if isinstance(seed, int) and not isinstance(seed, bool):
-            return [seed + i for i in range(batch)]
-        if isinstance(seed, Sequence) and all(isinstance(s, int) for s in seed):
-            if len(seed) != batch:
-                raise ValueError(f"{batch} samples need as many seeds, got {len(seed)}")
-            return list(seed)
+        one = _whole(seed)
+        if isinstance(one, int) and not isinstance(one, bool):
+            return [one + i for i in range(batch)]
+        if isinstance(seed, Sequence):
+            seeds = [_whole(s) for s in seed]
+            if all(isinstance(s, int) for s in seeds):
+                if len(seeds) != batch:
+                    raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
+                return seeds
         raise TypeError(f"seed must be a whole number or one per sample, got {seed!r}")
+
+
+def _whole(value: Any) -> Any:
+    """A whole number of another library (numpy's, say) as Python's; anything else as it is."""
+    if isinstance(value, (int, str, Tensor)):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: steps=True must not find what 1 left

@@ -49,15 +49,28 @@ class SampleNoise:
 class CallerNoise:
     """A caller's own `noise_sampler(sigma, sigma_next)`, for plans made with `intervals=True`.
 
+    Fresh noise (churn), which belongs to no path, comes from torch's global generator.
+
     Args:
         noise_sampler: given two numbers, returns unit noise of the state's shape.
+        like: a tensor of the state's shape, dtype and device.
     """
 
-    def __init__(self, noise_sampler: Callable[[float, float], Tensor]) -> None:
+    def __init__(self, noise_sampler: Callable[[float, float], Tensor], like: Tensor) -> None:
         self._sampler = noise_sampler
+        self._like = like.new_empty(0)
+        self._shape = like.shape
 
     def draw(self, interval: Interval) -> Tensor:
-        return self._sampler(interval.start.sigma, interval.end.sigma)
+        if interval.fresh:
+            return torch.randn_like(self._like.new_empty(self._shape))
+        noise = self._sampler(interval.start.sigma, interval.end.sigma)
+        if noise.shape != self._shape:
+            raise ValueError(
+                f"the noise sampler returned shape {tuple(noise.shape)} for a state of shape "
+                f"{tuple(self._shape)}"
+            )
+        return noise
 
 
 def unit_noise(

@@ -52,13 +52,18 @@ class Combine:
 
 @dataclass(frozen=True)
 class Step:
-    """Operations, then one query: `answers = denoiser(state, level.sigma)`."""
+    """Operations, then one query: `answers = denoiser(state, level.sigma)`.
+
+    `start` says that the query is the first of an interval: its state is the sample itself, not an
+    inner stage of a method.
+    """
 
     operations: tuple[Draw | Combine, ...]
     state: str
     level: Level
     answers: tuple[str, ...]
     drop: tuple[str, ...] = ()
+    start: bool = True
 
     def __str__(self) -> str:
         ask = f"{', '.join(self.answers)} = denoise({self.state}, sigma {self.level.sigma:.6g})"
@@ -198,6 +203,13 @@ def make_plan(
     """
     chosen = get_solver(solver)
     chosen.check_options(options)
+    if not isinstance(levels, Levels):
+        raise TypeError(
+            f"levels must be Levels, got {type(levels).__name__}: lay them with a scheduler, or "
+            "use Levels.from_sigmas"
+        )
+    if churn is not None and not isinstance(churn, Churn):
+        raise TypeError(f"churn must be a Churn, got {churn!r}: Churn(s_churn={churn!r}), say")
     if len(levels) < 2:
         raise ValueError(f"{chosen.name} needs at least two levels, got {len(levels)}")
     if churn is not None and churn.s_churn == 0:
@@ -210,20 +222,24 @@ def make_plan(
     return _make_plan(chosen, levels, churn, intervals, tuple(sorted(options.items())))
 
 
-class _ChurnedLevels:
-    """Levels whose intervals begin with more noise than the last one ended with."""
+class _Walk:
+    """The levels as a solver walks along them: it notes where an interval begins, and begins it
+    with more noise than the last one ended with, where there is churn."""
 
-    def __init__(self, levels: Levels, churn: Churn) -> None:
+    def __init__(self, levels: Levels, churn: Churn | None, intervals: int) -> None:
         self._levels = levels
-        self._churn = churn
+        self._churn = churn or Churn()
+        self._gamma = min(self._churn.s_churn / intervals, math.sqrt(2) - 1)
+        self.entered = False
         self.pending: tuple[Level, Level] | None = None
 
     def pairs(self) -> Iterator[tuple[Level, Level]]:
-        churn = self._churn
-        gamma = min(churn.s_churn / (len(self._levels) - 1), math.sqrt(2) - 1)
         for s, t in self._levels.pairs():
-            if churn.s_tmin <= s.ratio <= churn.s_tmax:
-                raised = self._levels.at(s.half_log_snr - math.log1p(gamma))
+            if self.pending is not None:
+                raise ValueError("it reads levels ahead of its queries, but churn moves them")
+            self.entered = True
+            if self._gamma > 0 and self._churn.s_tmin <= s.ratio <= self._churn.s_tmax:
+                raised = self._levels.at(s.half_log_snr - math.log1p(self._gamma))
                 self.pending = s, raised
                 yield raised, t
             else:
@@ -239,34 +255,37 @@ class _ChurnedLevels:
         return len(self._levels)
 
 
+Request = tuple[Expr, Level, bool]  # state, its level, whether it begins an interval
+
+
 def _drive(
     chosen: Solver, x: Expr, levels: Levels, tracer: Tracer, churn: Churn | None, options: Any
-) -> Generator[tuple[Expr, Level], Answers, Expr]:
+) -> Generator[Request, Answers, Expr]:
     """The solver's requests, with what holds for every solver done around it."""
+    intervals = len(levels) - 1
     s = levels[0]
     if s.alpha == 0:
-        d = yield x, s
+        d = yield x, s, True
         t = levels[1]
         # DDIM: at alpha = 0 the noise is x / sigma, whatever the answer.
         x = t.alpha * (d if chosen.outputs == 1 else d[0]) + (t.sigma / s.sigma) * x
         if len(levels) == 2:
             return x
         levels = levels[1:]
-    if churn is None:
-        return (yield from chosen.function(x, levels, tracer.noise, **options))
-    churned = _ChurnedLevels(levels, churn)
-    run = chosen.function(x, churned, tracer.noise, **options)
+    walk = _Walk(levels, churn, intervals)
+    run = chosen.function(x, walk, tracer.noise, **options)
     answer = None
     while True:
         try:
             state, level = run.send(answer)
         except StopIteration as stop:
             return stop.value
-        if churned.pending is not None:
-            s, raised = churned.pending
-            churned.pending = None
+        if walk.pending is not None and churn is not None:
+            s, raised = walk.pending
+            walk.pending = None
             tracer.churn(state, s, raised, churn.s_noise)
-        answer = yield state, level
+        entered, walk.entered = walk.entered, False
+        answer = yield state, level, entered
 
 
 @functools.lru_cache(maxsize=256)
@@ -280,14 +299,25 @@ def _make_plan(
     tracer = Tracer()
     x = tracer.leaf("x0", (levels[0].alpha, levels[0].sigma))
     run = _drive(chosen, x, levels, tracer, churn, dict(options))
-    queries: list[tuple[Node, Level, tuple[Node, ...]]] = []
+    queries: list[_Query] = []
     answer: Answers = None
     while True:
         try:
-            state, level = run.send(answer)
+            state, level, start = run.send(answer)
         except StopIteration as stop:
+            if not isinstance(stop.value, Expr):
+                raise TypeError(
+                    f"{chosen.name} must return its final state, got {stop.value!r}"
+                ) from None
             result: Node = stop.value.node
             break
+        except (ArithmeticError, TypeError) as error:
+            raise ValueError(
+                f"{chosen.name} cannot take these levels or is in error after {len(queries)} "
+                f"queries: {error}"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{chosen.name}: {error}") from error
         asked = state.node
         tracer.content[asked] = level.alpha, level.sigma
         tracer.epoch += 1
@@ -296,26 +326,36 @@ def _make_plan(
             tracer.leaf(f"{kind}{k}", (1.0, 0.0)) for kind in ("d", "u")[: chosen.outputs]
         )
         answer = answers[0] if chosen.outputs == 1 else answers
-        queries.append((asked, level, tuple(a.node for a in answers)))
+        queries.append(_Query(asked, level, tuple(a.node for a in answers), start))
     if not intervals:
         tracer.split_noise()
-    assignments = tracer.resolve([node for node, _, _ in queries], result)
+    assignments = tracer.resolve([query.state for query in queries], result)
     for assignment in assignments:
+        if not assignment.terms:
+            raise ValueError(f"{chosen.name} forms a state in which all terms cancel")
         if not all(map(math.isfinite, assignment.terms.values())):
-            k = min(assignment.node.epoch, len(queries) - 1)
+            k = max(assignment.node.epoch - 1, 0)
             raise ValueError(
                 f"{chosen.name} has no finite coefficients after the query at level "
-                f"{queries[k][1]} (query {k + 1} of {len(queries)}): it cannot take these levels"
+                f"{queries[k].level} (query {k + 1} of {len(queries)}): it cannot take these levels"
             )
     every = tuple(sorted(options)) if churn is None else (*sorted(options), ("churn", churn))
     return _assemble(chosen, every, levels, queries, result, assignments, tracer, intervals)
+
+
+@dataclass(frozen=True)
+class _Query:
+    state: Node
+    level: Level
+    answers: tuple[Node, ...]
+    start: bool
 
 
 def _assemble(
     chosen: Solver,
     options: tuple[tuple[str, Any], ...],
     levels: Levels,
-    queries: list[tuple[Node, Level, tuple[Node, ...]]],
+    queries: list[_Query],
     result: Node,
     assignments: list[Assignment],
     tracer: Tracer,
@@ -324,7 +364,7 @@ def _assemble(
     """Names the values, places the draws, and works out when each value can be forgotten."""
     names = {node: node.leaf for node in tracer.nodes if node.leaf}
     names.update((node, node.leaf) for node, _ in tracer.draws)
-    for k, node in enumerate(dict.fromkeys([*(q[0] for q in queries), result])):
+    for k, node in enumerate(dict.fromkeys([*(q.state for q in queries), result])):
         names.setdefault(node, f"x{k + 1}")
     for k, node in enumerate(a.node for a in assignments if a.node not in names):
         names[node] = f"v{k + 1}"
@@ -365,11 +405,12 @@ def _assemble(
 
     last = finish(blocks[-1])
     for k in reversed(range(len(queries))):
-        state, level, answer_nodes = queries[k]
-        answers = tuple(names[node] for node in answer_nodes)
-        drop = tuple(name for name in (names[state], *answers) if name not in seen)
-        seen.add(names[state])
-        steps.append(Step(finish(blocks[k]), names[state], level, answers, drop))
+        query, state = queries[k], names[queries[k].state]
+        answers = tuple(names[node] for node in query.answers)
+        drop = tuple(name for name in (state, *answers) if name not in seen)
+        seen.add(state)
+        operations = finish(blocks[k])
+        steps.append(Step(operations, state, query.level, answers, drop, query.start))
     return Plan(
         chosen.name,
         options,

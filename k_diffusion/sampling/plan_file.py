@@ -45,6 +45,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
                 "level": asdict(step.level),
                 "answers": list(step.answers),
                 "drop": list(step.drop),
+                "start": step.start,
             }
             for step in plan.steps
         ],
@@ -68,8 +69,8 @@ def plan_from_dict(data: Any) -> Plan:
         raise ValueError(f"a plan of version {data.get('version')}; this library reads {VERSION}")
     try:
         plan = _build(data)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"a damaged plan: {type(error).__name__} at {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"a damaged plan: {type(error).__name__}: {error}") from error
     _check(plan)
     return plan
 
@@ -96,6 +97,7 @@ def _build(data: dict[str, Any]) -> Plan:
             Level(**step["level"]),
             tuple(map(str, step["answers"])),
             tuple(map(str, step["drop"])),
+            bool(step["start"]),
         )
         for step in data["steps"]
     )

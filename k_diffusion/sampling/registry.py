@@ -59,6 +59,8 @@ class Solver:
                 raise ValueError(f"{self.name}'s {key} must be of type {kind.__name__}: {value!r}")
             if maths.is_number(value) and not math.isfinite(value):
                 raise ValueError(f"{self.name}'s {key} must be finite, got {value!r}")
+            if key in ("eta", "s_noise") and value < 0:  # scales of noise, in every solver
+                raise ValueError(f"{self.name}'s {key} must be 0 or more, got {value!r}")
 
 
 SOLVERS: dict[str, Solver] = {}
@@ -83,6 +85,9 @@ def solver(
             raise ValueError(f"a solver named {name!r} is registered already")
         parameters = inspect.signature(function).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        for option, default in options.items():
+            if default is inspect.Parameter.empty:
+                raise TypeError(f"option {option!r} of solver {name!r} needs a default")
         SOLVERS[name] = Solver(
             name, function, order, source, stochastic, outputs, predictor, options
         )
@@ -99,6 +104,6 @@ def get_solver(name: str | Solver) -> Solver:
     """
     if isinstance(name, Solver):
         return name
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise ValueError(maths.unknown("sampler", name, SOLVERS))
     return SOLVERS[name]

@@ -105,6 +105,23 @@ class _Discrete(Scheduler):
         return self._tables[1](half_log_snr)
 
 
+def _settle(scheduler: Any) -> None:
+    """Makes the numbers of a frozen scheduler plain floats and whole numbers, or refuses them."""
+    for field in dataclasses.fields(scheduler):
+        value = getattr(scheduler, field.name)
+        if value is None:
+            continue
+        try:
+            plain = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{field.name} must be a number, got {value!r}") from None
+        if field.name == "timesteps":
+            if plain != int(plain) or plain < 1:
+                raise ValueError(f"timesteps must be a whole number of at least 1, got {value!r}")
+            plain = int(plain)
+        object.__setattr__(scheduler, field.name, plain)
+
+
 def _cumprod_of_betas(betas: Sequence[float]) -> list[float]:
     product, products = 1.0, []
     for i, beta in enumerate(betas):
@@ -134,8 +151,9 @@ class LinearScheduler(_Discrete):
 
     Args:
         timesteps: number N of discrete timesteps; timestep i has time i / N.
-        beta_start: first beta, for N = 1000.
-        beta_end: last beta, for N = 1000.
+        beta_start: first beta, for N = 1000; for another N it is scaled by 1000 / N, so that the
+            process covers the same levels.
+        beta_end: last beta, likewise.
     """
 
     name: ClassVar[str] = "linear"
@@ -144,8 +162,13 @@ class LinearScheduler(_Discrete):
     beta_end: float = 0.02
 
     def __post_init__(self) -> None:
+        _settle(self)
         if self.timesteps < 2:
             raise ValueError(f"timesteps must be at least 2, got {self.timesteps}")
+        if not self.beta_start <= self.beta_end:
+            raise ValueError(
+                f"beta_start must not exceed beta_end, got {self.beta_start} and {self.beta_end}"
+            )
         _ = self._tables
 
     @property
@@ -153,7 +176,9 @@ class LinearScheduler(_Discrete):
         return (self.timesteps - 1) / self.timesteps
 
     def _alphas_cumprod(self) -> Sequence[float]:
-        return _cumprod_of_betas(maths.linspace(self.beta_start, self.beta_end, self.timesteps))
+        scale = 1000 / self.timesteps
+        ends = scale * self.beta_start, scale * self.beta_end
+        return _cumprod_of_betas(maths.linspace(*ends, self.timesteps))
 
 
 @dataclass(frozen=True)
@@ -164,8 +189,11 @@ class CosineScheduler(Scheduler):
         timesteps: what a network with discrete timesteps counts as 1.
         offset: the paper's s, which keeps the noise at time 0 from vanishing too fast.
         time_max: where sampling begins. At 1 the level is pure noise (alpha = 0, exactly), which a
-            noise-predicting network cannot use; the default 0.9946 is that of DPM-Solver (Lu et
-            al. 2022, arXiv:2206.00927, section 4.1), where sigma / alpha is about 120.
+            noise-predicting network cannot use; the default 0.9946 is that of DPM-Solver's
+            experiments (Lu et al. 2022, arXiv:2206.00927), where sigma / alpha is about 120.
+
+    A network trained on the discrete cosine schedule counts from the first noisy level: its
+    timestep i is time (i + 1) / N here. Give such a one CustomScheduler(alphas_cumprod=...).
     """
 
     name: ClassVar[str] = "cosine"
@@ -174,6 +202,7 @@ class CosineScheduler(Scheduler):
     time_max: float = 0.9946
 
     def __post_init__(self) -> None:
+        _settle(self)
         if not 0 < self.time_max <= 1:
             raise ValueError(f"time_max must lie in (0, 1], got {self.time_max}")
         if not 0 < self.offset < 1:
@@ -210,6 +239,7 @@ class _SigmaRange(Scheduler):
     adds_clean = True
 
     def __post_init__(self) -> None:
+        _settle(self)
         low, high = self._ends
         if not 0 < low < high < math.inf:
             raise ValueError(
@@ -246,6 +276,11 @@ class KarrasScheduler(_SigmaRange):
 
     name: ClassVar[str] = "karras"
     rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rho > 0:
+            raise ValueError(f"rho must be above 0, got {self.rho}")
 
     def half_log_snr(self, time: Any) -> Any:
         low, high = (sigma ** (1 / self.rho) for sigma in self._ends)
@@ -294,6 +329,7 @@ class FlowScheduler(Scheduler):
     path = FLOW
 
     def __post_init__(self) -> None:
+        _settle(self)
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift must be above 0, got {self.shift}")
 

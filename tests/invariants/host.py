@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 
-from k_diffusion.sampling import FLOW, VE, Level, Levels, Plan, Solver, make_plan
+from k_diffusion.sampling import FLOW, VE, VP, Level, Levels, Plan, Solver, make_plan
 from k_diffusion.sampling.plan import Combine
 from k_diffusion.utils.levels import Path
 
@@ -149,7 +149,7 @@ def slopes(solver: Solver, sizes: Sequence[int] = (24, 48, 96, 192)) -> dict[str
     finest pair of grids whose errors stand above 1e-11."""
     eta = float(solver.options.get("eta", 0.0))
     found = {}
-    for path in (VE, FLOW):
+    for path in (VE, VP, FLOW):
         for grid in GRIDS:
             plans = [make_plan(solver, levels_between(n, grid, path)) for n in sizes]
             problems = {"gaussian": [gaussian_error(plan, eta) for plan in plans]}

@@ -22,6 +22,7 @@ from k_diffusion.sampling import (
     make_plan,
 )  # fmt: skip
 from k_diffusion.sampling.plan_file import load_plan, plan_from_dict, plan_to_dict, save_plan
+from k_diffusion.utils.levels import PATHS
 from k_diffusion.utils.scheduler import FlowScheduler, KarrasScheduler
 
 STEPS = 8
@@ -185,6 +186,9 @@ def test_damaged_plans_are_refused(tmp_path):
         ('"state": "x2"', '"state": "x9"', "uses x9"),
         ('"levels": ', '"level": ', "levels"),
         ('"outputs": 1', '"outputs": 2', "1 answers, not 2"),
+        (f'"result": "{good["result"]}"', '"result": "x77"', "uses x77"),
+        ('["d1", ', '["d1", NaN, ', "damaged"),
+        ('[["x1", ', '[["x1", 1e999], ["x1", ', "coefficient inf"),
     ]:
         assert old in text
         path = tmp_path / "bad.json"
@@ -204,7 +208,9 @@ def test_a_caller_s_noise_sampler_is_asked_once_per_interval_in_order():
         asked.append((sigma, sigma_next))
         return torch.zeros(3, 2, 4, 5, dtype=torch.float64)
 
-    run = Run(make_plan("dpmpp_sde", levels, intervals=True), start(), CallerNoise(sampler))
+    run = Run(
+        make_plan("dpmpp_sde", levels, intervals=True), start(), CallerNoise(sampler, start())
+    )
     while not run.done:
         run.advance(denoise(run.x, run.sigma))
     s = levels.sigmas
@@ -235,17 +241,63 @@ def test_the_state_stays_float32_around_a_bfloat16_network(name):
 
 
 def test_assigning_x(name):
-    """An edited state is what the run goes on from; where that would be undone it is refused."""
-    plan = make_plan(name, KarrasScheduler().levels(4))
-    run = Run(plan, start(), SampleNoise([1, 2, 3], start()))
-    if SOLVERS[name].predictor:
-        with pytest.raises(ValueError, match=f"{name} queries predictions"):
-            run.x = run.x
-        return
-    run.x = torch.zeros_like(run.x)
-    assert run.x.abs().max() == 0
-    with pytest.raises(ValueError, match="x has shape"):
-        run.x = torch.zeros(1)
+    """At the start of a step an edit stays; where it would be undone it is refused."""
+    plan = make_plan(name, levels_between(5, "even"))
+    plain = None
+    for edited in range(-1, plan.evaluations):
+        run = Run(plan, start(), SampleNoise([1, 2, 3], start()))
+        refused = False
+        while not run.done:
+            if run.k == edited:
+                if SOLVERS[name].predictor or not plan.steps[run.k].start:
+                    with pytest.raises(ValueError, match=f"{name}"):
+                        run.x = run.x + 5
+                    refused = True
+                else:
+                    run.x = run.x + 5
+                    with pytest.raises(ValueError, match="x has shape"):
+                        run.x = torch.zeros(1)
+            run.advance(denoise(run.x, run.sigma))
+        plain = run.result if plain is None else plain
+        moved = (run.result - plain).abs().max() > 1e-3
+        assert moved == (edited >= 0 and not refused)
+
+
+def test_assigned_values_keep_the_state_s_dtype():
+    run = Run(make_plan("euler", KarrasScheduler().levels(2)), start(dtype=torch.float32))
+    run.x = run.x.double()
+    assert run.x.dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=str)
+def test_the_engine_agrees_with_the_generator_itself(name, path):
+    """The solver's own code, run on arrays instead of symbols: neither tracing nor engine in it."""
+    levels = levels_between(7, "uneven", path)
+    x = start()
+    drawn = []
+
+    def draw(sigma, sigma_next):
+        drawn.append(torch.randn(x.shape, generator=generator, dtype=x.dtype))
+        return drawn[-1]
+
+    generator = torch.Generator().manual_seed(0)
+    plan = make_plan(name, levels, intervals=True)
+    run = Run(plan, x, CallerNoise(draw, x))
+    while not run.done:
+        run.advance(denoise(run.x, run.sigma))
+    given = iter(drawn)
+    solving = SOLVERS[name].function(x, levels, lambda s, t: next(given))
+    answer, asked = None, []
+    while True:
+        try:
+            state, level = solving.send(answer)
+        except StopIteration as stop:
+            expected = stop.value
+            break
+        asked.append(level)
+        answer = denoise(state, torch.full((3,), level.sigma, dtype=x.dtype))
+    assert asked == [step.level for step in plan.steps]
+    assert (run.result - expected).abs().max() <= 1e-12
 
 
 def test_runs_on_the_meta_device(name):
@@ -268,7 +320,9 @@ def test_advance_refuses_what_it_cannot_take():
     with pytest.raises(RuntimeError, match="done"):
         run.advance(x)
     with pytest.raises(ValueError, match="noise source"):
-        Run(make_plan("euler_ancestral", KarrasScheduler().levels(2)), x).advance(x)
+        Run(make_plan("euler_ancestral", KarrasScheduler().levels(2)), x)
+    with pytest.raises(TypeError, match="must return a tensor, .* got tuple"):
+        Run(make_plan("euler", KarrasScheduler().levels(1)), x).advance((x,))
     with pytest.raises(TypeError, match="floating-point"):
         Run(make_plan("euler", KarrasScheduler().levels(1)), x.long())
     with pytest.raises(ValueError, match="at least one sample"):

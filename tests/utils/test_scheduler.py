@@ -96,6 +96,17 @@ def test_linear_is_ddpm():
     assert levels.sigmas == pytest.approx([*expected, 0.0], rel=1e-12)
 
 
+def test_linear_covers_the_same_levels_with_any_number_of_timesteps():
+    assert LinearScheduler(timesteps=50).levels(1)[0].alpha < 0.01
+    assert LinearScheduler(timesteps=4000).levels(1)[0].alpha == pytest.approx(0.0064, rel=0.03)
+
+
+def test_numbers_of_other_libraries_become_floats():
+    by_tensor = KarrasScheduler(torch.tensor(0.5), np.float32(8.0))
+    assert by_tensor == KarrasScheduler(0.5, 8.0)
+    assert {type(level.sigma) for level in by_tensor.levels(3)} == {float}
+
+
 def test_cosine_is_its_formula():
     s = 0.008
 
@@ -186,6 +197,12 @@ def test_bad_steps(steps):
         (lambda: KarrasScheduler(0.0, 0.5), "0 < sigma_min"),
         (lambda: LinearScheduler(beta_end=1.5), "beta .* strictly between 0 and 1"),
         (lambda: LinearScheduler(timesteps=1), "timesteps must be at least 2"),
+        (lambda: LinearScheduler(beta_start=0.03), "beta_start must not exceed beta_end"),
+        (lambda: KarrasScheduler(rho=0), "rho must be above 0, got 0.0"),
+        (lambda: KarrasScheduler(rho=-1), "rho must be above 0"),
+        (lambda: KarrasScheduler("low"), "sigma_min must be a number, got 'low'"),
+        (lambda: CosineScheduler(timesteps=0), "timesteps must be a whole number of at least 1"),
+        (lambda: FlowScheduler(timesteps=2.5), "timesteps must be a whole number .* got 2.5"),
         (lambda: CosineScheduler(time_max=0.0), "time_max"),
         (lambda: CosineScheduler(offset=-1.0), "offset"),
         (lambda: FlowScheduler(shift=0.0), "shift must be above 0"),

@@ -124,7 +124,7 @@ def third_order_terms(
     )
 
 
-@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, appendix B, as in its published code")
+@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, as in its published code")
 def dpmpp_3m(x: Expr, levels: Any, noise: Any) -> Trace:
     """DPM-Solver++(3M) as it is in use: of order 2, since its second difference has half the
     weight that a Taylor expansion gives it; `exp_ab3` has order 3."""
@@ -178,7 +178,7 @@ def exp_ab3(x: Expr, levels: Any, noise: Any) -> Trace:
     return x
 
 
-@solver(order=2, source="Zhang and Chen 2022, arXiv:2204.13902, section 3, polynomials in log rho")
+@solver(order=2, source="Zhang and Chen 2022, arXiv:2204.13902, polynomials in log rho")
 def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     """DEIS: exponential Adams-Bashforth on the noise estimate, a polynomial in log-SNR.
 

@@ -1,6 +1,8 @@
 """Solvers that add noise on the way: ancestral steps and the reverse diffusion SDE.
 
 eta scales the noise: 0 is the probability-flow ODE, 1 the reverse diffusion of the forward process.
+Between them the established formulas differ: in ddim, euler_ancestral and dpmpp_sde the variance of
+the noise goes as eta², in the 2M and 3M SDE methods as eta.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def dpmpp_sde(
     r: float = 0.5,
 ) -> Trace:
     """SDE-DPM-Solver++(2S): ancestral steps with one more data estimate at the share r of a step;
-    the noise of both belongs to one Brownian path."""
+    the noise of both belongs to one Brownian path. Of order 2 at eta 0 and 1, 1 between."""
     if not 0 < r <= 1:
         raise ValueError(f"dpmpp_sde: r must lie in (0, 1], got {r}")
     for s, t in levels.pairs():
