@@ -48,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 1: it failed; 2: the command line is at fault; 130 or 143: stopped by Ctrl-C or
     SIGTERM. A failure is one line on stderr; K_DIFFUSION_TRACEBACK=1 shows the traceback too.
     """
+    # Threads of torch that wait for one another keep a core busy meanwhile, by default for so long
+    # that on cores shared with other programs training slows down twenty times. Read by GNU OpenMP
+    # when torch is first imported; on idle cores it costs nothing.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = PROGRAM
     try:

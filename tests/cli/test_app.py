@@ -86,6 +86,15 @@ def test_version(capsys) -> None:
     assert capsys.readouterr().out.startswith("k-diffusion 0.")
 
 
+@pytest.mark.parametrize("given", [None, "7"])
+def test_idle_threads_do_not_spin_for_long_unless_asked_to(monkeypatch, given) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
+    if given is None:
+        monkeypatch.delenv("GOMP_SPINCOUNT")
+    main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == (given or "2000")
+
+
 def test_help_starts_light() -> None:
     """Help brings in nothing heavy beyond what the package itself does."""
     code = (
