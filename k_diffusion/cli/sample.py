@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .problems import UsageError, as_usage
+from .problems import Stopped, UsageError, as_usage
+from .signals import Terminated
 from .values import Classes, Settings, newest_in, show_settings
 
 if TYPE_CHECKING:
@@ -93,24 +95,46 @@ class Sample:
 
         texts = [self._text(info, index, labels) for index in range(self.number)]
         kept: list[torch.Tensor] = []
-        batches = -(-self.number // self.batch_size)
-        with tqdm(total=calls * batches, unit="call", desc="sampling", disable=None) as bar:
-            for first, images in draw(
-                sampler,
-                info.data["shape"],
-                seeds,
-                labels,
-                steps=self.steps,
-                batch_size=self.batch_size,
-                device=device,
-                tick=bar.update,
-            ):
-                for index, image in enumerate(images, first):
-                    save_png(self.out / names[index], image, texts[index])
-                kept += images[: max(0, GRID_HOLDS - len(kept))]
-        grid = image_grid(torch.stack(kept), scale=_grid_scale(kept[0].shape[-1]))
+        written = 0
+        try:
+            with tqdm(
+                total=calls * -(-self.number // self.batch_size),
+                unit="call",
+                desc="sampling",
+                disable=None,  # where nobody looks on
+            ) as bar:
+                for _, images in draw(
+                    sampler,
+                    info.data["shape"],
+                    seeds,
+                    labels,
+                    steps=self.steps,
+                    batch_size=self.batch_size,
+                    device=device,
+                    tick=bar.update,
+                ):
+                    for image in images:
+                        save_png(self.out / names[written], image, texts[written])
+                        written += 1
+                    kept += images[: max(0, GRID_HOLDS - len(kept))]
+        except (KeyboardInterrupt, Terminated) as end:
+            number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
+            raise Stopped(
+                number, f"stopped; {written} of {self.number} images are in {self.out}, each whole"
+            ) from None
+        columns = self._columns(labels, info.data.get("class_names") or [])
+        scale = max(1, 64 // kept[0].shape[-1])  # small images are shown larger
+        grid = image_grid(torch.stack(kept), columns_named=columns, scale=scale)
         save_png(self.out / "grid.png", grid, self._text(info, None, labels))
         print(f"{self.number} images and grid.png are in {self.out}")
+
+    def _columns(self, labels: list[int], class_names: list[str]) -> list[str]:
+        """The classes over the grid's columns, where the images take a few of them in turn."""
+        turn = list(dict.fromkeys(labels))
+        few = 1 < len(turn) <= 20 and labels == [turn[i % len(turn)] for i in range(len(labels))]
+        if not few:
+            return []
+        return [class_names[label] if label < len(class_names) else str(label) for label in turn]
 
     def _check(self) -> None:
         """Refuse, before anything is loaded, what no checkpoint could make right."""
@@ -259,8 +283,3 @@ def _split_churn(
     known = {f.name for f in fields(Churn)} - set(own)
     churn = Churn(**{key: value for key, value in given.items() if key in known})
     return churn, {key: value for key, value in given.items() if key not in known}
-
-
-def _grid_scale(width: int) -> int:
-    """Small images are shown larger: about 64 pixels wide."""
-    return max(1, 64 // width)

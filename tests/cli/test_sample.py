@@ -9,6 +9,7 @@ import torch
 
 from k_diffusion.cli import main
 from k_diffusion.cli.sample import draw
+from k_diffusion.cli.signals import Terminated
 from k_diffusion.models import UNet
 from k_diffusion.sampling import KSampler
 from k_diffusion.training import read_info
@@ -51,7 +52,13 @@ def test_writes_images_and_a_grid_that_say_how_they_were_made(trained, tmp_path,
     }
     assert expected.items() <= text.items()
     grid, text = load_png(out / "grid.png")
-    assert grid.shape == (1, 134, 134)  # two by two, eightfold, between gaps of 2
+    # Two columns, with the names 3 and 5 over images eightfold, between gaps of 2.
+    assert grid.shape[0] == 1
+    assert grid.shape[2] == 134
+    names_high = grid.shape[1] - 134
+    assert 5 < names_high < 20
+    assert (grid[:, :names_high, :67] < 255).any()
+    assert (grid[:, :names_high, 67:] < 255).any()
     assert (text["seed"], text["images"], text["class"]) == ("7", "4", "3,5")
 
 
@@ -187,9 +194,16 @@ def test_images_that_are_there_are_not_replaced_unasked(trained, tmp_path, capsy
     assert "is a file; give a folder" in one_line(capsys)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "stopped; 2 of 5 images are in "),
+        (Terminated(), 143, "stopped; 2 of 5 images are in "),
+        (OSError(28, "No space left on device"), 1, "error: No space left on device"),
+    ],
+)
 def test_an_end_half_way_leaves_whole_files_only(
-    trained, tmp_path, capsys, monkeypatch, error
+    trained, tmp_path, capsys, monkeypatch, error, code, said
 ) -> None:
     from PIL.Image import Image
 
@@ -204,9 +218,8 @@ def test_an_end_half_way_leaves_whole_files_only(
 
     monkeypatch.setattr(Image, "save", third_fails)
     argv = ["sample", str(trained), "--steps", "1", "-n", "5", "--batch-size", "2"]
-    code = main([*argv, "--out", str(tmp_path)])
-    assert code == (130 if isinstance(error, KeyboardInterrupt) else 1)
-    assert one_line(capsys).startswith("k-diffusion sample: ")
+    assert main([*argv, "--out", str(tmp_path)]) == code
+    assert one_line(capsys).startswith(f"k-diffusion sample: {said}")
     assert names(tmp_path) == ["seed000000_class0.png", "seed000001_class1.png"]
     for name in names(tmp_path):
         load_png(tmp_path / name)
@@ -226,7 +239,8 @@ def test_a_grid_holds_no_more_than_it_can_show(trained, tmp_path, monkeypatch) -
     monkeypatch.setattr(sample, "GRID_HOLDS", 4)
     assert main(["sample", str(trained), "--steps", "1", "-n", "7", "--out", str(tmp_path)]) == 0
     assert len(names(tmp_path)) == 8
-    assert load_png(tmp_path / "grid.png")[0].shape == (1, 134, 134)
+    grid = load_png(tmp_path / "grid.png")[0]
+    assert grid.shape[1] < 67 * 2  # one row of seven classes, of which four are held
 
 
 @pytest.mark.parametrize("command", ["sample", "info"])
