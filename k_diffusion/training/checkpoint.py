@@ -163,7 +163,10 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as for any file of this user; safetensors writes 0600
         save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
         _flush(temporary)
         os.replace(temporary, path)
     finally:

@@ -331,3 +331,11 @@ def test_killed_in_mid_write_leaves_the_old_file(saved: Path) -> None:
     assert ended.returncode == -signal.SIGKILL
     assert read_info(saved).sha256 == old
     assert len(list(saved.parent.iterdir())) == 2  # the half-written one stands beside it
+
+
+def test_a_checkpoint_is_readable_as_any_file_of_its_user(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.touch()
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, {"ema": {"w": torch.ones(2)}}, config={}, images_seen=0, step=0)
+    assert path.stat().st_mode == other.stat().st_mode
