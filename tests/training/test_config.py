@@ -66,7 +66,7 @@ MISTAKES = [
     ("process", {"name": "cosin"}, "unknown scheduler 'cosin'; did you mean 'cosine'"),
     ("process", {"offset": 0.1}, "the schedule's name is missing"),
     ("process", {"name": "cosine", "ofset": 0.1}, "did you mean 'offset'"),
-    ("process", {"name": "cosine", "offset": "x"}, "process: '<' not supported"),
+    ("process", {"name": "cosine", "offset": "x"}, "process: offset must be a number, got 'x'"),
     ("model.prediction", "epsilon", "unknown prediction 'epsilon'; did you mean 'eps'"),
     ("model.sigma_data", -1, "model.sigma_data = -1; give a number above 0, or 'auto'"),
     ("model.sigma_data", "automatic", "model.sigma_data = 'automatic'; give a number"),
