@@ -82,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output has gone (`| head`): nothing is wrong, nothing is left to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ModuleNotFoundError as error:
+        missing = f"{error.name} is not installed: pip install 'k-diffusion[train]' brings it"
+        return _fail(name, RuntimeError(missing), 1)
     except Exception as error:
         return _fail(name, error, 1)
 

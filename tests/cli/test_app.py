@@ -204,3 +204,16 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         program.stdout.close()
         assert program.wait(30) == 0
         assert program.stderr.read() == b""
+
+
+def test_a_missing_extra_is_named_with_the_way_to_it(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)  # as where it is not installed
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"total_images = 4\nout = '{tmp_path / 'run'}'\nbatch_size = 2\n"
+        "[data]\nsource = 'digits'\n[model]\ntype = 'unet'\nchannels = 8\nhead_channels = 8\n"
+    )
+    assert main(["train", "--config", str(config)]) == 1
+    error = capsys.readouterr().err
+    assert "accelerate is not installed: pip install 'k-diffusion[train]'" in error
+    assert "Traceback" not in error
