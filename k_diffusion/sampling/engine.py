@@ -35,11 +35,21 @@ Operation = Callable[[Values, "NoiseSource | None"], None]
 
 
 def _combine(op: Combine) -> Operation:
-    """An operation as a closure over its coefficients, in as few kernels as it takes.
+    name, drop, compute = op.name, op.drop, _sum(op)
+
+    def run(values: Values, noise: NoiseSource | None) -> None:
+        values[name] = compute(values)
+        for dead in drop:
+            del values[dead]
+
+    return run
+
+
+def _sum(op: Combine) -> Callable[[Values], Tensor]:
+    """A linear combination as a closure over its coefficients, in as few kernels as it takes.
 
     Terms are never written into: the caller's x and the denoiser's answers may be shared.
     """
-    name, drop = op.name, op.drop
     states = [(term, c) for term, c in op.terms if not term.startswith("z")]
     noises = [(term, c) for term, c in op.terms if term.startswith("z")]
     total = sum(c for _, c in states)
@@ -48,13 +58,10 @@ def _combine(op: Combine) -> Operation:
         ((a, ca),) = op.terms
         answer = a[0] in "du"  # it may be a buffer that the model writes into again
 
-        def scaled(values: Values, noise: NoiseSource | None) -> None:
-            if ca == 1:
-                values[name] = values[a].clone() if answer else values[a]
-            else:
-                values[name] = values[a] * ca
-            for dead in drop:
-                del values[dead]
+        def scaled(values: Values) -> Tensor:
+            if ca != 1:
+                return values[a] * ca
+            return values[a].clone() if answer else values[a]
 
         return scaled
 
@@ -68,22 +75,20 @@ def _combine(op: Combine) -> Operation:
             chain.append((term, c / partial))
         (b, cb), *more = chain
 
-        def interpolated(values: Values, noise: NoiseSource | None) -> None:
+        def interpolated(values: Values) -> Tensor:
             out = torch.lerp(values[a], values[b], cb)
             for term, weight in more:
                 out.lerp_(values[term], weight)
             for term, c in noises:
                 out.add_(values[term], alpha=c)
-            values[name] = out
-            for dead in drop:
-                del values[dead]
+            return out
 
         return interpolated
 
     # A coefficient of exactly 1 goes first: it needs no multiplication of its own.
     (a, ca), (b, cb), *rest = sorted(op.terms, key=lambda term: term[1] != 1)
 
-    def summed(values: Values, noise: NoiseSource | None) -> None:
+    def summed(values: Values) -> Tensor:
         if ca == 1:
             out = torch.add(values[a], values[b], alpha=cb)
         else:
@@ -91,9 +96,7 @@ def _combine(op: Combine) -> Operation:
             out.add_(values[b], alpha=cb)
         for term, c in rest:
             out.add_(values[term], alpha=c)
-        values[name] = out
-        for dead in drop:
-            del values[dead]
+        return out
 
     return summed
 

@@ -157,7 +157,6 @@ class Tracer:
         add = math.sqrt(max((1 - keep) * (1 + keep), 0.0)) * s_noise
         z = self.noise(raised, s, fresh=True)
         self.path += 1
-        self.content[state.node] = s.alpha, s.sigma
         for symbol in sorted(self.alive, key=lambda symbol: symbol.node.index):
             if symbol.node is state.node:
                 continue

@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from decimal import Context, Decimal
 
 import pytest
 import torch
@@ -87,3 +88,12 @@ def test_levels_are_values():
     assert a[1:].sigmas == (1.0, 0.0)
     assert pickle.loads(pickle.dumps(VP)) is VP
     assert copy.deepcopy(FLOW) is FLOW
+
+
+def test_alpha_keeps_its_digits_near_pure_noise():
+    """For the float that sigma is, sqrt(1 - sigma²) to the last bits, where 1 - sigma² cancels."""
+    for k in range(1, 60):
+        sigma = 1 - 2.0 ** -(k / 2 + 2)
+        exact = (1 - Decimal(sigma) ** 2).sqrt(Context(prec=60))
+        for alpha in (VP.alpha(sigma), VP.alpha(torch.tensor(sigma, dtype=torch.float64)).item()):
+            assert abs(Decimal(alpha) / exact - 1) <= 4e-16
