@@ -26,8 +26,10 @@ class Solver:
         name: what users call it.
         function: the generator `(x, levels, noise, **options)`.
         order: order of convergence that the formula has on a general problem (weak order for a
-            stochastic one), measured by the tests.
+            stochastic one) with its default options, measured by the tests.
         source: authors, year, arXiv id, place.
+        claimed: the order that its name or its authors give it.
+        orders: for a method with an option `order`: its true order for each value.
         stochastic: whether it draws noise with its default options.
         outputs: answers that it takes from the denoiser for each query.
         predictor: whether a state that it queries may be a mere prediction, corrected later.
@@ -41,6 +43,16 @@ class Solver:
     outputs: int = 1
     predictor: bool = False
     options: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
+    claimed: int = 0
+    orders: Mapping[int, int] = field(default_factory=dict, hash=False, compare=False)
+
+    @property
+    def variants(self) -> tuple[tuple[Mapping[str, Any], int, int], ...]:
+        """(options, claimed order, true order): one a value of `order`, where there is such an
+        option, or else the method as it is by default."""
+        if not self.orders:
+            return (({}, self.claimed, self.order),)
+        return tuple(({"order": k}, k, true) for k, true in self.orders.items())
 
     @property
     def summary(self) -> str:
@@ -57,6 +69,8 @@ class Solver:
             good = maths.is_number(value) if kind is float else isinstance(value, kind)
             if not good or isinstance(value, bool) != isinstance(default, bool):
                 raise ValueError(f"{self.name}'s {key} must be of type {kind.__name__}: {value!r}")
+            if key == "order" and value < 1:
+                raise ValueError(f"{self.name}'s order must be 1 or more, got {value}")
             if maths.is_number(value) and not math.isfinite(value):
                 raise ValueError(f"{self.name}'s {key} must be finite, got {value!r}")
             if key in ("eta", "s_noise") and value < 0:  # scales of noise, in every solver
@@ -68,15 +82,17 @@ SOLVERS: dict[str, Solver] = {}
 
 def solver(
     *,
-    order: int,
+    order: int | Mapping[int, int],
     source: str,
+    claimed: int | None = None,
     stochastic: bool = False,
     outputs: int = 1,
     predictor: bool = False,
 ) -> Callable[[SolverFunction], Solver]:
     """Registers a generator as a solver under its own name; see `Solver` for the arguments.
 
-    Options are the generator's keyword-only parameters, each with a default.
+    Options are the generator's keyword-only parameters, each with a default. For a method with an
+    option `order`, give `order` as a mapping from that option's value to the true order.
     """
 
     def register(function: SolverFunction) -> Solver:
@@ -88,8 +104,13 @@ def solver(
         for option, default in options.items():
             if default is inspect.Parameter.empty:
                 raise TypeError(f"option {option!r} of solver {name!r} needs a default")
+        if isinstance(order, Mapping) != ("order" in options):
+            raise TypeError(f"solver {name!r}: a mapping of orders goes with an option `order`")
+        orders = dict(order) if isinstance(order, Mapping) else {}
+        true = orders[options["order"]] if isinstance(order, Mapping) else order
+        named = options.get("order", true) if claimed is None else claimed
         SOLVERS[name] = Solver(
-            name, function, order, source, stochastic, outputs, predictor, options
+            name, function, true, source, stochastic, outputs, predictor, options, named, orders
         )
         return SOLVERS[name]
 

@@ -11,5 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "variant" in metafunc.fixturenames:
+        variants = [(n, dict(o), true) for n, s in SOLVERS.items() for o, _, true in s.variants]
+        ids = ["-".join(map(str, (n, *o.values()))) for n, o, _ in variants]
+        metafunc.parametrize("variant", variants, ids=ids)
     if "name" in metafunc.fixturenames:
         metafunc.parametrize("name", sorted(SOLVERS))

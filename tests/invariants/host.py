@@ -144,14 +144,16 @@ class Mixture:
 MIXTURE = Mixture()
 
 
-def slopes(solver: Solver, sizes: Sequence[int] = (24, 48, 96, 192)) -> dict[str, float]:
+def slopes(
+    solver: Solver, sizes: Sequence[int] = (24, 48, 96, 192), **options: Any
+) -> dict[str, float]:
     """Measured orders by problem, grid and path: log2 of the error's fall when steps double, at the
     finest pair of grids whose errors stand above 1e-11."""
     eta = float(solver.options.get("eta", 0.0))
     found = {}
     for path in (VE, VP, FLOW):
         for grid in GRIDS:
-            plans = [make_plan(solver, levels_between(n, grid, path)) for n in sizes]
+            plans = [make_plan(solver, levels_between(n, grid, path), **options) for n in sizes]
             problems = {"gaussian": [gaussian_error(plan, eta) for plan in plans]}
             if not solver.stochastic:
                 problems["mixture"] = [MIXTURE.error(plan) for plan in plans]

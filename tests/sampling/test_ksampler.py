@@ -234,7 +234,7 @@ CASES = [
     ({"solver": "ddim", "etta": 0.5}, {}, "unknown option of ddim, 'etta'; did you mean 'eta'"),
     ({"solver": "ddim", "eta": "big"}, {}, "ddim's eta must be of type float: 'big'"),
     ({"solver": "ddim", "eta": math.nan}, {}, "ddim's eta must be finite"),
-    ({"solver": "lms", "order": 0}, {}, "lms: order must be 1 or more, got 0"),
+    ({"solver": "lms", "order": 0}, {}, "lms's order must be 1 or more, got 0"),
     ({"solver": "lms", "order": 2.5}, {}, "lms's order must be of type int"),
     ({"solver": "dpmpp_sde", "r": 0.0}, {}, r"r must lie in \(0, 1\]"),
     ({}, {"steps": 0}, "steps must be a whole number of at least 1, got 0"),

@@ -124,7 +124,7 @@ def third_order_terms(
     )
 
 
-@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, as in its published code")
+@solver(order=2, claimed=3, source="Lu et al. 2022, arXiv:2211.01095, as in its published code")
 def dpmpp_3m(x: Expr, levels: Any, noise: Any) -> Trace:
     """DPM-Solver++(3M) as it is in use: of order 2, since its second difference has half the
     weight that a Taylor expansion gives it; `exp_ab3` has order 3."""
@@ -178,14 +178,14 @@ def exp_ab3(x: Expr, levels: Any, noise: Any) -> Trace:
     return x
 
 
-@solver(order=2, source="Zhang and Chen 2022, arXiv:2204.13902, polynomials in log rho")
+@solver(
+    order={1: 1, 2: 2, 3: 2}, source="Zhang and Chen 2022, arXiv:2204.13902, polynomials in log rho"
+)
 def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     """DEIS: exponential Adams-Bashforth on the noise estimate, a polynomial in log-SNR.
 
     The order grows by one with each step from 1 on; that start makes the method one of order 2.
     """
-    if order < 1:
-        raise ValueError(f"deis: order must be 1 or more, got {order}")
     past: list[tuple[float, Expr]] = []
     for s, t in levels.pairs():
         d = yield x, s
@@ -208,7 +208,9 @@ def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
 
 
 @solver(
-    order=3, source="Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2, B2(h)", predictor=True
+    order={1: 2, 2: 3, 3: 3},
+    source="Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2, B2(h)",
+    predictor=True,
 )
 def unipc(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     """UniPC: a multistep predictor whose result is corrected by the answer that the next step needs
@@ -217,8 +219,6 @@ def unipc(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     The order grows by one with each step from 1 on. The last state is predicted only, and with it
     the order given.
     """
-    if order < 1:
-        raise ValueError(f"unipc: order must be 1 or more, got {order}")
     past: list[tuple[float, Expr]] = []
     before: tuple[Expr, Level] | None = None
     for s, t in levels.pairs():

@@ -65,14 +65,15 @@ def dpm_2(x: Expr, levels: Any, noise: Any) -> Trace:
     return x
 
 
-@solver(order=2, source="Adams-Bashforth on uneven steps: Hairer, Norsett, Wanner 1993, III.5")
+@solver(
+    order={1: 1, 2: 2, 3: 2, 4: 2},
+    source="Adams-Bashforth on uneven steps: Hairer, Norsett, Wanner 1993, III.5",
+)
 def lms(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
     """Linear multistep (Adams-Bashforth): the slope is a polynomial through the last ones.
 
     The order grows by one with each step from 1 on; that start makes the method one of order 2.
     """
-    if order < 1:
-        raise ValueError(f"lms: order must be 1 or more, got {order}")
     history: list[tuple[Level, Expr, Expr]] = []
     for s, t in levels.pairs():
         d = yield x, s

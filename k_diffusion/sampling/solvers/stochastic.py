@@ -118,7 +118,12 @@ def dpmpp_2m_sde(
     return x
 
 
-@solver(order=2, source="3M as in use, in the SDE of arXiv:2211.01095, section 5", stochastic=True)
+@solver(
+    order=2,
+    claimed=3,
+    source="3M as in use, in the SDE of arXiv:2211.01095, section 5",
+    stochastic=True,
+)
 def dpmpp_3m_sde(
     x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
 ) -> Trace:
