@@ -13,6 +13,9 @@ class Row:
 
     name: str
     order: int
+    """True order of convergence, with default options."""
+    claimed: list[int]
+    """The order that its name gives it; one for each value of its option `order`, if it has one."""
     evaluations_per_step: int
     """Calls of the model a step, away from the run's ends."""
     stochastic: bool
@@ -50,6 +53,7 @@ def sampler_rows() -> list[Row]:
             Row(
                 name,
                 solver.order,
+                [claimed for _, claimed, _ in solver.variants],
                 round((long.evaluations - short.evaluations) / 10),
                 solver.stochastic,
                 long.live,

@@ -7,7 +7,8 @@ import pytest
 
 from k_diffusion.sampling import SOLVERS
 
-sys.path.insert(0, str(Path(__file__).parent))
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1] / "docs")]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from host import GRIDS, MIXTURE, execute, levels_between, linear_form, slopes
+from make_samplers import documented
 
 from k_diffusion.sampling import FLOW, SOLVERS, VE, VP, Churn, Levels, make_plan
 from k_diffusion.utils.scheduler import FlowScheduler, KarrasScheduler, LinearScheduler
@@ -57,12 +58,14 @@ def test_point_mass(name, case, churn):
 
 
 def test_declared_order(variant):
-    """The least order over problems, grids and paths is the declared one."""
+    """The least order over problems, grids and paths is the declared one, and the one shown."""
     name, options, order = variant
     measured = slopes(SOLVERS[name], **options)
     tolerance = 0.15 if order < 3 else 0.3
     worst = min(measured, key=measured.get)
     assert abs(measured[worst] - order) <= tolerance, (worst, measured)
+    shown = documented()[name][[o for o, _, _ in SOLVERS[name].variants].index(options)]
+    assert abs(measured[worst] - float(shown)) <= 0.1, "docs/samplers.md is stale"
 
 
 def _transfer(plan):
