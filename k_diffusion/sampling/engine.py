@@ -162,6 +162,7 @@ class Run:
         self.k = 0
         self.done = False
         self._shape = x.shape
+        self._device = x.device
         self._noise = noise
         self._program = _program(plan)
         self._values: Values = {"x0": x.to(self.dtype)}
@@ -254,7 +255,19 @@ class Run:
                     f"the denoiser returned shape {tuple(answer.shape)} for x of shape "
                     f"{tuple(self._shape)}: it must return an estimate of x0 in x's shape"
                 )
-            values[name] = answer if answer.dtype == self.dtype else answer.to(self.dtype)
+            if answer.device != self._device:
+                raise ValueError(
+                    f"the denoiser returned a tensor on {answer.device} for x on {self._device}: "
+                    "move the model to x's device"
+                )
+            if answer.dtype != self.dtype:
+                if not answer.is_floating_point():
+                    raise TypeError(
+                        f"the denoiser returned {answer.dtype}: it must return an estimate of x0, "
+                        "a floating-point tensor"
+                    )
+                answer = answer.to(self.dtype)
+            values[name] = answer
         for dead in step.drop:
             del values[dead]
         del (
