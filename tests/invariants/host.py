@@ -90,7 +90,8 @@ def _shrink(v: float, s: float, t: float, eta: float) -> float:
 
 
 def _er_shrink(v: float, s: float, t: float, eta: float) -> float:
-    """The same for ER-SDE: the integral of phi' / phi u² / (v + u²) du, phi = u (exp(u^0.3) + 10)."""
+    """The same for ER-SDE, with phi = u (exp(u^0.3) + 10): log of it is the integral of
+    phi' / phi u² / (v + u²) du."""
 
     def rate(u: float) -> float:
         e = math.exp(u**0.3)

@@ -12,7 +12,6 @@ from scipy.integrate import quad
 from k_diffusion.sampling import (
     FLOW,
     SOLVERS,
-    VE,
     VP,
     CallerNoise,
     Churn,
@@ -104,7 +103,7 @@ def test_ddpm_by_hand():
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_2m_sde_heun_by_hand(eta):
-    x, last = X, None
+    x, last, h_last = X, None, 0.0
     for k, (s, t) in enumerate(itertools.pairwise(SIGMAS)):
         d = d_of(x, s)
         if t == 0:
@@ -211,7 +210,11 @@ def sa_by_hand(order, eta, corrected, again, sigmas, low=0.0, high=1e9):
     return predicted
 
 
-SA = {"sa_solver_predictor": (False, False), "sa_solver": (True, False), "sa_solver_pece": (True, True)}  # fmt: skip
+SA = {  # corrected, and its estimate made again
+    "sa_solver_predictor": (False, False),
+    "sa_solver": (True, False),
+    "sa_solver_pece": (True, True),
+}
 
 
 @pytest.mark.parametrize("name", SA)
@@ -357,7 +360,6 @@ SAME = [
     (("restart", {"times": 0}), ("heun", {})),
     (("er_sde", {"order": 1, "eta": 0.0}), ("ddim", {})),
     (("sa_solver_predictor", {"order": 1, "eta": 0.0}), ("ddim", {})),
-    (("sa_solver_predictor", {"order": 1, "eta": 0.6}), ("dpmpp_2m_sde_heun first", {})),
     (("euler_cfg_pp", {}), ("euler", {})),
     (("euler_ancestral_cfg_pp", {}), ("euler_ancestral", {})),
     (("dpmpp_2m_cfg_pp", {}), ("dpmpp_2m", {})),
@@ -371,8 +373,6 @@ SAME = [
 @pytest.mark.parametrize("pair", SAME, ids=lambda pair: pair[0][0])
 def test_identities(pair, case):
     (name, options), (other, others) = pair
-    if other not in SOLVERS:
-        pytest.skip("see below")
     here, there = ours(name, CASES[case], **options), ours(other, CASES[case], **others)
     assert np.abs(here - there).max() <= 1e-12
 
@@ -390,15 +390,21 @@ def test_eta_0_draws_nothing(name):
 
 
 def test_lcm_on_gaussian_data_keeps_too_little_spread():
-    """The reason for its order 0: each step begins from the mean of what x can come from."""
-    spreads = []
+    """The reason for its order 0: each step begins from the mean of what x can come from, and more
+    of them don't help. Data N(0, 1); the state is followed as its weights of x0 and the noise."""
     for n in (50, 400):
-        variance = 1e4
         plan = make_plan("lcm", KarrasScheduler(0.01, 100.0).levels(n)[:-1])
-        for s, t in plan.levels.pairs():
-            variance = (1 / (1 + s.sigma**2)) ** 2 * variance + t.sigma**2
-        spreads.append(variance)
-    assert spreads[1] < spreads[0] < 0.9
+        unit = iter(torch.eye(n, dtype=torch.float64))
+
+        class Source:
+            def draw(self, interval, unit=unit):
+                return next(unit)
+
+        x = next(unit) * 100
+        run = Run(plan, x, Source())
+        while not run.done:
+            run.advance(run.x / (1 + run.sigma**2))
+        assert 0.4 < run.result.square().sum().item() < 0.55
 
 
 # --- the noise that they ask for --------------------------------------------------------------
@@ -441,8 +447,7 @@ def test_seeds_ask_for_the_parts_of_each_interval():
     three = [p for marks in thirds for p in itertools.pairwise(marks)]
     assert np.abs(np.array(asked("seeds_2", levels)) - two).max() <= 1e-12
     assert np.abs(np.array(asked("seeds_3", levels)) - three).max() <= 1e-12
-    whole = [(s, t) for s, t in pairs]
-    assert asked("seeds_2", levels, r=1.0) == whole
+    assert asked("seeds_2", levels, r=1.0) == pairs
 
 
 def test_restart_s_noise_belongs_to_no_path():
@@ -475,7 +480,7 @@ def test_a_correction_after_churn_is_scaled_with_the_state():
     churn = Churn(s_churn=0.6)
     options = {"order": 1, "eta": 0.0, "churn": churn}
     z, gamma = iter(Z), 0.2
-    y, old, k = X / levels[0].alpha, None, 0
+    y, old = X / levels[0].alpha, None
     ratios = [level.ratio for level in levels]
 
     def level_at(ratio):
@@ -492,7 +497,6 @@ def test_a_correction_after_churn_is_scaled_with_the_state():
             y = y + adams(nodes, [d_old, d], start, end, 0.0) - (1 - end / start) * d_old
         y = t / hat * y + (1 - t / hat) * d
         old = d, hat, t
-    assert k == 0
     expected = y * levels[-1].alpha
     assert np.abs(ours("sa_solver", levels, **options) - expected).max() <= 1e-12
 
@@ -522,23 +526,23 @@ def guided(x, sigma):
     return torch.tanh(x / (1 + sigma)), 0.7 * torch.tanh(x / (2 + sigma))
 
 
-def test_ksampler_hands_on_both_answers():
+@pytest.mark.parametrize("name", [name for name, s in SOLVERS.items() if s.outputs == 2])
+def test_ksampler_hands_on_both_answers(name):
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for name in [name for name, s in SOLVERS.items() if s.outputs == 2]:
-        sampler = KSampler(guided, "karras", name)
-        seen = []
-        result = sampler.sample(x, 5, seed=3, callback=lambda k, x, s, d: seen.append((x, s, d)))
-        assert torch.equal(result, sampler.sample(x, 5, seed=3))
-        assert torch.equal(
-            result, KSampler(lambda *a: list(guided(*a)), "karras", name).sample(x, 5, seed=3)
-        )
-        assert all(torch.equal(d, guided(x, s)[0]) for x, s, d in seen)
-        plan = sampler.plan(5)
-        state = x * plan.levels[0].sigma
-        run = Run(plan, state, SampleNoise([3, 4], state))
-        while not run.done:
-            run.advance(*guided(run.x, run.sigma))
-        assert torch.equal(result, run.result)
+    sampler, seen = KSampler(guided, "karras", name), []
+    result = sampler.sample(x, 5, seed=3)
+    watched = sampler.sample(x, 5, seed=3, callback=lambda k, x, s, d: seen.append((x, s, d)))
+    listed = KSampler(lambda *query: list(guided(*query)), "karras", name).sample(x, 5, seed=3)
+    assert torch.equal(result, watched)
+    assert torch.equal(result, listed)
+    assert seen
+    assert all(torch.equal(d, guided(x, s)[0]) for x, s, d in seen)
+    plan = sampler.plan(5)
+    state = x * plan.levels[0].sigma
+    run = Run(plan, state, SampleNoise([3, 4], state))
+    while not run.done:
+        run.advance(*guided(run.x, run.sigma))
+    assert torch.equal(result, run.result)
 
 
 @pytest.mark.parametrize(
@@ -555,7 +559,3 @@ def test_a_denoiser_without_a_pair_is_refused(answer, what, callback):
 def test_a_pair_is_refused_where_one_answer_is_taken():
     with pytest.raises(TypeError, match="must return a tensor, .* got tuple"):
         KSampler(guided, "karras", "euler").sample(torch.ones(2, 3), 3)
-
-
-def test_ve_is_what_plain_sigmas_lie_on():
-    assert Levels.from_sigmas(SIGMAS).path is VE

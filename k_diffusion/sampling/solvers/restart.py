@@ -7,6 +7,7 @@ errors earlier steps left, and the steps back down are those of the probability-
 from __future__ import annotations
 
 from collections.abc import Generator
+from itertools import pairwise
 from math import log, sqrt
 from typing import Any
 
@@ -66,14 +67,14 @@ def restart(
         raise ValueError(f"restart: times and inner must be 0 or more, got {times} and {inner}")
     every = list(levels)
     between = [level for level in every if 0 < level.ratio <= high * (1 + 1e-12)]
-    place = min(
+    place: Level | None = min(
         (level for level in every[1:] if 0 < level.ratio < high * (1 - 1e-12)),
         key=lambda level: abs(log(level.ratio / low)),
         default=None,
     )
     for s, t in levels.pairs():
         x = yield from _heun(x, s, t)
-        if t is not place:
+        if place is None or t is not place:
             continue
         above = sum(level.ratio > t.ratio for level in between)
         way = _inner(levels, high, t, inner or max(above, 1))
@@ -81,6 +82,6 @@ def restart(
         spread = sqrt((way[0].sigma - scale * t.sigma) * (way[0].sigma + scale * t.sigma))
         for _ in range(times):
             x = scale * x + (spread * s_noise) * noise(t, way[0], fresh=True)
-            for a, b in zip(way[:-1], way[1:], strict=True):
+            for a, b in pairwise(way):
                 x = yield from _heun(x, a, b)
     return x
