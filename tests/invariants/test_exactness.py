@@ -133,7 +133,7 @@ def test_eta_0_is_the_ode_method(stochastic, ode):
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize(
-    ("name", "order", "options"),
+    ("method", "order", "options"),
     [
         ("dpm_2_ancestral", 2, {}),
         ("dpmpp_2s_ancestral", 2, {}),
@@ -145,10 +145,10 @@ def test_eta_0_is_the_ode_method(stochastic, ode):
         ("sa_solver_pece", 3, {"order": 2}),
     ],
 )
-def test_order_of_the_ode_limit(name, order, options, grid):
+def test_order_of_the_ode_limit(method, order, options, grid):
     """At eta 0 some have an order that noise denies them."""
     plans = [
-        make_plan(name, levels_between(n, grid), eta=0.0, **options) for n in (48, 96, 192, 384)
+        make_plan(method, levels_between(n, grid), eta=0.0, **options) for n in (48, 96, 192, 384)
     ]
     errors = [e for e in map(MIXTURE.error, plans) if e > 1e-11]
     measured = math.log2(errors[-2] / errors[-1])

@@ -37,8 +37,9 @@ def u_of(x, sigma):
     return 0.7 * np.tanh(x / (2 + sigma)) + 0.1
 
 
-def ours(name, levels=None, pair=False, churn=None, **options):
-    """The plan on float64 arrays with Z as its noise, one a draw, in the solver's order."""
+def ours(name, levels=None, pair=False, churn=None, x=X, carry=False, **options):
+    """The plan on float64 arrays with Z as its noise, one a draw, in the solver's order; with
+    `carry` the denoiser is the same function of x / alpha and sigma / alpha on every path."""
     levels = Levels.from_sigmas(SIGMAS) if levels is None else levels
     plan = make_plan(name, levels, churn=churn, intervals=True, **options)
     drawn = iter(torch.from_numpy(Z))
@@ -47,9 +48,11 @@ def ours(name, levels=None, pair=False, churn=None, **options):
         def draw(self, interval):
             return next(drawn)
 
-    run = Run(plan, torch.from_numpy(X), Source())
+    run = Run(plan, torch.from_numpy(x), Source())
     while not run.done:
         x, sigma = run.x.numpy(), run.sigma[0].item()
+        alpha = levels.path.alpha(sigma) if carry else 1.0
+        x, sigma = x / alpha, sigma / alpha
         answers = (d_of(x, sigma), u_of(x, sigma) if pair else d_of(x, sigma))
         run.advance(*map(torch.from_numpy, answers[: plan.outputs]))
     return run.result.numpy()
@@ -88,7 +91,8 @@ def test_two_stage_ancestral_by_hand(eta):
     check(multi, "dpmpp_2s_ancestral", eta=eta, s_noise=0.9)
 
 
-def test_ddpm_by_hand():
+@pytest.mark.parametrize("s_noise", [1.0, 0.9])
+def test_ddpm_by_hand(s_noise):
     """With beta and alpha-bar, on variance-preserving levels (Ho et al. 2020, eqs. 6, 7)."""
     sigmas = [0.99, 0.9, 0.5, 0.1, 0.0]
     x = X
@@ -97,8 +101,8 @@ def test_ddpm_by_hand():
         beta = 1 - bar / bar_before
         mean = math.sqrt(bar_before) * beta / (1 - bar) * d_of(x, s)
         mean = mean + math.sqrt(1 - beta) * (1 - bar_before) / (1 - bar) * x
-        x = mean + math.sqrt((1 - bar_before) / (1 - bar) * beta) * Z[k]
-    check(x, "ddpm", Levels.from_sigmas(sigmas, VP))
+        x = mean + s_noise * math.sqrt((1 - bar_before) / (1 - bar) * beta) * Z[k]
+    check(x, "ddpm", Levels.from_sigmas(sigmas, VP), s_noise=s_noise)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
@@ -383,6 +387,26 @@ def test_the_adams_predictor_of_order_2_is_the_2m_sde_method_in_heun_s_form():
     assert np.abs(here - ours("dpmpp_2m_sde_heun", levels, eta=1.0)).max() <= 1e-11
 
 
+# All but dpm_2_ancestral and restart, whose steps in sigma depend on the path.
+UNITS = [
+    "ddpm", "dpmpp_2s_ancestral", "dpmpp_2m_sde_heun", "er_sde", "lcm", "sa_solver", "seeds_2",
+    "sa_solver_pece", "sa_solver_predictor", "seeds_3", "euler_cfg_pp", "euler_ancestral_cfg_pp",
+    "dpmpp_2m_cfg_pp", "dpmpp_2s_ancestral_cfg_pp", "res_multistep_cfg_pp",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("churn", [None, Churn(s_churn=1.0)])
+@pytest.mark.parametrize("path", [VP, FLOW], ids=str)
+@pytest.mark.parametrize("name", UNITS)
+def test_a_path_is_a_choice_of_units(name, path, churn):
+    """With a nonlinear denoiser, two answers that differ, and the same noise."""
+    ve = Levels.from_sigmas([10.0, 4.0, 2.5, 0.9, 0.3, 0.1])
+    there = ve.on(path)
+    x, a = X * there[0].alpha, there[-1].alpha
+    here = ours(name, ve, pair=True, churn=churn, carry=True)
+    assert np.abs(here - ours(name, there, True, churn, x, carry=True) / a).max() <= 1e-11
+
+
 @pytest.mark.parametrize("name", ["er_sde", "sa_solver", "sa_solver_pece", "seeds_3", "seeds_2"])
 def test_eta_0_draws_nothing(name):
     assert not make_plan(name, CASES["karras"], eta=0.0).stochastic
@@ -458,6 +482,12 @@ def test_restart_s_noise_belongs_to_no_path():
     assert asked("restart", levels, times=3) == []
 
 
+def test_the_calls_of_each_way_to_correct():
+    levels = Levels.from_sigmas(SIGMAS)
+    for name, calls in [("sa_solver_predictor", 6), ("sa_solver", 6), ("sa_solver_pece", 11)]:
+        assert make_plan(name, levels).evaluations == calls
+
+
 def test_restart_takes_as_many_steps_as_the_levels_do_there():
     levels = Levels.from_sigmas([4.0, 3.0, 1.5, 1.0, 0.4, 0.1, 0.0])
     plain = make_plan("restart", levels, times=0)
@@ -467,6 +497,18 @@ def test_restart_takes_as_many_steps_as_the_levels_do_there():
     assert make_plan("restart", levels, times=4, inner=5).evaluations - plain.evaluations == 40
     ways = [s.level.sigma for s in once.steps if not s.start]
     assert min(abs(v - 2.0) for v in ways) <= 1e-12
+    # 2 itself is one of these levels, but for rounding; and 2 is no place to restart from
+    exact = Levels.from_sigmas([2.0 * (1 + 1e-15), 1.0, 0.4, 0.1])
+    assert make_plan("restart", exact).evaluations == 6 + 6
+    assert not make_plan("restart", Levels.from_sigmas([4.0, 2.0 * (1 - 1e-15), 0.0])).stochastic
+    # the first level is where x comes from, not where anything was solved
+    assert not make_plan("restart", Levels.from_sigmas([0.5, 0.0])).stochastic
+    # near is meant in log: 0.19 and 0.02 lie 1.9 and 5 times off
+    near = make_plan("restart", Levels.from_sigmas([4.0, 0.19, 0.02]), low=0.1)
+    assert near.draws[0].interval.start.sigma == 0.19
+    # above a place between levels that begin below `high`, one step is the least
+    below = make_plan("restart", Levels.from_sigmas([4.0, 0.1, 0.0]))
+    assert below.evaluations == 3 + 2
     # where no level lies between, there is nothing to restart
     assert not make_plan("restart", levels, low=0.01, high=0.05).stochastic
 
