@@ -34,7 +34,8 @@ class KSampler:
         model: a Denoiser; a network that carries its conventions, such as `UNet` (its `prediction`,
             `time_convention` and perhaps `process`); or a plain function
             `(x, sigma, **condition) -> x0`, taken to be variance exploding. It is called as it is:
-            put a network with dropout into `eval()` first.
+            put a network with dropout into `eval()` first. For a solver of two outputs (CFG++) it
+            must return a pair: the guided and the unconditional estimate of x0.
         scheduler: lays the noise levels: a Scheduler or its name. A network that carries no process
             yet takes it as its process too, if it is in the coordinates of the network's kind
             (variance preserving for eps, v and x0). None: the model's own process.
@@ -133,13 +134,14 @@ class KSampler:
                 None: from torch's global generator.
             progress: show a progress bar on standard error.
             callback: called as `callback(k, x, sigma, denoised)` after the k-th call of the model,
-                with its input, noise level (shape (B,)) and answer.
+                with its input, noise level (shape (B,)) and answer (of two, the guided one).
 
         Returns:
             Samples, shape (B, C, ...), in the scale of the data that the model was trained on.
 
         Raises:
-            TypeError: x, steps, condition or seed of a wrong type.
+            TypeError: x, steps, condition or seed of a wrong type; no pair for a solver of two
+                outputs.
             ValueError: x that isn't finite, a condition that the model cannot take, bad steps.
             FloatingPointError: the result is not finite.
         """
@@ -167,12 +169,14 @@ class KSampler:
         denoiser = self.denoiser
         try:
             while not run.done:
-                if callback is None:
+                if callback is not None:
+                    answers = _answers(denoiser(run.x, run.sigma, **keywords), plan)
+                    callback(run.k, run.x, run.sigma, answers[0])
+                    run.advance(*answers)
+                elif plan.outputs == 1:
                     run.advance(denoiser(run.x, run.sigma, **keywords))
                 else:
-                    denoised = denoiser(run.x, run.sigma, **keywords)
-                    callback(run.k, run.x, run.sigma, denoised)
-                    run.advance(denoised)
+                    run.advance(*_answers(denoiser(run.x, run.sigma, **keywords), plan))
                 if bar is not None:
                     bar.update()
         finally:
@@ -213,6 +217,21 @@ class KSampler:
                     raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
                 return seeds
         raise TypeError(f"seed must be a whole number or one per sample, got {seed!r}")
+
+
+def _answers(answer: Any, plan: Plan) -> tuple[Any, ...]:
+    """The denoiser's answer as the run takes it; for a solver of two, its two parts."""
+    if plan.outputs == 1:
+        return (answer,)
+    if not isinstance(answer, (tuple, list)) or len(answer) != plan.outputs:
+        what = (
+            f"{len(answer)} of them" if isinstance(answer, (tuple, list)) else type(answer).__name__
+        )
+        raise TypeError(
+            f"{plan.solver} needs a denoiser that returns a pair, the guided and the unconditional "
+            f"estimate of x0, got {what}: guide the model so, or use a sampler without cfg_pp"
+        )
+    return tuple(answer)
 
 
 def _whole(value: Any) -> Any:

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from scipy.integrate import quad
 from scipy.optimize import brentq
 
 from k_diffusion.sampling import FLOW, VE, VP, Level, Levels, Plan, Solver, make_plan
@@ -21,11 +22,14 @@ GRIDS = ("even", "uneven")
 def execute(
     plan: Plan,
     x0: Array,
-    denoise: Callable[[Array, Level], Array],
+    denoise: Callable[[Array, Level], Any],
     noise: Callable[[int], Array] | None = None,
     watch: Callable[[Array, Level], None] | None = None,
 ) -> Array:
-    """A reference engine of a few lines: runs a plan on arrays, dropping nothing."""
+    """A reference engine of a few lines: runs a plan on arrays, dropping nothing.
+
+    Where a solver takes two answers, one alone stands for both.
+    """
     values: dict[str, Any] = {"x0": x0}
     drawn = 0
 
@@ -45,7 +49,8 @@ def execute(
         if watch is not None:
             watch(state, step.level)
         answer = denoise(state, step.level)
-        values.update(dict.fromkeys(step.answers, answer))
+        answers = answer if isinstance(answer, tuple) else (answer,) * len(step.answers)
+        values.update(zip(step.answers, answers, strict=True))
     perform(plan.last)
     return values[plan.result]
 
@@ -78,19 +83,49 @@ def levels_between(
     return Levels([path.at(float(v)) for v in snr], path)
 
 
+def _shrink(v: float, s: float, t: float, eta: float) -> float:
+    """What the reverse diffusion with noise eta (0: the ODE) leaves of a displacement, on data of
+    variance v, between two values of sigma / alpha, in units of alpha."""
+    return ((v + t**2) / (v + s**2)) ** ((1 + eta**2) / 2)
+
+
+def _er_shrink(v: float, s: float, t: float, eta: float) -> float:
+    """The same for ER-SDE, with phi = u (exp(u^0.3) + 10): log of it is the integral of
+    phi' / phi u² / (v + u²) du."""
+
+    def rate(u: float) -> float:
+        e = math.exp(u**0.3)
+        return (1 / u + 0.3 * u**-0.7 * e / (e + 10)) * u**2 / (v + u**2)
+
+    return math.exp(quad(rate, s, t, epsabs=0, epsrel=1e-12)[0])
+
+
+def _restart_shrink(v: float, s: float, t: float, eta: float) -> float:
+    """The same for restart with its default options, from 2 to 0.1 and once again."""
+    return _shrink(v, s, t, 0.0) * _shrink(v, 2.0, 0.1, 0.0)
+
+
+# Methods whose limit is not the reverse diffusion that their option eta (or none) says.
+LIMITS = {
+    "ddpm": lambda v, s, t, eta: _shrink(v, s, t, 1.0),
+    "er_sde": _er_shrink,
+    "restart": _restart_shrink,
+}
+
+
 def gaussian_error(plan: Plan, eta: float) -> float:
     """Largest error of the mean of a displaced start and of the standard deviation of a true one.
 
-    On data N(m, v) the marginal variance is V = alpha² v + sigma². The reverse diffusion with
-    noise eta (0: the ODE) keeps it, and shrinks a displacement by
-    (alpha_t / alpha_s) (v + ratio_t²)^p / (v + ratio_s²)^p, p = (1 + eta²) / 2.
+    On data N(m, v) the marginal variance is V = alpha² v + sigma². The reverse diffusion, with any
+    noise, keeps it, and shrinks a displacement as `_shrink` says.
     """
+    limit = LIMITS.get(plan.solver, _shrink)
     s, t = plan.levels[0], plan.levels[-1]
     worst = 0.0
     for mean, v in ((0.7, 0.2), (-0.4, 1.3)):
         form = linear_form(plan, mean, v)
         start, end = (level.alpha**2 * v + level.sigma**2 for level in (s, t))
-        shrink = (t.alpha / s.alpha) * ((v + t.ratio**2) / (v + s.ratio**2)) ** ((1 + eta**2) / 2)
+        shrink = t.alpha / s.alpha * limit(v, s.ratio, t.ratio, eta)
         displaced = s.alpha * mean + 1.5
         mean_error = form[0] + form[1] * displaced - (t.alpha * mean + 1.5 * shrink)
         spread = math.sqrt(form[1] ** 2 * start + float(np.sum(form[2:] ** 2)))
@@ -144,11 +179,14 @@ class Mixture:
 MIXTURE = Mixture()
 
 
-def slopes(
-    solver: Solver, sizes: Sequence[int] = (24, 48, 96, 192), **options: Any
-) -> dict[str, float]:
+# Extrapolation over uneven steps by polynomials of high degree: slower to show its order.
+FINER = {"sa_solver_predictor": (192, 384)}
+
+
+def slopes(solver: Solver, sizes: Sequence[int] = (), **options: Any) -> dict[str, float]:
     """Measured orders by problem, grid and path: log2 of the error's fall when steps double, at the
     finest pair of grids whose errors stand above 1e-11."""
+    sizes = sizes or FINER.get(solver.name, (24, 48, 96, 192))
     eta = float(solver.options.get("eta", 0.0))
     found = {}
     for path in (VE, VP, FLOW):

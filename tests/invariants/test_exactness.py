@@ -76,17 +76,20 @@ def _transfer(plan):
 
 
 # Methods in sigma integrate dx = d dalpha + eps dsigma, which depends on the path; not Euler's.
-IN_SIGMA = {"heun", "dpm_2", "lms"}
+IN_SIGMA = {"heun", "dpm_2", "lms", "dpm_2_ancestral", "restart"}
 
 
+@pytest.mark.parametrize("churn", [None, Churn(s_churn=1.0)])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("path", [VP, FLOW], ids=str)
-def test_coordinates(name, grid, path):
+def test_coordinates(name, grid, path, churn):
     """The same levels in other coordinates give the same samples (and noise, atom by atom)."""
     if name in IN_SIGMA:
         pytest.skip("works in sigma: its formula depends on the path")
+    if churn is not None and SOLVERS[name].predictor:
+        pytest.skip("takes no churn")
     levels = levels_between(8, grid)
-    here, there = (_transfer(make_plan(name, lv)) for lv in (levels, levels.on(path)))
+    here, there = (_transfer(make_plan(name, lv, churn=churn)) for lv in (levels, levels.on(path)))
     assert np.abs(here - there).max() <= 1e-12
 
 
@@ -109,7 +112,16 @@ def test_first_order_methods_are_one(levels):
 
 @pytest.mark.parametrize(
     ("stochastic", "ode"),
-    [("dpmpp_2m_sde", "dpmpp_2m"), ("dpmpp_3m_sde", "dpmpp_3m"), ("dpmpp_sde", "dpmpp_2s")],
+    [
+        ("dpmpp_2m_sde", "dpmpp_2m"),
+        ("dpmpp_3m_sde", "dpmpp_3m"),
+        ("dpmpp_sde", "dpmpp_2s"),
+        ("seeds_2", "dpmpp_2s"),
+        ("dpm_2_ancestral", "dpm_2"),
+        ("dpmpp_2s_ancestral", "dpmpp_2s"),
+        ("dpmpp_2s_ancestral_cfg_pp", "dpmpp_2s"),
+        ("euler_ancestral_cfg_pp", "euler_cfg_pp"),
+    ],
 )
 def test_eta_0_is_the_ode_method(stochastic, ode):
     levels = KarrasScheduler().levels(7)
@@ -117,6 +129,30 @@ def test_eta_0_is_the_ode_method(stochastic, ode):
     assert not plan.stochastic
     ends = [execute(p, MIXTURE.points, MIXTURE.denoise) for p in (plan, make_plan(ode, levels))]
     assert np.abs(ends[0] - ends[1]).max() <= 1e-12
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize(
+    ("method", "order", "options"),
+    [
+        ("dpm_2_ancestral", 2, {}),
+        ("dpmpp_2s_ancestral", 2, {}),
+        ("seeds_3", 3, {}),
+        ("er_sde", 2, {"order": 3}),
+        ("sa_solver_predictor", 2, {"order": 4}),
+        ("sa_solver", 3, {"order": 2}),
+        ("sa_solver", 3, {"order": 4}),
+        ("sa_solver_pece", 3, {"order": 2}),
+    ],
+)
+def test_order_of_the_ode_limit(method, order, options, grid):
+    """At eta 0 some have an order that noise denies them."""
+    plans = [
+        make_plan(method, levels_between(n, grid), eta=0.0, **options) for n in (48, 96, 192, 384)
+    ]
+    errors = [e for e in map(MIXTURE.error, plans) if e > 1e-11]
+    measured = math.log2(errors[-2] / errors[-1])
+    assert abs(measured - order) <= (0.15 if order < 3 else 0.3)
 
 
 def test_ancestral_is_ddim_with_eta_1():

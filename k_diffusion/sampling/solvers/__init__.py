@@ -3,6 +3,30 @@ imported here): registration alone gives it its tests, its row in the docs and i
 """
 
 from k_diffusion.sampling.registry import SOLVERS, Solver, get_solver, solver
-from k_diffusion.sampling.solvers import exponential, linear, stochastic
+from k_diffusion.sampling.solvers import (
+    ancestral,
+    er_sde,
+    exponential,
+    guided,
+    linear,
+    restart,
+    sa_solver,
+    sde,
+    seeds,
+)
 
-__all__ = ["SOLVERS", "Solver", "exponential", "get_solver", "linear", "solver", "stochastic"]
+__all__ = [
+    "SOLVERS",
+    "Solver",
+    "ancestral",
+    "er_sde",
+    "exponential",
+    "get_solver",
+    "guided",
+    "linear",
+    "restart",
+    "sa_solver",
+    "sde",
+    "seeds",
+    "solver",
+]

@@ -1,55 +1,23 @@
-"""Solvers that add noise on the way: ancestral steps and the reverse diffusion SDE.
+"""DPM-Solver++ in the reverse diffusion SDE.
 
 eta scales the noise: 0 is the probability-flow ODE, 1 the reverse diffusion of the forward process.
-Between them the established formulas differ: in ddim, euler_ancestral and dpmpp_sde the variance of
-the noise goes as eta², in the 2M and 3M SDE methods as eta.
+Between them the established formulas differ: in dpmpp_sde (as in the ancestral methods) the
+variance of the noise goes as eta², in the 2M and 3M SDE methods as eta.
+
+On noise a multistep method sees its own past only: the weak order is 2 at most, since the part of
+the noise inside a step that later estimates feel is made up for to leading order alone.
 """
 
 from __future__ import annotations
 
-from math import expm1, sqrt
+from math import exp, expm1, sqrt
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
+from k_diffusion.sampling.solvers.ancestral import ancestral
 from k_diffusion.sampling.solvers.exponential import data_step, third_order_terms
 from k_diffusion.utils.levels import Level
-
-
-def ancestral(s: Level, t: Level, eta: float) -> tuple[Level, float]:
-    """Where to step down to, and the standard deviation of the noise that leads up again to t.
-
-    At eta = 1 that is the posterior of the forward process given the data (Ho et al. 2020,
-    arXiv:2006.11239, eq. 7; Song et al. 2021, arXiv:2010.02502, eq. 16), in any coordinates.
-    """
-    up = min(t.sigma, eta * t.sigma * sqrt(max(1 - (t.ratio / s.ratio) ** 2, 0.0)))
-    return Level(t.alpha, sqrt(max((t.sigma - up) * (t.sigma + up), 0.0))), up
-
-
-@solver(order=1, source="Song et al. 2021, arXiv:2010.02502, eqs. 12 and 16")
-def ddim(x: Expr, levels: Any, noise: Any, *, eta: float = 0.0) -> Trace:
-    """DDIM: the data and noise estimates put together again at the next level."""
-    for s, t in levels.pairs():
-        d = yield x, s
-        down, up = ancestral(s, t, eta)
-        x = data_step(x, d, s, down)
-        if up > 0:
-            x = x + up * noise(s, t)
-    return x
-
-
-@solver(order=1, source="Song et al. 2021, arXiv:2011.13456, appendix F", stochastic=True)
-def euler_ancestral(
-    x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
-) -> Trace:
-    """Euler steps below the next level, with noise that leads up to it again."""
-    for s, t in levels.pairs():
-        d = yield x, s
-        down, up = ancestral(s, t, eta)
-        x = data_step(x, d, s, down)
-        if up > 0:
-            x = x + (up * s_noise) * noise(s, t)
-    return x
 
 
 @solver(
@@ -87,16 +55,27 @@ def dpmpp_sde(
     return x
 
 
-def _sde_step(x: Expr, d: Expr, s: Level, t: Level, eta: float) -> tuple[Expr, float, float]:
+def sde_scales(s: Level, t: Level, eta: float) -> tuple[float, float]:
+    """What the reverse SDE with noise variance eta leaves of x from s to t, both above sigma = 0;
+    and the standard deviation of the noise that it puts in."""
+    h = t.half_log_snr - s.half_log_snr
+    return t.sigma / s.sigma * exp(-eta * h), t.sigma * sqrt(-expm1(-2 * eta * h))
+
+
+def sde_step(x: Expr, d: Expr, s: Level, t: Level, eta: float) -> tuple[Expr, float, float]:
     """The exact step of the reverse SDE for a constant data estimate, without its noise; the
     noise's standard deviation; and the step h · (1 + eta) in half log-SNR that d is weighted by."""
     if not t.sigma > 0:
         return t.alpha * d, 0.0, float("inf")
-    h = t.half_log_snr - s.half_log_snr
-    decay = t.sigma / s.sigma * (s.sigma * t.alpha / (s.alpha * t.sigma)) ** -eta
-    whole = h * (1 + eta)
-    step = decay * x - t.alpha * expm1(-whole) * d
-    return step, t.sigma * sqrt(-expm1(-2 * eta * h)), whole
+    whole = (t.half_log_snr - s.half_log_snr) * (1 + eta)
+    decay, up = sde_scales(s, t, eta)
+    return decay * x - t.alpha * expm1(-whole) * d, up, whole
+
+
+def slope_weight(whole: float) -> float:
+    """The integral of exp(u - whole) · u / whole over u in [0, whole]: the weight of the change
+    over a whole step where the data estimate is a line."""
+    return expm1(-whole) / whole + 1
 
 
 @solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, section 5", stochastic=True)
@@ -111,7 +90,30 @@ def dpmpp_2m_sde(
         if last is not None and t.sigma > 0:
             h = t.half_log_snr - s.half_log_snr
             e = d + h / (2 * (s.half_log_snr - last[1])) * (d - last[0])
-        x, up, _ = _sde_step(x, e, s, t, eta)
+        x, up, _ = sde_step(x, e, s, t, eta)
+        if up > 0:
+            x = x + (up * s_noise) * noise(s, t)
+        last = d, s.half_log_snr
+    return x
+
+
+@solver(
+    order=2,
+    source="Lu et al. 2022, arXiv:2211.01095, section 5, as in k-diffusion",
+    stochastic=True,
+)
+def dpmpp_2m_sde_heun(
+    x: Expr, levels: Any, noise: Any, *, eta: float = 1.0, s_noise: float = 1.0
+) -> Trace:
+    """SDE-DPM-Solver++(2M), Heun form: the line through the last two data estimates, integrated
+    exactly in the reverse SDE."""
+    last: tuple[Expr, float] | None = None
+    for s, t in levels.pairs():
+        d = yield x, s
+        x, up, whole = sde_step(x, d, s, t, eta)
+        if last is not None and t.sigma > 0:
+            r = (s.half_log_snr - last[1]) / (t.half_log_snr - s.half_log_snr)
+            x = x + (t.alpha * slope_weight(whole) / r) * (d - last[0])
         if up > 0:
             x = x + (up * s_noise) * noise(s, t)
         last = d, s.half_log_snr
@@ -131,9 +133,9 @@ def dpmpp_3m_sde(
     past: list[tuple[float, Expr]] = []
     for s, t in levels.pairs():
         d = yield x, s
-        x, up, whole = _sde_step(x, d, s, t, eta)
+        x, up, whole = sde_step(x, d, s, t, eta)
         if past and t.sigma > 0:
-            phi2 = expm1(-whole) / whole + 1
+            phi2 = slope_weight(whole)
             h = t.half_log_snr - s.half_log_snr
             if len(past) == 1:
                 r = (s.half_log_snr - past[-1][0]) / h
