@@ -145,7 +145,7 @@ MIXTURE = Mixture()
 
 
 def slopes(
-    solver: Solver, sizes: Sequence[int] = (24, 48, 96, 192), **options: Any
+    solver: Solver, sizes: Sequence[int] = (12, 24, 48, 96, 192), **options: Any
 ) -> dict[str, float]:
     """Measured orders by problem, grid and path: log2 of the error's fall when steps double, at the
     finest pair of grids whose errors stand above 1e-11."""
