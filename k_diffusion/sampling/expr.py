@@ -149,10 +149,15 @@ class Tracer:
 
     def data_of(self, node: Node) -> Node | None:
         """The data estimate of the query after which a symbol was made."""
-        if node not in self.estimates:
-            answers = (n for n in self.nodes if n.leaf and self.content[n] == (1.0, 0.0))
-            return next((n for n in answers if n.epoch == node.epoch), None)
-        return self.estimates[node]
+        if node in self.estimates:
+            return self.estimates[node]
+        for i in range(node.index - 1, -1, -1):
+            earlier = self.nodes[i]
+            if earlier.epoch != node.epoch:
+                break
+            if earlier.leaf and self.content[earlier] == (1.0, 0.0):
+                return earlier
+        return None
 
     def churn(self, state: Expr, s: Level, raised: Level, s_noise: float) -> None:
         """Puts noise under a solver's feet: its state at s becomes one at the noisier level.

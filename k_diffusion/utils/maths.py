@@ -170,23 +170,28 @@ def lagrange_integrals(
     end: float,
     total: float,
     weight: Callable[[float], float] = lambda u: 1.0,
+    clock: Callable[[float], float] = lambda u: u,
+    pieces: int = 1,
 ) -> list[float]:
-    """For each node j, the integral from start to end of weight(u) · L_j(u) du.
+    """For each node j, the integral from start to end of weight(u) · L_j(clock(u)) du.
 
     L_j is the Lagrange polynomial that is 1 at node j and 0 at the others: the coefficients of any
-    Adams method on uneven steps. 24-point quadrature: exact to rounding for polynomials, and for
-    exponential weights over the few units of log-SNR that a step spans. `total` is the integral of
-    the weight alone, in closed form: the L_j sum to 1, so it fixes the last integral without the
-    rounding errors of the others, and a constant is integrated exactly.
+    Adams method on uneven steps. 24-point quadrature on each of `pieces` equal parts: exact to
+    rounding for polynomials. `total` is the integral of the weight alone, in closed form: the L_j
+    sum to 1, so it fixes the last integral without the rounding errors of the others, and a
+    constant is integrated exactly.
     """
-    centre, half = (start + end) / 2, (end - start) / 2
-    integrals = [0.0] * len(nodes)
-    for x, w in gauss_legendre(24):
-        u = centre + half * x
-        for j, node in enumerate(nodes):
-            basis = math.prod((u - m) / (node - m) for k, m in enumerate(nodes) if k != j)
-            integrals[j] += half * w * weight(u) * basis
-    return [*integrals[:-1], total - math.fsum(integrals[:-1])]
+    half = (end - start) / (2 * pieces)
+    integrals = [0.0] * (len(nodes) - 1)
+    for piece in range(pieces):
+        centre = start + (2 * piece + 1) * half
+        for x, w in gauss_legendre(24):
+            u = centre + half * x
+            mass, at = half * w * weight(u), clock(u)
+            for j, node in enumerate(nodes[:-1]):
+                basis = math.prod((at - m) / (node - m) for k, m in enumerate(nodes) if k != j)
+                integrals[j] += mass * basis
+    return [*integrals, total - math.fsum(integrals)]
 
 
 def phi(k: int, z: float) -> float:

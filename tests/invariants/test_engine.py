@@ -147,13 +147,14 @@ def test_no_wait_and_no_more_live_tensors_than_declared(name, device, churn, war
     assert run.result.shape == (2, 3, 16, 16)
 
 
+MANY_STAGES = {"rk4_38", "rk5"}  # whose last stages take most of the slopes before
 LIVE = {"ddim": 3, "euler": 3, "dpmpp_2m": 4, "heun": 5, "dpmpp_3m_sde": 6}
 
 
 def test_live_tensors_stay_few(name):
     """Declared memory does not grow with the steps, and is what the design counted."""
     few, many = (make_plan(name, KarrasScheduler().levels(n)).live for n in (12, 40))
-    assert few == many <= 6
+    assert few == many <= (8 if name in MANY_STAGES else 6)
     if name in LIVE:
         assert many == LIVE[name]
 

@@ -79,8 +79,8 @@ def exp_ab_noise(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
 
 @solver(order={1: 1, 2: 2, 3: 3, 4: 4}, source=SOURCE)
 def exp_ab_velocity(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
-    """Adams-Bashforth on the velocity eps - d of flow coordinates, with a start that keeps its
-    order (order 3: one evaluation more than intervals; order 4: two)."""
+    """Exponential Adams-Bashforth on the velocity eps - d, with a start that keeps its order (order
+    3: one evaluation more than intervals; order 4: two)."""
     return (yield from _full(VELOCITY, x, levels, order))
 
 
@@ -93,6 +93,6 @@ def exp_ab_low(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
 
 @solver(order={1: 1, 2: 2, 3: 2, 4: 2}, source=SOURCE)
 def exp_ab_velocity_low(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
-    """Adams-Bashforth on the velocity eps - d of flow coordinates, whose order grows by one with
-    each step from 1 on: one evaluation an interval, and order 2 by that start."""
+    """Exponential Adams-Bashforth on the velocity eps - d, whose order grows by one with each step
+    from 1 on: one evaluation an interval, and order 2 by that start."""
     return (yield from _low(VELOCITY, x, levels, order))

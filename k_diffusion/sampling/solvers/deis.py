@@ -6,14 +6,13 @@ methods of order 2. They differ in the time in which the estimate is a polynomia
 
 from __future__ import annotations
 
-from math import exp, expm1, log1p, sqrt
+from math import ceil, exp, log1p, sqrt
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
 from k_diffusion.sampling.solvers.exponential import NOISE, Estimate, noise_step
 from k_diffusion.sampling.solvers.linear import noise_in
-from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import lagrange_integrals
 
 SOURCE = "Zhang and Chen 2022, arXiv:2204.13902"
@@ -63,14 +62,13 @@ _SLOPE = 2 * (_LOW / _EPSILON - _HIGH) / (_EPSILON - 1)
 _START = _HIGH - _SLOPE / 2
 
 
-def _time(level: Level) -> float:
-    return (sqrt(_START**2 + 2 * _SLOPE * log1p(level.ratio**2)) - _START) / _SLOPE
+def _time(half_log_snr: float) -> float:
+    return (sqrt(_START**2 + 2 * _SLOPE * log1p(exp(-2 * half_log_snr))) - _START) / _SLOPE
 
 
-def _growth(t: float) -> float:
-    """drho / dt, with rho² = exp((slope / 2) t² + start t) - 1."""
-    exponent = _SLOPE / 2 * t * t + _START * t
-    return (_SLOPE * t + _START) * exp(exponent) / (2 * sqrt(expm1(exponent)))
+def _ratio_slope(half_log_snr: float) -> float:
+    """The derivative of rho = sigma / alpha by half log-SNR."""
+    return -exp(-half_log_snr)
 
 
 @solver(order={1: 1, 2: 2, 3: 2}, source=f"{SOURCE}, section 3.2, tAB, as in use for any model")
@@ -87,8 +85,15 @@ def deis_tab(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
         if not t.sigma > 0:
             x = noise_step(x, past[-1][1], s, t)
             continue
+        start, end = s.half_log_snr, t.half_log_snr
         weights = lagrange_integrals(
-            [_time(p) for p, _ in past], _time(s), _time(t), t.ratio - s.ratio, _growth
+            [_time(p.half_log_snr) for p, _ in past],
+            start,
+            end,
+            t.ratio - s.ratio,
+            _ratio_slope,
+            _time,
+            pieces=ceil((end - start) / 2),
         )
         parts = (t.alpha * w * e for w, (_, e) in zip(weights, past, strict=True))
         x = (t.alpha / s.alpha) * x + sum(parts)

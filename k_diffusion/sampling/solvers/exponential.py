@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from math import expm1
+from math import ceil, exp, expm1
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
@@ -133,8 +133,15 @@ class _Velocity(Prediction):
         return (t.alpha + t.sigma) * (_flow_time(t) - _flow_time(s))
 
     def weights(self, nodes: Sequence[Level], s: Level, t: Level) -> list[float]:
-        start, end = _flow_time(s), _flow_time(t)
-        integrals = lagrange_integrals([_flow_time(n) for n in nodes], start, end, end - start)
+        start, end = s.half_log_snr, t.half_log_snr
+        integrals = lagrange_integrals(
+            [node.half_log_snr for node in nodes],
+            start,
+            end,
+            _flow_time(t) - _flow_time(s),
+            _flow_time_slope,
+            pieces=ceil((end - start) / 4),  # the slope's nearest pole is pi away
+        )
         return [(t.alpha + t.sigma) * w for w in integrals]
 
 
@@ -143,13 +150,18 @@ def _flow_time(level: Level) -> float:
     return level.sigma / (level.alpha + level.sigma)
 
 
+def _flow_time_slope(half_log_snr: float) -> float:
+    """Its derivative by half log-SNR, -u (1 - u)."""
+    return -1 / (2 + exp(half_log_snr) + exp(-half_log_snr))
+
+
 DATA = _Data()
 """The data estimate d, a polynomial in half log-SNR."""
 NOISE = _Noise()
 """The noise estimate eps, a polynomial in half log-SNR."""
 VELOCITY = _Velocity()
-"""The velocity eps - d of the straight line from data to noise, a polynomial in sigma / (alpha +
-sigma): Adams' methods as a flow model has them, on any path."""
+"""The velocity eps - d of the straight line from data to noise, a polynomial in half log-SNR: what
+flow models predict, on any path."""
 
 
 def recent(past: list[Estimate], s: Level, t: Level, count: int) -> list[Estimate]:

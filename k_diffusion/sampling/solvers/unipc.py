@@ -13,7 +13,7 @@ an edit of it, stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from math import expm1
+from math import expm1, fsum
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
@@ -85,7 +85,8 @@ def _predict_and_correct(
         if step is not None and 2 * s.half_log_snr >= step[0].half_log_snr + step[1].half_log_snr:
             nodes = [*(p for p, _ in past), s]
             better = _weights(prediction, b, nodes, len(past) - 1, *step)
-            changes = [w - v for w, v in zip(better, [*predicted, 0.0], strict=True)]
+            changes = [w - v for w, v in zip(better, predicted, strict=False)]
+            changes.append(-fsum(changes))  # so that equal estimates correct nothing, exactly
             estimates = [*(q for _, q in past), e]
             parts = (c * q for c, q in zip(changes, estimates, strict=True))
             x = x + (s.alpha / step[1].alpha) * sum(parts)
