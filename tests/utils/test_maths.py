@@ -85,7 +85,7 @@ def test_phi_to_the_last_digits(k, z):
                 if n
                 else 1 / decimal.Decimal(math.factorial(k))
             )
-        assert abs(decimal.Decimal(maths.phi(k, z)) / exact - 1) <= decimal.Decimal(4e-15)
+        assert abs(decimal.Decimal(maths.phi(k, z)) / exact - 1) <= decimal.Decimal("4e-15")
 
 
 @pytest.mark.parametrize("nodes", [(0.0,), (-0.7, 0.0), (-3.0, -1.2, -0.5, 0.0), (0.0, 0.6)])
