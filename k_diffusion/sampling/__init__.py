@@ -5,7 +5,7 @@ from k_diffusion.sampling.engine import NoiseSource, Run
 from k_diffusion.sampling.ksampler import KSampler
 from k_diffusion.sampling.noise import CallerNoise, SampleNoise, unit_noise
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
-from k_diffusion.sampling.registry import SOLVERS, Solver, get_solver, solver
+from k_diffusion.sampling.solvers import SOLVERS, Solver, get_solver, solver
 from k_diffusion.utils.levels import FLOW, VE, VP, Level, Levels
 
 __all__ = [

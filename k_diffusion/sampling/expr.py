@@ -113,6 +113,7 @@ class Tracer:
             data at one point c the symbol is signal · c + noise · (the state's unit noise).
         alive: the symbols that the solver still holds.
         stale: symbols that churn has left behind.
+        estimates: for symbols that churn has changed, the data estimate of their query.
     """
 
     epoch: int = 0
@@ -122,6 +123,7 @@ class Tracer:
     content: dict[Node, tuple[float, float]] = field(default_factory=dict)
     alive: weakref.WeakSet[Expr] = field(default_factory=weakref.WeakSet)
     stale: set[Node] = field(default_factory=set)
+    estimates: dict[Node, Node] = field(default_factory=dict)
 
     def combination(self, terms: Iterable[tuple[Node, float]]) -> Node:
         """A new node for a linear combination."""
@@ -145,13 +147,26 @@ class Tracer:
             self.content[node] = sum(c * p[0] for c, p in parts), sum(c * p[1] for c, p in parts)
         return self.content[node]
 
+    def data_of(self, node: Node) -> Node | None:
+        """The data estimate of the query after which a symbol was made."""
+        if node in self.estimates:
+            return self.estimates[node]
+        for i in range(node.index - 1, -1, -1):
+            earlier = self.nodes[i]
+            if earlier.epoch != node.epoch:
+                break
+            if earlier.leaf and self.content[earlier] == (1.0, 0.0):
+                return earlier
+        return None
+
     def churn(self, state: Expr, s: Level, raised: Level, s_noise: float) -> None:
         """Puts noise under a solver's feet: its state at s becomes one at the noisier level.
 
         With k = ratio_s / ratio_raised the state's unit noise eps becomes k eps + sqrt(1 - k²) z.
         The noise estimates that a multistep solver remembers are of the old eps, and turn into the
-        new one in the same way; its data estimates stay what they are. What it holds besides, made
-        of both (an earlier state), is of the old noise: it may not be used any more.
+        new one in the same way; its data estimates stay what they are; in a velocity (a difference
+        of both) the noise is found by taking out the data estimate of the same query. What it holds
+        besides, a sum of both (an earlier state), is of the old noise: it may not be used any more.
         """
         keep = s.ratio / raised.ratio
         add = math.sqrt(max((1 - keep) * (1 + keep), 0.0)) * s_noise
@@ -161,11 +176,19 @@ class Tracer:
             if symbol.node is state.node:
                 continue
             signal, noise = self.content_of(symbol.node)
-            if noise and abs(signal) > 1e-12 * abs(noise):
-                self.stale.add(symbol.node)
-            elif noise:
+            if not noise:
+                continue
+            data = self.data_of(symbol.node)
+            if abs(signal) <= 1e-12 * abs(noise):
                 symbol.node = (keep * symbol + (noise * add) * z).node
-                self.content[symbol.node] = signal, noise
+            elif signal * noise < 0 and data is not None:
+                still = (1 - keep) * signal * Expr(self, data)
+                symbol.node = (still + keep * symbol + (noise * add) * z).node
+                self.estimates[symbol.node] = data
+            else:
+                self.stale.add(symbol.node)
+                continue
+            self.content[symbol.node] = signal, noise
         scale = raised.alpha / s.alpha
         before = state.node
         after = (scale * state + (raised.sigma * add) * z).node

@@ -202,6 +202,7 @@ def make_plan(
             coefficient that is not finite.
     """
     chosen = get_solver(solver)
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     chosen.check_options(options)
     if not isinstance(levels, Levels):
         raise TypeError(

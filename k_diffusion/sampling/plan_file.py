@@ -87,7 +87,9 @@ def _build(data: dict[str, Any]) -> Plan:
         terms = tuple((str(name), float(c)) for name, c in op["terms"])
         return Combine(str(op["name"]), terms, drop)
 
-    options = dict(data["options"])
+    options: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in dict(data["options"]).items()
+    }
     if isinstance(options.get("churn"), dict):
         options["churn"] = Churn(**options["churn"])
     steps = tuple(

@@ -170,23 +170,70 @@ def lagrange_integrals(
     end: float,
     total: float,
     weight: Callable[[float], float] = lambda u: 1.0,
+    clock: Callable[[float], float] = lambda u: u,
+    pieces: int = 1,
 ) -> list[float]:
-    """For each node j, the integral from start to end of weight(u) · L_j(u) du.
+    """For each node j, the integral from start to end of weight(u) · L_j(clock(u)) du.
 
     L_j is the Lagrange polynomial that is 1 at node j and 0 at the others: the coefficients of any
-    Adams method on uneven steps. 24-point quadrature: exact to rounding for polynomials, and for
-    exponential weights over the few units of log-SNR that a step spans. `total` is the integral of
-    the weight alone, in closed form: the L_j sum to 1, so it fixes the last integral without the
-    rounding errors of the others, and a constant is integrated exactly.
+    Adams method on uneven steps. 24-point quadrature on each of `pieces` equal parts: exact to
+    rounding for polynomials. `total` is the integral of the weight alone, in closed form: the L_j
+    sum to 1, so it fixes the last integral without the rounding errors of the others, and a
+    constant is integrated exactly.
     """
-    centre, half = (start + end) / 2, (end - start) / 2
-    integrals = [0.0] * len(nodes)
-    for x, w in gauss_legendre(24):
-        u = centre + half * x
-        for j, node in enumerate(nodes):
-            basis = math.prod((u - m) / (node - m) for k, m in enumerate(nodes) if k != j)
-            integrals[j] += half * w * weight(u) * basis
-    return [*integrals[:-1], total - math.fsum(integrals[:-1])]
+    half = (end - start) / (2 * pieces)
+    integrals = [0.0] * (len(nodes) - 1)
+    for piece in range(pieces):
+        centre = start + (2 * piece + 1) * half
+        for x, w in gauss_legendre(24):
+            u = centre + half * x
+            mass, at = half * w * weight(u), clock(u)
+            for j, node in enumerate(nodes[:-1]):
+                basis = math.prod((at - m) / (node - m) for k, m in enumerate(nodes) if k != j)
+                integrals[j] += mass * basis
+    return [*integrals, total - math.fsum(integrals)]
+
+
+def phi(k: int, z: float) -> float:
+    """φ_k(z), the function of exponential integrators: φ_0 = exp, and from there on the integral of
+    exp((1 - θ) z) θ^(k-1) / (k-1)! over [0, 1]; to about 1e-15 relative, at small z too.
+
+    Source: Hochbruck and Ostermann 2010, doi:10.1017/S0962492910000048, eqs. 2.10 and 2.11.
+    """
+    if k == 0:
+        return math.exp(z)
+    if abs(z) < 2:  # the recurrence would subtract what is nearly equal
+        term = value = 1 / math.factorial(k)
+        n = k
+        while abs(term) > 1e-18 * abs(value):
+            n += 1
+            term *= z / n
+            value += term
+        return value
+    value = math.expm1(z) / z
+    for j in range(1, k):
+        value = (value - 1 / math.factorial(j)) / z
+    return value
+
+
+def phi_weights(nodes: Sequence[float], z: float) -> list[float]:
+    """For each node τ_j, the integral of exp((1 - τ) z) · L_j(τ) over τ in [0, 1].
+
+    L_j is the Lagrange polynomial that is 1 at node j and 0 at the others: the coefficients of any
+    exponential Adams method, on uneven steps. They sum to φ_1(z) to the last bit or so.
+    """
+    powers = range(1, len(nodes))
+    others = [node - nodes[-1] for node in nodes[:-1]]
+    # Moments about the last node: the integral of (τ - c)^k is a sum over those of τ^i, i! φ_i+1.
+    about = [
+        math.fsum(
+            math.comb(k, i) * (-nodes[-1]) ** (k - i) * math.factorial(i) * phi(i + 1, z)
+            for i in range(k + 1)
+        )
+        for k in powers
+    ]
+    weights = solve_linear([[r**k for r in others] for k in powers], about)
+    return [*weights, phi(1, z) - math.fsum(weights)]
 
 
 def solve_linear(rows: Sequence[Sequence[float]], right: Sequence[float]) -> list[float]:

@@ -143,7 +143,7 @@ def test_classes_are_taken_in_turn(trained, tmp_path) -> None:
         (["--scheduler", "karas"], "unknown scheduler 'karas'; did you mean 'karras'?"),
         (["--scheduler", "karras", "--scheduler-options", "sigma_max=-1"], "sigma_max, got"),
         (["--sampler-options", "eta=high", "--sampler", "ddim"], "eta"),
-        (["--sampler", "unipc", "--sampler-options", "s_churn=4"], "churn"),
+        (["--sampler", "unipc", "--sampler-options", "s_churn=-4"], "s_churn must be 0 or more"),
         (["--steps", "0"], "--steps is 0"),
         (["--steps", "x"], "--steps: 'x'"),
     ],

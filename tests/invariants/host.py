@@ -186,7 +186,7 @@ FINER = {"sa_solver_predictor": (192, 384)}
 def slopes(solver: Solver, sizes: Sequence[int] = (), **options: Any) -> dict[str, float]:
     """Measured orders by problem, grid and path: log2 of the error's fall when steps double, at the
     finest pair of grids whose errors stand above 1e-11."""
-    sizes = sizes or FINER.get(solver.name, (24, 48, 96, 192))
+    sizes = sizes or FINER.get(solver.name, (12, 24, 48, 96, 192))
     eta = float(solver.options.get("eta", 0.0))
     found = {}
     for path in (VE, VP, FLOW):

@@ -167,6 +167,15 @@ def test_churn_refuses_solvers_that_it_would_break():
     assert make_plan(own(queries_a_copy), LEVELS).evaluations == 3
 
 
+def test_a_solver_of_mere_predictions_takes_no_churn_and_no_edit():
+    chosen = own(reads_ahead, predictor=True)
+    with pytest.raises(ValueError, match="reads_ahead queries predictions .* churn has no place"):
+        make_plan(chosen, LEVELS, churn=Churn(s_churn=1.0))
+    run = Run(make_plan(chosen, LEVELS), torch.ones(1, 1))
+    with pytest.raises(ValueError, match="reads_ahead queries predictions .* would be undone"):
+        run.x = torch.zeros(1, 1)
+
+
 def bad_division(x, levels, noise):
     for k, (s, _) in enumerate(levels.pairs()):
         d = yield x, s

@@ -1,3 +1,4 @@
+import decimal
 import math
 
 import numpy as np
@@ -67,3 +68,49 @@ def test_unknown_names_get_the_nearest():
     assert maths.nearest("Hein", ["euler", "heun"]) == "heun"
     assert maths.nearest("zzz", ["euler", "heun"]) is None
     assert maths.unknown("sampler", "zzz", ["a", "b"]) == "unknown sampler 'zzz'; known: a, b"
+
+
+@pytest.mark.parametrize("k", range(6))
+@pytest.mark.parametrize(
+    "z", [-40.0, -2.0, -1.999, -1e-3, -1e-9, 0.0, 1e-12, 0.3, 1.999, 2.0, 30.0]
+)
+def test_phi_to_the_last_digits(k, z):
+    """Against its power series in 80 decimal digits."""
+    with decimal.localcontext() as context:
+        context.prec = 80
+        exact = decimal.Decimal(0)
+        for n in range(400):
+            exact += (
+                decimal.Decimal(z) ** n / math.factorial(n + k)
+                if n
+                else 1 / decimal.Decimal(math.factorial(k))
+            )
+        assert abs(decimal.Decimal(maths.phi(k, z)) / exact - 1) <= decimal.Decimal("4e-15")
+
+
+@pytest.mark.parametrize("nodes", [(0.0,), (-0.7, 0.0), (-3.0, -1.2, -0.5, 0.0), (0.0, 0.6)])
+@pytest.mark.parametrize("z", [-9.0, -0.5, -1e-8, 1e-4, 2.0, 9.0])
+def test_weights_of_exponential_adams(nodes, z):
+    """The weights of 1, τ, τ²... are k! φ_k+1(z), as far as the nodes determine them."""
+    weights = maths.phi_weights(nodes, z)
+    assert math.fsum(weights) == pytest.approx(maths.phi(1, z), rel=1e-15)
+    for k in range(len(nodes)):
+        exact = math.factorial(k) * maths.phi(k + 1, z)
+        moment = math.fsum(w * node**k for w, node in zip(weights, nodes, strict=True))
+        assert abs(moment - exact) <= 1e-13 * max(map(abs, weights))
+
+
+def test_lagrange_integrals_in_another_clock_and_in_pieces():
+    """Of exp(3u) times the line through nodes in u²: by hand."""
+    nodes = (0.3, 1.2)
+    total = (math.exp(3 * 2.0) - math.exp(3 * 0.5)) / 3
+    weights = maths.lagrange_integrals(
+        nodes, 0.5, 2.0, total, lambda u: math.exp(3 * u), lambda u: u * u, pieces=3
+    )
+
+    def antiderivative(u):  # of exp(3u) u²
+        return math.exp(3 * u) * (u * u / 3 - 2 * u / 9 + 2 / 27)
+
+    first = antiderivative(2.0) - antiderivative(0.5)
+    assert weights[0] * nodes[0] + weights[1] * nodes[1] == pytest.approx(first, rel=1e-13)
+    assert sum(weights) == pytest.approx(total, rel=1e-15)

@@ -1,22 +1,24 @@
-"""Solvers in half log-SNR, lambda = log(alpha / sigma): the ODE's linear part is solved exactly.
+"""Steps in half log-SNR, lambda = log(alpha / sigma): the ODE's linear part is solved exactly.
 
 With data prediction d, x / sigma gains the integral of exp(lambda) d; with noise prediction eps,
 x / alpha loses the integral of exp(-lambda) eps (Lu et al. 2022, arXiv:2206.00927, eq. 3.4, and
-arXiv:2211.01095, section 4.1). The methods differ in how they interpolate d or eps. Into clean data
-(sigma = 0, lambda infinite) no interpolation reaches, and each takes one first-order step.
+arXiv:2211.01095, section 4.1); with velocity prediction, x / (alpha + sigma) gains the integral of
+eps - d over sigma / (alpha + sigma). The methods differ in how they interpolate what is predicted.
+Into clean data (sigma = 0, lambda infinite) no interpolation reaches, and each takes one
+first-order step.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from math import exp, expm1, factorial
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import ceil, exp, expm1
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
-from k_diffusion.sampling.registry import Trace, solver
 from k_diffusion.sampling.solvers.linear import noise_in
 from k_diffusion.utils.levels import Level
-from k_diffusion.utils.maths import lagrange_integrals, solve_linear
+from k_diffusion.utils.maths import lagrange_integrals, phi_weights
 
 
 def data_step(x: Expr, d: Expr, s: Level, t: Level) -> Expr:
@@ -31,84 +33,148 @@ def noise_step(x: Expr, eps: Expr, s: Level, t: Level) -> Expr:
     return ratio * x + (t.sigma - s.sigma * ratio) * eps
 
 
-def _exp_difference(sign: int, end: float, u: float) -> float:
-    """The weight exp(±(u - end)) under the integrals above."""
-    return exp(sign * (u - end))
+Estimate = tuple[Level, Any]
+"""A level, and what was predicted there."""
 
 
-@solver(order=1, source="Lu et al. 2022, arXiv:2206.00927, eq. 3.7 (the same as DDIM)")
-def dpm_solver_1(x: Expr, levels: Any, noise: Any) -> Trace:
-    """DPM-Solver-1: the noise estimate is constant over a step."""
-    for s, t in levels.pairs():
-        d = yield x, s
-        x = noise_step(x, noise_in(x, d, s), s, t)
-    return x
+class Prediction(ABC):
+    """What a method takes for a polynomial between its nodes: the estimate of data, noise..."""
+
+    @abstractmethod
+    def estimate(self, x: Expr, d: Expr, s: Level) -> Expr:
+        """What is predicted at x, from the data estimate d."""
+
+    @abstractmethod
+    def scale(self, s: Level, t: Level) -> float:
+        """What x is multiplied with on the way from s to t."""
+
+    @abstractmethod
+    def constant(self, s: Level, t: Level) -> float:
+        """The weight of a constant estimate; t may be clean data."""
+
+    @abstractmethod
+    def weights(self, nodes: Sequence[Level], s: Level, t: Level) -> list[float]:
+        """The weights of estimates at `nodes`, for the polynomial through them; t is not clean."""
+
+    def step(self, x: Expr, estimates: Sequence[Estimate], s: Level, t: Level) -> Expr:
+        """From s to t by the polynomial through the estimates; into clean data by the last."""
+        if len(estimates) == 1 or not t.sigma > 0:
+            return self.scale(s, t) * x + self.constant(s, t) * estimates[-1][1]
+        weights = self.weights([node for node, _ in estimates], s, t)
+        parts = (w * e for w, (_, e) in zip(weights, estimates, strict=True))
+        return self.scale(s, t) * x + sum(parts)
 
 
-@solver(order=2, source="Lu et al. 2022, arXiv:2206.00927, algorithm 1 (r1 = 1/2)")
-def dpm_solver_2(x: Expr, levels: Any, noise: Any) -> Trace:
-    """DPM-Solver-2: one more noise estimate, half-way in log-SNR."""
-    for s, t in levels.pairs():
-        d = yield x, s
-        eps = noise_in(x, d, s)
-        if t.sigma > 0:
-            m = levels.at((s.half_log_snr + t.half_log_snr) / 2)
-            u = noise_step(x, eps, s, m)
-            d = yield u, m
-            eps = noise_in(u, d, m)
-        x = noise_step(x, eps, s, t)
-    return x
+class LogSnrPrediction(Prediction):
+    """An estimate that is a polynomial in half log-SNR, under an exponential weight.
 
+    x_t = scale · x + gain · h · (integral of exp((1 - τ) z) estimate over τ in [0, 1]), h being the
+    step in half log-SNR and z = exponent · h.
+    """
 
-@solver(order=3, source="Lu et al. 2022, arXiv:2206.00927, algorithm 2 (r1 = 1/3, r2 = 2/3)")
-def dpm_solver_3(x: Expr, levels: Any, noise: Any) -> Trace:
-    """DPM-Solver-3: two more noise estimates, at one and two thirds in log-SNR."""
-    r1, r2 = 1 / 3, 2 / 3
-    for s, t in levels.pairs():
-        d = yield x, s
-        eps = noise_in(x, d, s)
-        if not t.sigma > 0:
-            x = noise_step(x, eps, s, t)
-            continue
+    exponent: float
+
+    @abstractmethod
+    def gain(self, t: Level) -> float:
+        """The factor of the integral, at the end t of a step."""
+
+    def weights(self, nodes: Sequence[Level], s: Level, t: Level) -> list[float]:
         h = t.half_log_snr - s.half_log_snr
-        m1 = levels.at(s.half_log_snr + r1 * h)
-        m2 = levels.at(s.half_log_snr + r2 * h)
-        u1 = noise_step(x, eps, s, m1)
-        d1 = yield u1, m1
-        change1 = noise_in(u1, d1, m1) - eps
-        u2 = noise_step(x, eps, s, m2)
-        u2 = u2 - m2.sigma * (r2 / r1) * (expm1(r2 * h) / (r2 * h) - 1) * change1
-        d2 = yield u2, m2
-        change2 = noise_in(u2, d2, m2) - eps
-        x = noise_step(x, eps, s, t) - t.sigma / r2 * (expm1(h) / h - 1) * change2
-    return x
+        shares = [(node.half_log_snr - s.half_log_snr) / h for node in nodes]
+        weights = [self.gain(t) * h * w for w in phi_weights(shares, self.exponent * h)]
+        # As in the step by a constant estimate: together they are exact on data at one point.
+        return [*weights[:-1], self.constant(s, t) - sum(weights[:-1])]
 
 
-@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, algorithm 1 (r = 1/2)")
-def dpmpp_2s(x: Expr, levels: Any, noise: Any) -> Trace:
-    """DPM-Solver++(2S): one more data estimate, half-way in log-SNR."""
-    for s, t in levels.pairs():
-        d = yield x, s
-        if t.sigma > 0:
-            m = levels.at((s.half_log_snr + t.half_log_snr) / 2)
-            d = yield data_step(x, d, s, m), m
-        x = data_step(x, d, s, t)
-    return x
+class _Data(LogSnrPrediction):
+    exponent = -1.0
+
+    def estimate(self, x: Expr, d: Expr, s: Level) -> Expr:
+        return d
+
+    def scale(self, s: Level, t: Level) -> float:
+        return t.sigma / s.sigma
+
+    def constant(self, s: Level, t: Level) -> float:
+        if not t.sigma > 0:
+            return t.alpha
+        return -t.alpha * expm1(s.half_log_snr - t.half_log_snr)
+
+    def gain(self, t: Level) -> float:
+        return t.alpha
 
 
-@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, algorithm 2")
-def dpmpp_2m(x: Expr, levels: Any, noise: Any) -> Trace:
-    """DPM-Solver++(2M): extrapolates the data estimate from the last two."""
-    last: tuple[Expr, float] | None = None
-    for s, t in levels.pairs():
-        d = yield x, s
-        e = d
-        if last is not None and t.sigma > 0:
-            h = t.half_log_snr - s.half_log_snr
-            e = d + h / (2 * (s.half_log_snr - last[1])) * (d - last[0])
-        x = data_step(x, e, s, t)
-        last = d, s.half_log_snr
-    return x
+class _Noise(LogSnrPrediction):
+    exponent = 1.0
+
+    def estimate(self, x: Expr, d: Expr, s: Level) -> Expr:
+        return noise_in(x, d, s)
+
+    def scale(self, s: Level, t: Level) -> float:
+        return t.alpha / s.alpha
+
+    def constant(self, s: Level, t: Level) -> float:
+        if not t.sigma > 0:
+            return -s.sigma * t.alpha / s.alpha
+        return -t.sigma * expm1(t.half_log_snr - s.half_log_snr)
+
+    def gain(self, t: Level) -> float:
+        return -t.sigma
+
+
+class _Velocity(Prediction):
+    def estimate(self, x: Expr, d: Expr, s: Level) -> Expr:
+        return (x - (s.alpha + s.sigma) * d) / s.sigma  # eps - d
+
+    def scale(self, s: Level, t: Level) -> float:
+        return (t.alpha + t.sigma) / (s.alpha + s.sigma)
+
+    def constant(self, s: Level, t: Level) -> float:
+        return (t.alpha + t.sigma) * (_flow_time(t) - _flow_time(s))
+
+    def weights(self, nodes: Sequence[Level], s: Level, t: Level) -> list[float]:
+        start, end = s.half_log_snr, t.half_log_snr
+        integrals = lagrange_integrals(
+            [node.half_log_snr for node in nodes],
+            start,
+            end,
+            _flow_time(t) - _flow_time(s),
+            _flow_time_slope,
+            pieces=ceil((end - start) / 4),  # the slope's nearest pole is pi away
+        )
+        return [(t.alpha + t.sigma) * w for w in integrals]
+
+
+def _flow_time(level: Level) -> float:
+    """sigma / (alpha + sigma): the sigma of the same level in flow coordinates."""
+    return level.sigma / (level.alpha + level.sigma)
+
+
+def _flow_time_slope(half_log_snr: float) -> float:
+    """Its derivative by half log-SNR, -u (1 - u)."""
+    return -1 / (2 + exp(half_log_snr) + exp(-half_log_snr))
+
+
+DATA = _Data()
+"""The data estimate d, a polynomial in half log-SNR."""
+NOISE = _Noise()
+"""The noise estimate eps, a polynomial in half log-SNR."""
+VELOCITY = _Velocity()
+"""The velocity eps - d of the straight line from data to noise, a polynomial in half log-SNR: what
+flow models predict, on any path."""
+
+
+def recent(past: list[Estimate], s: Level, t: Level, count: int) -> list[Estimate]:
+    """The last `count` estimates before s that lie a twentieth of a step or more from it.
+
+    Churn can bring s near the level of an earlier estimate, or before it, which would get weights
+    without bound.
+    """
+    if not t.sigma > 0:
+        return []
+    gap = (t.half_log_snr - s.half_log_snr) / 20
+    kept = [p for p in past if s.half_log_snr - p[0].half_log_snr >= gap]
+    return kept[max(len(kept) - count, 0) :]
 
 
 def third_order_terms(
@@ -122,137 +188,3 @@ def third_order_terms(
         first + r0 / (r0 + r1) * (first - second),
         (first - second) / (r0 + r1),
     )
-
-
-@solver(order=2, claimed=3, source="Lu et al. 2022, arXiv:2211.01095, as in its published code")
-def dpmpp_3m(x: Expr, levels: Any, noise: Any) -> Trace:
-    """DPM-Solver++(3M) as it is in use: of order 2, since its second difference has half the
-    weight that a Taylor expansion gives it; `exp_ab3` has order 3."""
-    past: list[tuple[float, Expr]] = []
-    for s, t in levels.pairs():
-        d = yield x, s
-        step = data_step(x, d, s, t)
-        if past and t.sigma > 0:
-            h = t.half_log_snr - s.half_log_snr
-            phi2 = expm1(-h) / h + 1
-            if len(past) == 1:
-                r = (s.half_log_snr - past[-1][0]) / h
-                step = step + t.alpha * phi2 * (d - past[-1][1]) / r
-            else:
-                first, second = third_order_terms(d, h, past, s.half_log_snr)
-                step = step + t.alpha * (phi2 * first - (phi2 / h - 0.5) * second)
-        x = step
-        past = [*past, (s.half_log_snr, d)][-2:]
-    return x
-
-
-@solver(order=3, source="Hochbruck and Ostermann 2010, doi:10.1017/S0962492910000048, section 2.5")
-def exp_ab3(x: Expr, levels: Any, noise: Any) -> Trace:
-    """Exponential Adams-Bashforth of order 3: the data estimate is the parabola in log-SNR through
-    the last three, integrated exactly on uneven steps.
-
-    The first interval is a DPM-Solver++(2S) step (one evaluation more), whose order the method
-    needs to start with.
-    """
-    past: list[tuple[float, Expr]] = []
-    for s, t in levels.pairs():
-        d = yield x, s
-        past = [*past, (s.half_log_snr, d)][-3:]
-        if not t.sigma > 0:
-            x = data_step(x, d, s, t)
-        elif len(past) == 1:
-            m = levels.at((s.half_log_snr + t.half_log_snr) / 2)
-            middle = yield data_step(x, d, s, m), m
-            x = data_step(x, middle, s, t)
-        else:
-            lam = t.half_log_snr
-            weights = lagrange_integrals(
-                [p for p, _ in past],
-                s.half_log_snr,
-                lam,
-                -expm1(s.half_log_snr - lam),
-                partial(_exp_difference, 1, lam),
-            )
-            parts = (w * d for w, (_, d) in zip(weights, past, strict=True))
-            x = (t.sigma / s.sigma) * x + t.alpha * sum(parts)
-    return x
-
-
-@solver(
-    order={1: 1, 2: 2, 3: 2}, source="Zhang and Chen 2022, arXiv:2204.13902, polynomials in log rho"
-)
-def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
-    """DEIS: exponential Adams-Bashforth on the noise estimate, a polynomial in log-SNR.
-
-    The order grows by one with each step from 1 on; that start makes the method one of order 2.
-    """
-    past: list[tuple[float, Expr]] = []
-    for s, t in levels.pairs():
-        d = yield x, s
-        eps = noise_in(x, d, s)
-        past = [*past, (s.half_log_snr, eps)][-order:]
-        if not t.sigma > 0:
-            x = noise_step(x, eps, s, t)
-            continue
-        lam = t.half_log_snr
-        weights = lagrange_integrals(
-            [p for p, _ in past],
-            s.half_log_snr,
-            lam,
-            expm1(lam - s.half_log_snr),
-            partial(_exp_difference, -1, lam),
-        )
-        parts = (w * e for w, (_, e) in zip(weights, past, strict=True))
-        x = (t.alpha / s.alpha) * x - t.sigma * sum(parts)
-    return x
-
-
-@solver(
-    order={1: 2, 2: 3, 3: 3},
-    source="Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2, B2(h)",
-    predictor=True,
-)
-def unipc(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
-    """UniPC: a multistep predictor whose result is corrected by the answer that the next step needs
-    anyway, on data estimates.
-
-    The order grows by one with each step from 1 on. The last state is predicted only, and with it
-    the order given.
-    """
-    past: list[tuple[float, Expr]] = []
-    before: tuple[Expr, Level] | None = None
-    for s, t in levels.pairs():
-        d = yield x, s
-        if before is not None:
-            x = _unified(*before, s, past, d)
-        past = [*past, (s.half_log_snr, d)][-order:]
-        before = x, s
-        x = _unified(x, s, t, past, None)
-    return x
-
-
-def _unified(
-    x: Expr, s: Level, t: Level, past: list[tuple[float, Expr]], answer: Expr | None
-) -> Expr:
-    """UniP from s to t by the estimates in `past`, the last of them at s; UniC with `answer`, the
-    estimate at t."""
-    lam, d = past[-1]
-    step = data_step(x, d, s, t)
-    if not t.sigma > 0:
-        return step
-    h = t.half_log_snr - lam
-    ratios = [(p - lam) / h for p, _ in past[:-1]]
-    changes = [(e - d) / r for r, (_, e) in zip(ratios, past[:-1], strict=True)]
-    if answer is not None:
-        ratios, changes = [*ratios, 1.0], [*changes, answer - d]
-    if not changes:
-        return step
-    b = expm1(-h)
-    phi, rows, right = b / -h - 1, [], []
-    for k in range(1, len(ratios) + 1):
-        rows.append([r ** (k - 1) for r in ratios])
-        right.append(phi * factorial(k) / b)
-        phi = phi / -h - 1 / factorial(k + 1)
-    # With one unknown the authors set 1/2, which agrees with the solution to the order needed.
-    weights = [0.5] if len(ratios) == 1 else solve_linear(rows, right)
-    return step - t.alpha * b * sum(w * c for w, c in zip(weights, changes, strict=True))

@@ -12,7 +12,6 @@ from typing import Any
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
 from k_diffusion.utils.levels import Level
-from k_diffusion.utils.maths import lagrange_integrals
 
 
 def noise_in(x: Expr, d: Expr, s: Level) -> Expr:
@@ -65,26 +64,51 @@ def dpm_2(x: Expr, levels: Any, noise: Any) -> Trace:
     return x
 
 
-@solver(
-    order={1: 1, 2: 2, 3: 2, 4: 2},
-    source="Adams-Bashforth on uneven steps: Hairer, Norsett, Wanner 1993, III.5",
-)
-def lms(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
-    """Linear multistep (Adams-Bashforth): the slope is a polynomial through the last ones.
+@solver(order=1, claimed=2, source="Heun++ 2, as in use in diffusion front ends")
+def heunpp2(x: Expr, levels: Any, noise: Any) -> Trace:
+    """Heun++ 2: Euler steps over two intervals, and the mean of the slopes on the way, weighted by
+    their sigma; over one before the last interval, an Euler step in it.
 
-    The order grows by one with each step from 1 on; that start makes the method one of order 2.
+    Of order 1: the weights tend to fixed shares of the first sigma, not to those of a quadrature.
     """
-    history: list[tuple[Level, Expr, Expr]] = []
+    first, count = levels[0].sigma, len(levels)
+    for i, (s, t) in enumerate(levels.pairs()):
+        rise, run = t.alpha - s.alpha, t.sigma - s.sigma
+        d = yield x, s
+        slope = rise * d + run * noise_in(x, d, s)
+        if i + 2 == count:
+            x = x + slope
+            continue
+        end = x + slope
+        d = yield end, t
+        eps = noise_in(end, d, t)
+        if i + 3 == count:
+            share = t.sigma / (2 * first)
+            x = x + (1 - share) * slope + share * (rise * d + run * eps)
+            continue
+        after = levels[i + 2]
+        share, share_after = t.sigma / (3 * first), after.sigma / (3 * first)
+        x = x + (1 - share - share_after) * slope + share * (rise * d + run * eps)
+        beyond = end + (after.alpha - t.alpha) * d + (after.sigma - t.sigma) * eps
+        d = yield beyond, after
+        x = x + share_after * (rise * d + run * noise_in(beyond, d, after))
+    return x
+
+
+@solver(order=1, source="Permenter and Yuan 2023, arXiv:2306.04848, section 5")
+def gradient_estimation(x: Expr, levels: Any, noise: Any, *, gamma: float = 2.0) -> Trace:
+    """Gradient estimation: Euler's method with the slope gamma · this one + (1 - gamma) · the last;
+    an Euler step to sigma = 0.
+
+    gamma = 1 is Euler, 1.5 on even steps Adams-Bashforth of order 2.
+    """
+    last: tuple[Expr, Expr] | None = None
     for s, t in levels.pairs():
         d = yield x, s
-        history = [*history, (s, d, noise_in(x, d, s))][-order:]
-        by_sigma = lagrange_integrals(
-            [p.sigma for p, _, _ in history], s.sigma, t.sigma, t.sigma - s.sigma
-        )
-        x = x + sum(w * eps for w, (_, _, eps) in zip(by_sigma, history, strict=True))
-        if t.alpha != s.alpha:
-            by_alpha = lagrange_integrals(
-                [p.alpha for p, _, _ in history], s.alpha, t.alpha, t.alpha - s.alpha
-            )
-            x = x + sum(w * d for w, (_, d, _) in zip(by_alpha, history, strict=True))
+        eps = noise_in(x, d, s)
+        x = x + (t.alpha - s.alpha) * d + (t.sigma - s.sigma) * eps
+        if last is not None and t.sigma > 0:
+            x = x + (gamma - 1) * (t.alpha - s.alpha) * (d - last[0])
+            x = x + (gamma - 1) * (t.sigma - s.sigma) * (eps - last[1])
+        last = d, eps
     return x

@@ -1,0 +1,77 @@
+"""Multistep solvers in half log-SNR on data estimates, by the formulas in use: DPM-Solver++(2M)
+and (3M), RES. `adams.py` holds those of any order."""
+
+from __future__ import annotations
+
+from math import expm1
+from typing import Any
+
+from k_diffusion.sampling.expr import Expr
+from k_diffusion.sampling.registry import Trace, solver
+from k_diffusion.sampling.solvers.exponential import DATA, Estimate, data_step, third_order_terms
+
+
+@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, algorithm 2")
+def dpmpp_2m(x: Expr, levels: Any, noise: Any) -> Trace:
+    """DPM-Solver++(2M): extrapolates the data estimate from the last two."""
+    last: tuple[Expr, float] | None = None
+    for s, t in levels.pairs():
+        d = yield x, s
+        e = d
+        if last is not None and t.sigma > 0:
+            h = t.half_log_snr - s.half_log_snr
+            e = d + h / (2 * (s.half_log_snr - last[1])) * (d - last[0])
+        x = data_step(x, e, s, t)
+        last = d, s.half_log_snr
+    return x
+
+
+@solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, as in its published code, Heun form")
+def dpmpp_2m_heun(x: Expr, levels: Any, noise: Any) -> Trace:
+    """DPM-Solver++(2M), Heun form: the difference of the last two data estimates gets the weight
+    that integrates their line exactly, where `dpmpp_2m` takes its value half-way."""
+    last: tuple[Expr, float] | None = None
+    for s, t in levels.pairs():
+        d = yield x, s
+        step = data_step(x, d, s, t)
+        if last is not None and t.sigma > 0:
+            h = t.half_log_snr - s.half_log_snr
+            slope = (d - last[0]) / (s.half_log_snr - last[1])
+            step = step + t.alpha * (h + expm1(-h)) * slope
+        x = step
+        last = d, s.half_log_snr
+    return x
+
+
+@solver(order=2, claimed=3, source="Lu et al. 2022, arXiv:2211.01095, as in its published code")
+def dpmpp_3m(x: Expr, levels: Any, noise: Any) -> Trace:
+    """DPM-Solver++(3M) as it is in use: of order 2, since its second difference has half the
+    weight that a Taylor expansion gives it; `exp_ab` has order 3."""
+    past: list[tuple[float, Expr]] = []
+    for s, t in levels.pairs():
+        d = yield x, s
+        step = data_step(x, d, s, t)
+        if past and t.sigma > 0:
+            h = t.half_log_snr - s.half_log_snr
+            phi2 = expm1(-h) / h + 1
+            if len(past) == 1:
+                r = (s.half_log_snr - past[-1][0]) / h
+                step = step + t.alpha * phi2 * (d - past[-1][1]) / r
+            else:
+                first, second = third_order_terms(d, h, past, s.half_log_snr)
+                step = step + t.alpha * (phi2 * first - (phi2 / h - 0.5) * second)
+        x = step
+        past = [*past, (s.half_log_snr, d)][-2:]
+    return x
+
+
+@solver(order=2, source="Zhang et al. 2023, arXiv:2308.02157, multistep form")
+def res_multistep(x: Expr, levels: Any, noise: Any) -> Trace:
+    """RES, the refined exponential solver, multistep: φ-function weights on the last two data
+    estimates. The same as `dpmpp_2m_heun`, by the terms in which its authors write it."""
+    past: list[Estimate] = []
+    for s, t in levels.pairs():
+        d = yield x, s
+        past = [*past, (s, d)][-2:]
+        x = DATA.step(x, past, s, t)
+    return x
