@@ -33,7 +33,7 @@ TAIL = """
 
 | | |
 | --- | --- |
-| `levels[3:8]`, `levels.split(5)`, `levels.split(level)` | parts; those of `split` share their joint |
+| `levels[3:8]`, `levels.split(5)`, `levels.split(level)` | parts; `split`'s share their joint |
 | `first + second` | one after the other; a shared joint once, an overlap refused |
 | `levels.start_at(0.6)` | the last round(0.6 · steps) steps: fewer of them |
 | `scheduler.levels(20, strength=0.6)` | 20 steps over that part: more of them are laid |

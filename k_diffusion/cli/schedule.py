@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from .plot import draw
 from .problems import UsageError, as_usage
 from .values import Settings
 
@@ -146,7 +147,7 @@ def lines(scheduler: Scheduler, levels: Levels) -> list[Line]:
 
 def table(name: str, scheduler: Scheduler, levels: Levels) -> str:
     """The levels as aligned plain text with a header."""
-    rows = [("step", "sigma", "alpha", "half log-SNR", "time")]
+    rows: list[tuple[str, ...]] = [("step", "sigma", "alpha", "half log-SNR", "time")]
     for line in lines(scheduler, levels):
         numbers = line.sigma, line.alpha, line.half_log_snr, line.time
         rows.append((str(line.index), *(f"{number:.6g}" for number in numbers)))
@@ -162,85 +163,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def draw(schedules: dict[str, Levels], path: Path) -> None:
-    """A picture of the levels: sigma and half log-SNR by step, and where they lie in log-SNR.
-
-    Args:
-        schedules: levels by the name to show.
-        path: the file, whose ending chooses the format.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{error.name} is not installed: pip install 'k-diffusion[plot]' brings what draws"
-        ) from None
-
-    rug = 0.7 + 0.24 * len(schedules)
-    figure = Figure(figsize=(10, 4.2 + rug), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(2, 2, height_ratios=(4.2, rug))
-    sigma, snr, where = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
-    finite = [
-        v.half_log_snr
-        for levels in schedules.values()
-        for v in levels
-        if math.isfinite(v.half_log_snr)
-    ] or [0.0]
-    gap = 0.06 * (max(finite) - min(finite)) + 0.2
-    below, above = min(finite) - gap, max(finite) + gap  # where infinite log-SNR is drawn
-    least = min(v.sigma for levels in schedules.values() for v in levels if v.sigma > 0)
-    zero = least * math.exp(-gap)  # where sigma = 0 is drawn, on a logarithmic axis
-
-    for k, (name, levels) in enumerate(schedules.items()):
-        colour = _colour(k, len(schedules))
-        steps = range(len(levels))
-        heights = [max(zero, v.sigma) for v in levels]
-        snrs = [min(max(v.half_log_snr, below), above) for v in levels]
-        label = f"{name} ({levels.path})"
-        for axes, values in ((sigma, heights), (snr, snrs)):
-            axes.plot(steps, values, color=colour, lw=1.2, alpha=0.85, label=label)
-        for i, level in enumerate(levels):
-            # Hollow: at infinity, so not at the place where it is drawn.
-            fill = {"color": colour, "markersize": 3.8, "marker": "o", "clip_on": False}
-            hollow = {**fill, "markerfacecolor": "white"}
-            sigma.plot(i, heights[i], **(fill if level.sigma else hollow))
-            snr.plot(i, snrs[i], **(fill if math.isfinite(level.half_log_snr) else hollow))
-            style = "-" if math.isfinite(level.half_log_snr) else ":"
-            where.vlines(snrs[i], -k - 0.36, -k + 0.36, color=colour, lw=1.3, linestyles=style)
-
-    sigma.set(yscale="log", title="noise standard deviation sigma", xlabel="step")
-    snr.set(title="half log-SNR, log(alpha / sigma)", xlabel="step")
-    where.set(
-        xlabel="half log-SNR of the levels, noisy to clean (dotted and hollow: at infinity)",
-        yticks=[-k for k in range(len(schedules))],
-        ylim=(-len(schedules) + 0.4, 0.6),
-    )
-    where.set_yticklabels(list(schedules))
-    where.spines[["left", "top", "right"]].set_visible(False)
-    where.tick_params(axis="y", length=0)
-    for axes in (sigma, snr):
-        axes.grid(True, color="0.9", lw=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    sigma.legend(frameon=False, fontsize=8, loc="lower left", ncols=1 + len(schedules) // 9)
-    figure.savefig(path)
-
-
-def _colour(k: int, count: int) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps["tab10"](k) if count <= 10 else _along(k, count)
-
-
-def _along(k: int, count: int) -> Any:
-    import matplotlib
-
-    return matplotlib.colormaps["turbo"](0.05 + 0.9 * k / (count - 1))

@@ -151,9 +151,7 @@ class Levels(Sequence[Level]):
 
     __slots__ = ("_hash", "_levels", "inverted", "path")
 
-    def __init__(
-        self, levels: Iterable[Level], path: Path = VE, *, inverted: bool = False
-    ) -> None:
+    def __init__(self, levels: Iterable[Level], path: Path = VE, *, inverted: bool = False) -> None:
         self._levels = tuple(levels)
         self.path = path
         self.inverted = inverted

@@ -27,24 +27,22 @@ def incomplete_beta(a: float, b: float, x: float) -> float:
     if x > (a + 1) / (a + b + 2):  # there the fraction converges faster for the other tail
         return 1 - incomplete_beta(b, a, 1 - x)
     front = math.exp(a * math.log(x) + b * math.log1p(-x) - _log_beta(a, b)) / a
-    # Lentz: the value is the product of the ratios of successive numerators and denominators.
+    # 1 + d1 / (1 + d2 / (1 + ...)) is the product of numerator · denominator over the terms, each
+    # a ratio of successive convergents' numerators or (inverted) denominators.
     value = numerator = 1.0
     denominator = 0.0
     for k in range(1, 10_000):
         m, odd = divmod(k, 2)
-        if k == 1:
-            d = 1.0
-        elif odd == 0:  # DLMF counts from d_1, one term later than k
-            d = -(a + m - 1) * (a + b + m - 1) * x / ((a + 2 * m - 2) * (a + 2 * m - 1))
+        if odd:
+            d = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
         else:
             d = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
         denominator = 1 / (1 + d * denominator)
         numerator = 1 + d / numerator
-        change = numerator * denominator
-        value *= change
-        if k > 1 and abs(change - 1) < 1e-16:
+        value *= numerator * denominator
+        if abs(numerator * denominator - 1) < 1e-16:
             break
-    return front * (value - 1)
+    return front / value
 
 
 def inverse_incomplete_beta(a: float, b: float, share: float) -> float:
@@ -61,6 +59,8 @@ def inverse_incomplete_beta(a: float, b: float, share: float) -> float:
         raise ValueError(f"share must lie in [0, 1], got {share}")
     if share in (0.0, 1.0):
         return share
+    if share > 0.5:  # 1 - share is exact here, and the small share of the other tail is, too
+        return 1 - inverse_incomplete_beta(b, a, 1 - share)
     low, high, x = 0.0, 1.0, a / (a + b)
     for _ in range(1100):  # by halves alone it takes at most as many down to the least float
         off = incomplete_beta(a, b, x) - share

@@ -165,5 +165,7 @@ def make_scheduler(name: str | Scheduler, **options: Any) -> Scheduler:
     kind = SCHEDULERS[name]
     for option in options:
         if option not in kind.options():
-            raise ValueError(maths.unknown(f"option of scheduler {name!r},", option, kind.options()))
+            raise ValueError(
+                maths.unknown(f"option of scheduler {name!r},", option, kind.options())
+            )
     return kind(**options)

@@ -160,7 +160,9 @@ class InterpolatedCosineScheduler(Scheduler):
 
     @cached_property
     def _curves(self) -> tuple[_Tangent, _Tangent]:
-        shifts = (math.log(n / self.image_size) for n in (self.noise_size_low, self.noise_size_high))
+        shifts = (
+            math.log(n / self.image_size) for n in (self.noise_size_low, self.noise_size_high)
+        )
         low, high = (
             _Tangent(shift, self.log_snr_min / 2, self.log_snr_max / 2) for shift in shifts
         )
@@ -212,7 +214,9 @@ class SigmoidScheduler(Scheduler):
     """
 
     name: ClassVar[str] = "sigmoid"
-    source: ClassVar[str] = "Jabri et al. 2022, arXiv:2212.11972; Chen 2023, arXiv:2301.10972, alg. 1"
+    source: ClassVar[str] = (
+        "Jabri et al. 2022, arXiv:2212.11972; Chen 2023, arXiv:2301.10972, alg. 1"
+    )
     timesteps: int = 1000
     start: float = -3.0
     end: float = 3.0
@@ -243,7 +247,10 @@ class SigmoidScheduler(Scheduler):
 
     def time(self, half_log_snr: Any) -> Any:
         low, high = self.start / self.tau, self.end / self.tau
-        noise, signal = FLOW.sigma(2 * half_log_snr), FLOW.sigma(-2 * half_log_snr)  # sigma², alpha²
+        noise, signal = (
+            FLOW.sigma(2 * half_log_snr),
+            FLOW.sigma(-2 * half_log_snr),
+        )  # sigma², alpha²
         above = noise / (1 + math.exp(-high)) + signal / (1 + math.exp(-low))
         below = noise / (1 + math.exp(high)) + signal / (1 + math.exp(low))
         time = (maths.log(above) - maths.log(below) - low) / (high - low)

@@ -226,7 +226,7 @@ class ZeroTerminalScheduler(Scheduler):
         alphas = [over.level(time).alpha for time in times]
         first, last = alphas[0], alphas[-1]
         alphas = [(alpha - last) * first / (first - last) for alpha in alphas]
-        # Interpolated in sigma / (alpha + sigma), which is finite at alpha = 0, where log-SNR isn't.
+        # Interpolated in sigma / (alpha + sigma), which is finite at alpha = 0, as log-SNR isn't.
         shares = [VP.alpha(alpha) / (alpha + VP.alpha(alpha)) for alpha in alphas]
         return maths.Table(times, shares), maths.Table(shares, times)
 

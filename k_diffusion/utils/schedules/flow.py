@@ -113,7 +113,7 @@ class LinearDynamicFlowScheduler(_DynamicFlow):
     """
 
     name: ClassVar[str] = "flow_dynamic_linear"
-    source: ClassVar[str] = "diffusers' time_shift_type \"linear\""
+    source: ClassVar[str] = 'diffusers\' time_shift_type "linear"'
 
     @property
     def shift(self) -> float:  # type: ignore[override]

@@ -140,7 +140,7 @@ class LaplaceScheduler(SigmaRange):
     """
 
     name: ClassVar[str] = "laplace"
-    source: ClassVar[str] = "Hang et al. 2024, arXiv:2407.03297, table 1"
+    source: ClassVar[str] = "Hang et al. 2024, arXiv:2407.03297, with the defaults of ComfyUI"
     mu: float = 0.0
     beta: float = 0.5
 
@@ -185,24 +185,40 @@ class LaplaceScheduler(SigmaRange):
 
 @dataclass(frozen=True)
 class KLOptimalScheduler(SigmaRange):
-    """Even steps in atan(sigma), then 0: least KL divergence of Euler steps on unit Gaussian data.
+    """Even steps in atan(sigma / sigma_data), then 0: the least KL divergence that Euler's method
+    can reach on Gaussian data.
 
     Args:
         sigma_min: last noise level above 0, in data units; None: the model's, or 0.002.
         sigma_max: first noise level, in data units; None: the model's, or 80.
+        sigma_data: standard deviation of the data.
     """
 
     name: ClassVar[str] = "kl_optimal"
     source: ClassVar[str] = "Sabour et al. 2024, arXiv:2404.14507, theorem 3.1"
 
+    sigma_data: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sigma_data > 0:
+            raise ValueError(f"sigma_data must be above 0, got {self.sigma_data}")
+
+    @property
+    def _angles(self) -> tuple[float, float]:
+        low, high = self._ends
+        return math.atan(low / self.sigma_data), math.atan(high / self.sigma_data)
+
     def half_log_snr(self, time: Any) -> Any:
-        low, high = map(math.atan, self._ends)
-        return -maths.log(maths.tan(low * (1 - time) + high * time))
+        low, high = self._angles
+        tangent = maths.tan(low * (1 - time) + high * time)
+        return -maths.log(tangent) - math.log(self.sigma_data)
 
     def time(self, half_log_snr: Any) -> Any:
-        low, high = map(math.atan, self._ends)
+        low, high = self._angles
+        snr = half_log_snr + math.log(self.sigma_data)
         # Sine and cosine up to a factor: finite at both ends, where sigma / alpha is not.
-        angle = maths.atan2(FLOW.sigma(half_log_snr), FLOW.sigma(-half_log_snr))
+        angle = maths.atan2(FLOW.sigma(snr), FLOW.sigma(-snr))
         return maths.clamp((angle - low) / (high - low), 0.0, 1.0)
 
 
@@ -232,9 +248,7 @@ class AlignYourStepsScheduler(Scheduler):
 
     def __post_init__(self) -> None:
         if self.table not in ALIGN_YOUR_STEPS:
-            raise ValueError(
-                maths.unknown("align_your_steps table", self.table, ALIGN_YOUR_STEPS)
-            )
+            raise ValueError(maths.unknown("align_your_steps table", self.table, ALIGN_YOUR_STEPS))
 
     @property
     def _tables(self) -> tuple[maths.Table, maths.Table]:

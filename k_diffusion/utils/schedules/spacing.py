@@ -250,7 +250,7 @@ class LinearQuadraticScheduler(Spacing):
     """
 
     name: ClassVar[str] = "linear_quadratic"
-    source: ClassVar[str] = "Genmo 2024, Mochi 1; Polyak et al. 2024, arXiv:2410.13720, section 3.4.2"
+    source: ClassVar[str] = "Genmo 2024, Mochi 1; after Polyak et al. 2024, arXiv:2410.13720"
     threshold_noise: float = 0.025
     linear_steps: int | None = None
 
@@ -296,4 +296,6 @@ class LinearQuadraticScheduler(Spacing):
                 f"threshold_noise {self.threshold_noise} within {even} of {steps} steps goes down "
                 "too fast for the quadratic part to go on: lower it"
             )
-        return [slope * i + bend * (max(i - even, 0) / (steps - even)) ** 2 for i in range(steps + 1)]
+        return [
+            slope * i + bend * (max(i - even, 0) / (steps - even)) ** 2 for i in range(steps + 1)
+        ]
