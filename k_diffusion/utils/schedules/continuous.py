@@ -196,7 +196,6 @@ class InterpolatedCosineScheduler(Scheduler):
         time = self._start(snr)
         for _ in range(3):
             time = time - (self.half_log_snr(time) - snr) / self._slope(time)
-            time = maths.clamp(time, 0.0, 1.0)
         return time
 
 
