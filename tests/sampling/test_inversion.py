@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from k_diffusion.sampling import FLOW, VE, VP, Churn, Levels, make_plan
+from k_diffusion.sampling import FLOW, SOLVERS, VE, VP, Churn, Levels, make_plan
 from k_diffusion.sampling.plan import Combine
 from k_diffusion.sampling.plan_file import plan_from_dict, plan_to_dict
 
@@ -54,6 +54,19 @@ def test_there_and_back_again(solver, order, path):
     assert errors[0] < 0.3
     slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert all(order - 0.2 <= slope <= order + 1.2 for slope in slopes), (errors, slopes)
+
+
+ODE = [name for name, s in SOLVERS.items() if not s.stochastic and s.outputs == 1]
+
+
+@pytest.mark.parametrize("solver", ODE)
+def test_every_solver_of_the_ode_goes_up(solver):
+    errors = []
+    for n in (16, 32, 64):
+        levels = levels_on(VP, n).flipped()
+        s, t = (v.alpha**2 * VARIANCE + v.sigma**2 for v in (levels[0], levels[-1]))
+        errors.append(abs(carry(make_plan(solver, levels), 0.7) - 0.7 * math.sqrt(t / s)))
+    assert errors[2] < errors[1] / 1.7 < errors[0] / 1.7**2, errors
 
 
 def test_inversion_ends_at_pure_noise_where_the_path_does():

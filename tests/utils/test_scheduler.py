@@ -214,6 +214,9 @@ def test_open_ends_come_from_the_process():
     assert KarrasScheduler(sigma_max=5.0).within(LinearScheduler()).levels(3)[0].sigma == (
         pytest.approx(5.0, rel=1e-12)
     )
+    assert ExponentialScheduler().within(KarrasScheduler(0.03, 14.6)) == (
+        ExponentialScheduler(0.03, 14.6)
+    )
     # A process without ends to give (pure noise, clean data) leaves the usual range.
     assert KarrasScheduler().within(FlowScheduler()) == KarrasScheduler()
 

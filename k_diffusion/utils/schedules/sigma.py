@@ -37,13 +37,16 @@ class SigmaRange(Scheduler):
         return low, high
 
     def within(self, process: Scheduler) -> Scheduler:
-        high = process.half_log_snr(process.time_max)
-        low = process.half_log_snr(process.time_min)
+        low, high = (
+            maths.exp(-process.half_log_snr(time)) for time in (process.time_min, process.time_max)
+        )
+        if isinstance(process, SigmaRange):
+            low, high = process._ends  # to the last digit
         changes = {}
-        if self.sigma_min is None and low < math.inf:
-            changes["sigma_min"] = math.exp(-low)
-        if self.sigma_max is None and high > -math.inf:
-            changes["sigma_max"] = math.exp(-high)
+        if self.sigma_min is None and low > 0:
+            changes["sigma_min"] = low
+        if self.sigma_max is None and high < math.inf:
+            changes["sigma_max"] = high
         return dataclasses.replace(self, **changes)
 
 
