@@ -23,6 +23,7 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_samplers.py --check
+	$(BIN)/python docs/make_schedules.py --check
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

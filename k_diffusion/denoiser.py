@@ -72,6 +72,11 @@ class NetworkDenoiser(nn.Module):
 
     def __init__(self, network: nn.Module, process: Scheduler) -> None:
         super().__init__()
+        if process.own_process is not process:
+            raise ValueError(
+                f"{type(process).__name__} only lays levels over a process, which a network cannot "
+                "be trained on: give it to KSampler as its scheduler, and the process here"
+            )
         self.network = network
         self.process = process
         convention = getattr(network, "time_convention", "timestep")

@@ -19,6 +19,7 @@ from .info import Info
 from .problems import Stopped, UsageError, one_line, unboxed
 from .sample import Sample
 from .samplers import Samplers
+from .schedule import Schedule
 from .signals import Terminated, terminable
 from .train import Train
 
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type[Any]] = {
     "sample": Sample,
     "info": Info,
     "samplers": Samplers,
+    "schedule": Schedule,
 }
 _STYLE = (tyro.conf.FlagCreatePairsOff,)
 

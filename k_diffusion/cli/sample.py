@@ -37,7 +37,7 @@ class Sample:
     sampler: str = "dpmpp_2m"
     """The method; `k-diffusion samplers` lists them."""
     scheduler: str = "karras"
-    """How the noise levels are laid: karras, exponential, linear, cosine, flow or custom."""
+    """How the noise levels are laid; `k-diffusion schedule` lists the ways."""
     steps: int = 20
     """Steps from noise to image."""
     seed: int = 0

@@ -68,16 +68,15 @@ class KSampler:
         # A schedule in another kind's coordinates (Karras levels for a noise-predicting network)
         # lays levels, but is no process that such a network can have been trained on.
         kind = DENOISERS.get(str(getattr(model, "prediction", "")))
-        own = (
-            chosen if kind is not None and chosen is not None and chosen.path is kind.path else None
-        )
+        own = None if chosen is None else chosen.own_process
+        if own is not None and (kind is None or own.path is not kind.path):
+            own = None
         self.denoiser = make_denoiser(model, own)
         process = getattr(self.denoiser, "process", None)
+        usual = FlowScheduler() if self.denoiser.path is FLOW else KarrasScheduler()
         if chosen is None:
-            chosen = process or (
-                FlowScheduler() if self.denoiser.path is FLOW else KarrasScheduler()
-            )
-        self.scheduler: Scheduler = chosen.within(process) if process is not None else chosen
+            chosen = process or usual
+        self.scheduler: Scheduler = chosen.within(usual if process is None else process)
         self.solver = get_solver(solver)
         self.solver.check_options(options)
         self.options = options

@@ -192,7 +192,8 @@ def make_plan(
 
     Args:
         solver: a registered name or a Solver.
-        levels: noisy to clean, at least two.
+        levels: noisy to clean, at least two; or `levels.flipped()`, from above sigma = 0, for
+            solvers that draw no noise.
         churn: noise added at the start of each interval.
         intervals: draw noise once per interval, in the solver's order, instead of on atoms.
         options: the solver's own.
@@ -220,7 +221,26 @@ def make_plan(
             f"{chosen.name} queries predictions that it corrects afterwards, so churn has no place "
             "in it: use another sampler, or leave s_churn at 0"
         )
-    return _make_plan(chosen, levels, churn, intervals, tuple(sorted(options.items())))
+    settled = tuple(sorted(options.items()))
+    if levels.inverted:
+        _check_inversion(chosen, levels, churn, settled)
+    return _make_plan(chosen, levels, churn, intervals, settled)
+
+
+def _check_inversion(
+    chosen: Solver, levels: Levels, churn: Churn | None, options: tuple[tuple[str, Any], ...]
+) -> None:
+    if levels[0].sigma == 0:
+        raise ValueError(
+            f"{chosen.name} cannot go up from clean data (sigma = 0), which holds no trace of its "
+            "noise: begin above it, with levels[:-1].flipped()"
+        )
+    # Asked of the way down, since going up a solver may find that there is no noise to add.
+    if churn is not None or _make_plan(chosen, levels.flipped(), None, False, options).stochastic:
+        raise ValueError(
+            f"{chosen.name} draws noise with these options, which going from clean to noisy has no "
+            "place for: use a solver of the ODE (or eta=0 where it has that), without churn"
+        )
 
 
 class _Walk:

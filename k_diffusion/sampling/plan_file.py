@@ -37,6 +37,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
         "solver": plan.solver,
         "options": {k: asdict(v) if isinstance(v, Churn) else v for k, v in plan.options},
         "path": plan.levels.path.name,
+        "inverted": plan.levels.inverted,
         "levels": [asdict(level) for level in plan.levels],
         "steps": [
             {
@@ -106,7 +107,11 @@ def _build(data: dict[str, Any]) -> Plan:
     return Plan(
         str(data["solver"]),
         tuple(options.items()),
-        Levels([Level(**level) for level in data["levels"]], make_path(data["path"])),
+        Levels(
+            [Level(**level) for level in data["levels"]],
+            make_path(data["path"]),
+            inverted=bool(data.get("inverted", False)),  # not in files older than inversion
+        ),
         steps,
         tuple(map(operation, data["last"])),
         str(data["result"]),

@@ -143,17 +143,19 @@ class Levels(Sequence[Level]):
         levels: at least one level; log(alpha/sigma) strictly increases along them. The first may
             be pure noise (alpha = 0), the last clean data (sigma = 0).
         path: the path on which they (and the levels between them) lie.
+        inverted: they go strictly from clean to noisy instead; see `flipped`.
 
     Raises:
         ValueError: a level is not finite, negative or off its path, or the order is not strict.
     """
 
-    __slots__ = ("_hash", "_levels", "path")
+    __slots__ = ("_hash", "_levels", "inverted", "path")
 
-    def __init__(self, levels: Iterable[Level], path: Path = VE) -> None:
+    def __init__(self, levels: Iterable[Level], path: Path = VE, *, inverted: bool = False) -> None:
         self._levels = tuple(levels)
         self.path = path
-        self._hash = hash((self._levels, path.name))
+        self.inverted = inverted
+        self._hash = hash((self._levels, path.name, inverted))
         if not self._levels:
             raise ValueError("levels are empty: give at least a first and a last one")
         for i, level in enumerate(self._levels):
@@ -164,10 +166,12 @@ class Levels(Sequence[Level]):
             if abs(path.alpha(level.sigma) - level.alpha) > 1e-6:
                 raise ValueError(f"level {i} {level} does not lie on the {path} path")
         for i, (s, t) in enumerate(self.pairs()):
-            if not t.half_log_snr > s.half_log_snr:
+            noisy, clean = (t, s) if inverted else (s, t)
+            if not clean.half_log_snr > noisy.half_log_snr:
+                way = ("clean to noisy", "noisier") if inverted else ("noisy to clean", "cleaner")
                 raise ValueError(
-                    f"levels must go strictly from noisy to clean, but level {i + 1} {t} is not "
-                    f"cleaner than level {i} {s}: sort them and drop repeated ones"
+                    f"levels must go strictly from {way[0]}, but level {i + 1} {t} is not "
+                    f"{way[1]} than level {i} {s}: sort them and drop repeated ones"
                 )
 
     @classmethod
@@ -200,14 +204,102 @@ class Levels(Sequence[Level]):
         """
         if path is self.path:
             return self
-        return Levels([path.at(level.half_log_snr) for level in self._levels], path)
+        return self._like([path.at(level.half_log_snr) for level in self._levels], path)
+
+    def scaled(self, factor: float) -> Levels:
+        """These levels for data `factor` times as large: sigma / alpha times `factor`.
+
+        Levels laid for data of standard deviation 1 become those of a model with sigma_data by
+        `levels.scaled(sigma_data)`.
+        """
+        if not (maths.is_number(factor) and 0 < factor < math.inf):
+            raise ValueError(f"factor must be a number above 0, got {factor!r}")
+        up = math.log(factor)
+        return self._like([self.path.at(level.half_log_snr - up) for level in self._levels])
+
+    def split(self, at: int | Level) -> tuple[Levels, Levels]:
+        """Two parts that share a joint, so that `first + second` goes along all of them.
+
+        Args:
+            at: the index of an inner level, or a level of the path between the first and the last,
+                which both parts get where it is not among the levels.
+
+        Raises:
+            ValueError: `at` is not inside.
+        """
+        if isinstance(at, Level):
+            before = [level for level in self._levels if self._goes(level, at)]
+            after = [level for level in self._levels if self._goes(at, level)]
+            if not (before and after):
+                raise ValueError(
+                    f"cannot split at {at}: it does not lie between {self[0]} and {self[-1]}"
+                )
+            return self._like([*before, at]), self._like([at, *after])
+        i = at + len(self) if at < 0 else at
+        if not 0 < i < len(self) - 1:
+            raise ValueError(
+                f"cannot split {len(self)} levels at {at}: give the index of an inner one, "
+                f"1 to {len(self) - 2}"
+            )
+        return self[: i + 1], self[i:]
+
+    def __add__(self, other: Levels) -> Levels:
+        """These levels, then the others; where they meet in one level, it is there once.
+
+        Raises:
+            ValueError: they are on different paths, go different ways, or overlap.
+        """
+        if not isinstance(other, Levels):
+            return NotImplemented
+        if other.path is not self.path or other.inverted != self.inverted:
+            raise ValueError(
+                f"cannot join levels on the {self.path} path{' inverted' * self.inverted} and the "
+                f"{other.path} path{' inverted' * other.inverted}: bring them together with "
+                ".on(path) and .flipped()"
+            )
+        if other[0] != self[-1] and not self._goes(self[-1], other[0]):
+            raise ValueError(
+                f"cannot join levels that overlap: the first end at {self[-1]}, the second begin "
+                f"at {other[0]}; split them first"
+            )
+        return self._like([*self._levels, *other._levels[other[0] == self[-1] :]])
+
+    def start_at(self, strength: float) -> Levels:
+        """The last round(strength · steps) steps, one at least: for going on from noised data.
+
+        With strength 0.6, 12 of 20 steps. (`Scheduler.levels(20, strength=0.6)` gives 20 steps over
+        that part, by laying more of them.) Noise the data to the first of the levels given.
+
+        Args:
+            strength: in (0, 1]; 1 is all of them.
+        """
+        if not (maths.is_number(strength) and 0 < strength <= 1):
+            raise ValueError(f"strength must lie in (0, 1], got {strength!r}")
+        if self.inverted:
+            raise ValueError("a strength is a share of levels from noisy to clean: flip them first")
+        return self[-max(1, round(strength * (len(self) - 1))) - 1 :]
+
+    def flipped(self) -> Levels:
+        """The same levels the other way, from clean to noisy: what inversion walks along.
+
+        Solvers of the ODE take them, from sigma above 0; flipped again they are as before.
+        """
+        return Levels(self._levels[::-1], self.path, inverted=not self.inverted)
+
+    def _goes(self, first: Level, then: Level) -> bool:
+        """Whether `then` comes strictly after `first` in these levels' direction."""
+        noisy, clean = (then, first) if self.inverted else (first, then)
+        return noisy.half_log_snr < clean.half_log_snr
+
+    def _like(self, levels: Iterable[Level], path: Path | None = None) -> Levels:
+        return Levels(levels, path or self.path, inverted=self.inverted)
 
     @overload
     def __getitem__(self, i: int) -> Level: ...
     @overload
     def __getitem__(self, i: slice) -> Levels: ...
     def __getitem__(self, i: int | slice) -> Level | Levels:
-        return Levels(self._levels[i], self.path) if isinstance(i, slice) else self._levels[i]
+        return self._like(self._levels[i]) if isinstance(i, slice) else self._levels[i]
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -217,8 +309,12 @@ class Levels(Sequence[Level]):
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Levels) and self.path is other.path and self._levels == other._levels
+            isinstance(other, Levels)
+            and self.path is other.path
+            and self.inverted == other.inverted
+            and self._levels == other._levels
         )
 
     def __repr__(self) -> str:
-        return f"Levels({list(self.sigmas)}, path={self.path})"
+        inverted = ", inverted=True" if self.inverted else ""
+        return f"Levels({list(self.sigmas)}, path={self.path}{inverted})"

@@ -39,6 +39,21 @@ def log(x: Scalar) -> Scalar:
     return math.log(x) if x != 0 else -math.inf
 
 
+def expm1(x: Scalar) -> Scalar:
+    """e**x - 1 without cancellation near 0; a float overflow gives inf."""
+    if not is_number(x):
+        return x.expm1()
+    try:
+        return math.expm1(x)
+    except OverflowError:
+        return math.inf
+
+
+def log1p(x: Scalar) -> Scalar:
+    """log(1 + x) without cancellation near 0."""
+    return math.log1p(x) if is_number(x) else x.log1p()
+
+
 def sqrt(x: Scalar) -> Scalar:
     """Square root of a float or a tensor."""
     return math.sqrt(x) if is_number(x) else x.sqrt()
@@ -47,6 +62,11 @@ def sqrt(x: Scalar) -> Scalar:
 def sin(x: Scalar) -> Scalar:
     """Sine of a float or a tensor."""
     return math.sin(x) if is_number(x) else x.sin()
+
+
+def tan(x: Scalar) -> Scalar:
+    """Tangent of a float or a tensor."""
+    return math.tan(x) if is_number(x) else x.tan()
 
 
 def atan2(y: Scalar, x: Scalar) -> Scalar:

@@ -97,3 +97,88 @@ def test_alpha_keeps_its_digits_near_pure_noise():
         exact = (1 - Decimal(sigma) ** 2).sqrt(Context(prec=60))
         for alpha in (VP.alpha(sigma), VP.alpha(torch.tensor(sigma, dtype=torch.float64)).item()):
             assert abs(Decimal(alpha) / exact - 1) <= 4e-16
+
+
+# ---------------------------------------------------------------- arithmetic
+
+WHOLE = Levels.from_sigmas([8.0, 4.0, 2.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize("levels", [WHOLE, WHOLE[:-1].flipped()], ids=["down", "up"])
+def test_parts_of_a_split_join_again(levels):
+    for i in range(1, len(levels) - 1):
+        first, second = levels.split(i)
+        assert first[-1] == second[0] == levels[i]
+        assert (len(first), len(second)) == (i + 1, len(levels) - i)
+        assert first + second == levels
+        assert levels.split(i - len(levels)) == (first, second)
+        assert levels.split(levels[i]) == (first, second)
+    # A level that is not among them is put into both parts, and stays.
+    first, second = levels.split(Level(1.0, 3.0))
+    assert first[-1] == second[0] == Level(1.0, 3.0)
+    assert len(first + second) == len(levels) + 1
+
+
+def test_levels_join_with_a_gap_and_not_with_an_overlap():
+    assert (WHOLE[:2] + WHOLE[3:]).sigmas == (8.0, 4.0, 1.0, 0.0)
+    with pytest.raises(ValueError, match=r"overlap: the first end at .*sigma 2\), .* begin at .*4"):
+        WHOLE[:3] + WHOLE[1:]
+    with pytest.raises(ValueError, match=r"the ve path and the flow path: .* \.on\(path\)"):
+        WHOLE[:3] + WHOLE[2:].on(FLOW)
+    with pytest.raises(ValueError, match=r"the ve path and the ve path inverted: .* \.flipped\(\)"):
+        WHOLE[:3] + WHOLE[:3].flipped()
+    with pytest.raises(TypeError):
+        WHOLE + WHOLE.sigmas
+
+
+@pytest.mark.parametrize("at", [0, 4, -1, 9, Level(1.0, 8.0), Level(1.0, 9.0), Level(1.0, 0.0)])
+def test_a_split_outside_is_refused(at):
+    with pytest.raises(ValueError, match="cannot split .*(inner one, 1 to 3|lie between)"):
+        WHOLE.split(at)
+
+
+def test_a_strength_keeps_the_last_steps():
+    levels = Levels.from_sigmas([float(k) for k in range(20, -1, -1)])
+    assert levels.start_at(0.6) == levels[8:]
+    assert levels.start_at(0.73) == levels[5:]  # round(14.6) steps
+    assert levels.start_at(0.001) == levels[-2:]
+    assert levels.start_at(1) == levels.start_at(1.0) == levels
+    for strength in (0, -0.5, 1.01, math.nan, "all", None):
+        with pytest.raises(ValueError, match=r"strength must lie in \(0, 1\], got"):
+            levels.start_at(strength)
+    with pytest.raises(ValueError, match="flip them first"):
+        levels[:-1].flipped().start_at(0.5)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=str)
+def test_scaled_levels_are_those_of_larger_data(path):
+    levels = WHOLE.on(path)
+    scaled = levels.scaled(0.5)
+    assert scaled.path is path
+    ratios = [level.ratio for level in scaled]
+    assert ratios == pytest.approx([4.0, 2.0, 1.0, 0.5, 0.0], rel=1e-14)
+    assert scaled.scaled(2.0).sigmas == pytest.approx(levels.sigmas, rel=1e-14)
+    for factor in (0.0, -1.0, math.inf, "2"):
+        with pytest.raises(ValueError, match="factor must be a number above 0, got"):
+            levels.scaled(factor)
+
+
+def test_flipped_levels_go_up_and_back():
+    up = WHOLE.flipped()
+    assert up.inverted
+    assert not WHOLE.inverted
+    assert up.sigmas == WHOLE.sigmas[::-1]
+    assert up.flipped() == WHOLE
+    assert up[1:3].inverted
+    assert up.on(FLOW).flipped() == WHOLE.on(FLOW)
+    assert up.scaled(2.0).inverted
+    assert next(iter(up.pairs())) == (WHOLE[4], WHOLE[3])
+    assert repr(WHOLE[:2].flipped()) == "Levels([4.0, 8.0], path=ve, inverted=True)"
+    assert pickle.loads(pickle.dumps(up)) == up
+    one = WHOLE[:1]  # the same levels, another direction: another plan
+    assert one != one.flipped()
+    assert hash(one) != hash(one.flipped())
+    with pytest.raises(
+        ValueError, match="strictly from clean to noisy, but level 1 .* not noisier"
+    ):
+        Levels(WHOLE, VE, inverted=True)

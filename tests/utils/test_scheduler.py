@@ -8,13 +8,27 @@ import torch
 from k_diffusion.utils.levels import VE, Level
 from k_diffusion.utils.scheduler import (
     SCHEDULERS,
+    AlignYourStepsScheduler,
     CosineScheduler,
     CustomScheduler,
+    DynamicFlowScheduler,
     ExponentialScheduler,
     FlowScheduler,
+    InterpolatedCosineScheduler,
     KarrasScheduler,
+    KLOptimalScheduler,
+    LaplaceScheduler,
+    LinearDynamicFlowScheduler,
     LinearScheduler,
+    PolyexponentialScheduler,
+    ScaledLinearScheduler,
     Scheduler,
+    ShiftedCosineScheduler,
+    SigmoidScheduler,
+    Spacing,
+    SquaredCosScheduler,
+    VPScheduler,
+    ZeroTerminalScheduler,
     make_scheduler,
 )  # fmt: skip
 
@@ -27,6 +41,28 @@ ALL = {
     "karras": KarrasScheduler(),
     "karras, rho 3": KarrasScheduler(0.03, 14.6, rho=3.0),
     "exponential": ExponentialScheduler(0.01, 50.0),
+    "polyexponential": PolyexponentialScheduler(),
+    "polyexponential, rho 2": PolyexponentialScheduler(0.03, 14.6, rho=2.0),
+    "laplace": LaplaceScheduler(),
+    "laplace, wide": LaplaceScheduler(0.1, 3.0, mu=0.5, beta=2.0),
+    "kl_optimal": KLOptimalScheduler(),
+    "kl_optimal, sigma_data 0.5": KLOptimalScheduler(0.03, 14.6, sigma_data=0.5),
+    "align_your_steps": AlignYourStepsScheduler(),
+    "align_your_steps, svd": AlignYourStepsScheduler(table="svd"),
+    "scaled_linear": ScaledLinearScheduler(),
+    "squaredcos": SquaredCosScheduler(),
+    "squaredcos, 50": SquaredCosScheduler(timesteps=50),
+    "zero_terminal_snr": ZeroTerminalScheduler(),
+    "zero_terminal_snr of scaled_linear": ZeroTerminalScheduler(ScaledLinearScheduler()),
+    "shifted_cosine": ShiftedCosineScheduler(),
+    "interpolated_cosine": InterpolatedCosineScheduler(),
+    "interpolated_cosine, far": InterpolatedCosineScheduler(1024, 8, 1024, -20.0, 12.0),
+    "sigmoid": SigmoidScheduler(),
+    "sigmoid from pure noise": SigmoidScheduler(start=0.0, tau=0.3, time_max=1.0),
+    "vp": VPScheduler(),
+    "vp, constant beta": VPScheduler(beta_d=0.0, beta_min=8.0),
+    "flow_dynamic": DynamicFlowScheduler(tokens=1024),
+    "flow_dynamic_linear": LinearDynamicFlowScheduler(tokens=1024),
     "flow": FlowScheduler(),
     "flow, shift 3": FlowScheduler(shift=3.0),
     "betas": CustomScheduler(betas=tuple(BETAS)),
@@ -36,7 +72,17 @@ ALL = {
     "function": CustomScheduler(function=lambda t: 0.01 * 3000**t),
     "vp function": CustomScheduler(function=lambda t: math.sin(t * math.pi / 2), path_name="vp"),
 }
-INFINITE = {"cosine from pure noise", "flow", "flow, shift 3", "flow sigmas", "vp function"}
+INFINITE = {
+    "cosine from pure noise", "flow", "flow, shift 3", "flow sigmas", "vp function",
+    "zero_terminal_snr", "zero_terminal_snr of scaled_linear", "sigmoid from pure noise",
+    "flow_dynamic", "flow_dynamic_linear",
+}  # fmt: skip
+
+
+def test_every_process_is_among_the_cases():
+    processes = {name for name, kind in SCHEDULERS.items() if not issubclass(kind, Spacing)}
+    assert processes == {scheduler.name for scheduler in ALL.values()}
+    assert all(kind.source and kind.summary() for kind in SCHEDULERS.values())
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -62,14 +108,22 @@ def test_time_and_level_are_inverse(case):
 def test_levels(case, steps):
     scheduler = ALL[case]
     levels = scheduler.levels(steps)
-    assert len(levels) == steps + 1
+    if case == "laplace, wide":  # quantiles outside the range are laid once, at its ends
+        below, above = (0.5 * math.exp(-abs(math.log(s) - 0.5) / 2) for s in (0.1, 3.0))
+        even = np.linspace(0, 1, steps) if steps > 1 else np.ones(1)
+        inside = int(np.sum((even > below) & (even < 1 - above)))
+        assert len(levels) == inside + (2 if steps > 1 else 1) + 1
+    else:
+        assert len(levels) == steps + 1
     assert levels.path is scheduler.path
     top = scheduler.half_log_snr(scheduler.time_max)
     assert levels[0].half_log_snr == pytest.approx(top, rel=1e-12)
     assert (levels[0].alpha == 0) == (case in INFINITE)
     assert (levels[-1].sigma == 0) == (case != "function")
     for level in levels:
-        assert abs(scheduler.path.alpha(level.sigma) - level.alpha) <= 1e-12
+        # Near pure noise a float's sigma of the vp path holds only some digits of alpha.
+        tolerance = 1e-12 + (2e-16 / level.alpha if level.alpha else 0.0)
+        assert abs(scheduler.path.alpha(level.sigma) - level.alpha) <= tolerance
 
 
 @pytest.mark.parametrize("case", ALL)
@@ -160,6 +214,9 @@ def test_open_ends_come_from_the_process():
     assert KarrasScheduler(sigma_max=5.0).within(LinearScheduler()).levels(3)[0].sigma == (
         pytest.approx(5.0, rel=1e-12)
     )
+    assert ExponentialScheduler().within(KarrasScheduler(0.03, 14.6)) == (
+        ExponentialScheduler(0.03, 14.6)
+    )
     # A process without ends to give (pure noise, clean data) leaves the usual range.
     assert KarrasScheduler().within(FlowScheduler()) == KarrasScheduler()
 
@@ -173,7 +230,6 @@ def test_config_round_trip(case):
 
 
 def test_names_and_options():
-    assert set(SCHEDULERS) == {"linear", "cosine", "karras", "exponential", "flow", "custom"}
     assert make_scheduler("karras", rho=5.0) == KarrasScheduler(rho=5.0)
     assert make_scheduler(FlowScheduler()) == FlowScheduler()
     with pytest.raises(ValueError, match="unknown scheduler 'karas'; did you mean 'karras'"):
@@ -206,6 +262,31 @@ def test_bad_steps(steps):
         (lambda: CosineScheduler(time_max=0.0), "time_max"),
         (lambda: CosineScheduler(offset=-1.0), "offset"),
         (lambda: FlowScheduler(shift=0.0), "shift must be above 0"),
+        (lambda: KarrasScheduler(rho=math.inf), "rho must be a finite number, got inf"),
+        (lambda: PolyexponentialScheduler(rho=0), "rho must be above 0, got 0.0"),
+        (lambda: LaplaceScheduler(beta=0), "beta must be above 0, got 0.0"),
+        (lambda: LaplaceScheduler(mu=500.0), "mu 500.0 and beta 0.5 leave nothing"),
+        (lambda: KLOptimalScheduler(sigma_data=-1), "sigma_data must be above 0, got -1.0"),
+        (lambda: AlignYourStepsScheduler("sd51"), "table 'sd51'; did you mean 'sd15'"),
+        (lambda: ScaledLinearScheduler(beta_start=-1e-3), "beta_start must be above 0, got -0.001"),
+        (lambda: SquaredCosScheduler(max_beta=1), r"max_beta must lie in \(0, 1\), got 1.0"),
+        (lambda: SquaredCosScheduler(offset=0), r"offset must lie in \(0, 1\), got 0.0"),
+        (lambda: SquaredCosScheduler(timesteps=1), "timesteps must be at least 2, got 1"),
+        (lambda: ZeroTerminalScheduler("cosine"), "CosineScheduler is none: give linear"),
+        (lambda: ZeroTerminalScheduler("simple"), "SimpleScheduler, which only lays levels"),
+        (lambda: ZeroTerminalScheduler(3), "process must be a Scheduler or its name, got 3"),
+        (lambda: ShiftedCosineScheduler(log_snr_min=20), "log_snr_min < log_snr_max, got 20.0"),
+        (lambda: ShiftedCosineScheduler(image_size=0), "image_size must be a whole number"),
+        (lambda: InterpolatedCosineScheduler(noise_size_low=300), "got 300 and 256"),
+        (lambda: SigmoidScheduler(start=3.0), "start must be below end, got 3.0 and 3.0"),
+        (lambda: SigmoidScheduler(tau=0), "tau must be above 0, got 0.0"),
+        (lambda: SigmoidScheduler(time_max=1.5), r"time_max must lie in \(0, 1\], got 1.5"),
+        (lambda: SigmoidScheduler(tau=0.01), "leave the sigmoid flat in double precision"),
+        (lambda: VPScheduler(beta_d=0, beta_min=0), "not both 0, got 0.0 and 0.0"),
+        (lambda: VPScheduler(eps_s=0), r"eps_s must lie in \(0, 1\), got 0.0"),
+        (lambda: VPScheduler(beta_d=2000), "beta_d 2000.0 and beta_min 0.1 leave alpha below"),
+        (lambda: DynamicFlowScheduler(base_tokens=4096), "base_tokens and max_tokens are both"),
+        (lambda: LinearDynamicFlowScheduler(1, base_shift=-9), "tokens 1 gives a shift of -9"),
         (lambda: CustomScheduler(), "exactly one .* got none"),
         (lambda: CustomScheduler(betas=(0.1, 0.2), sigmas=(1.0, 0.0)), "betas and sigmas"),
         (lambda: CustomScheduler(sigmas=(1.0,)), "at least 2 numbers"),
