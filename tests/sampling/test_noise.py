@@ -139,7 +139,18 @@ def test_the_order_of_asking_changes_nothing(dtype):
             error = (backwards.draw(interval(*ab)) - first[ab]).abs().max()
             shares_a_leaf = any(-3.001 < lam < -2.999 or abs(lam) < 1e-6 for lam in ab)
             assert error <= (0.01 if shares_a_leaf else 0)
-    assert torch.equal(path.draw(interval(2.0, 0.5)), -first[0.5, 2.0])
+    for a, b in ((-math.inf, -14.0), (0.5, 2.0), (13.8, math.inf)):
+        assert torch.equal(path.draw(interval(b, a)), -first[a, b])
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+def test_points_of_one_leaf_are_exact_in_law_in_any_order(order):
+    points = [-3.0 + 1e-7 * k for k in (0, 1, 3, 4)]
+    path = PathNoise([5], torch.empty(1, 20_000, dtype=torch.float64))
+    for k in order:
+        path.draw(interval(-9.0, points[k]))
+    z = torch.cat([path.draw(interval(a, b)) for a, b in itertools.pairwise(points)])
+    assert_covariance(z, torch.eye(3, dtype=z.dtype))
 
 
 def test_levels_of_other_coordinates_are_on_the_same_path():
@@ -183,6 +194,14 @@ def test_fresh_noise_and_other_paths_are_independent_and_leave_the_path_alone():
     assert torch.equal(drawn[1], other.draw(ask[3]))  # fresh noise comes in the order of asking
 
 
+def test_points_of_one_path_do_not_move_another():
+    like = torch.empty(1, 50, dtype=torch.float64)
+    path, other = PathNoise([9], like), PathNoise([9], like)
+    path.draw(interval(-1, 0.3))
+    asked = interval(-1, 0.3 + 1e-7, path=1)
+    assert torch.equal(path.draw(asked), other.draw(asked))
+
+
 def test_an_interval_of_no_length_is_refused():
     path = PathNoise([1], torch.empty(1, 4))
     with pytest.raises(ValueError, match="no length") as caught:
@@ -208,6 +227,10 @@ def test_a_new_point_costs_about_fifteen_draws(steps, monkeypatch):
         for draw in plan.draws:
             path.draw(draw.interval)
         assert len(draws) <= 16 * steps
+        path.draw(interval(0.0, 1.0))
+        draws.clear()
+        path.draw(interval(-math.inf, 1.0))
+        assert draws == []
 
 
 def test_the_path_holds_twelve_tensors_between_draws():
