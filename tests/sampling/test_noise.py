@@ -143,7 +143,7 @@ def test_the_order_of_asking_changes_nothing(dtype):
         assert torch.equal(path.draw(interval(b, a)), -first[a, b])
 
 
-@pytest.mark.parametrize("order", itertools.permutations(range(4)))
+@pytest.mark.parametrize("order", list(itertools.permutations(range(4))))
 def test_points_of_one_leaf_are_exact_in_law_in_any_order(order):
     points = [-3.0 + 1e-7 * k for k in (0, 1, 3, 4)]
     path = PathNoise([5], torch.empty(1, 20_000, dtype=torch.float64))
