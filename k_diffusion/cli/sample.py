@@ -57,6 +57,11 @@ class Sample:
     """Options of the method, such as eta=0.5."""
     scheduler_options: Settings = field(default_factory=dict)
     """Options of the levels, such as rho=5,sigma_max=40."""
+    noise: str = "independent"
+    """The noise of methods that draw any: independent, or path, one Brownian path for each seed,
+    which stays the same for any number of steps."""
+    noise_on_cpu: bool = False
+    """Make that noise on the CPU, so that a seed gives the same on every device."""
     no_ema: bool = False
     """Take the last weights, not their moving average."""
     device: str = ""
@@ -66,12 +71,15 @@ class Sample:
         self._check()
         import torch
 
-        from k_diffusion.sampling import KSampler, get_solver
+        from k_diffusion.sampling import NOISES, KSampler, get_solver
         from k_diffusion.training.checkpoint import load_denoiser
+        from k_diffusion.utils.maths import unknown
         from k_diffusion.utils.scheduler import make_scheduler
 
         with as_usage():
             solver = get_solver(self.sampler)
+            if self.noise not in NOISES:
+                raise ValueError(unknown("noise", self.noise, NOISES))
             churn, options = _split_churn(self.sampler_options, solver.options)
             solver.check_options(options)
             scheduler = make_scheduler(self.scheduler, **self.scheduler_options)
@@ -111,6 +119,8 @@ class Sample:
                     steps=self.steps,
                     batch_size=self.batch_size,
                     device=device,
+                    noise=self.noise,
+                    noise_on_cpu=self.noise_on_cpu,
                     tick=bar.update,
                 ):
                     for image in images:
@@ -197,14 +207,19 @@ class Sample:
             "scheduler": self.scheduler,
             "scheduler options": show_settings(self.scheduler_options),
             "steps": str(self.steps),
+            "noise": self.noise if self.noise != "independent" else "",
+            "noise on cpu": "yes" if self.noise_on_cpu else "",
             "seed": str(seed),
             "images": str(number),
             "class": ",".join(map(str, dict.fromkeys(classes))),
         }
         command = ["k-diffusion", "sample", str(info.path)]
-        for option in ("sampler", "sampler options", "scheduler", "scheduler options", "steps"):
+        for option in (
+            "sampler", "sampler options", "scheduler", "scheduler options", "steps", "noise",
+        ):  # fmt: skip
             if said[option]:
                 command += ["--" + option.replace(" ", "-"), said[option]]
+        command += ["--noise-on-cpu"] * self.noise_on_cpu
         command += ["--seed", str(seed), "-n", str(number)]
         if said["class"]:
             command += ["--class-label", said["class"]]
@@ -221,6 +236,8 @@ def draw(
     steps: int,
     batch_size: int,
     device: torch.device | str = "cpu",
+    noise: str = "independent",
+    noise_on_cpu: bool = False,
     tick: Callable[[], object] = lambda: None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """Draw images batch by batch; each depends on its own seed and label alone.
@@ -233,6 +250,8 @@ def draw(
         steps: steps from noise to image.
         batch_size: images drawn at a time.
         device: where the model is.
+        noise: what the noise of a stochastic method is, see `KSampler.sample`.
+        noise_on_cpu: whether it is made on the CPU.
         tick: called after each call of the model.
 
     Yields:
@@ -254,6 +273,8 @@ def draw(
             steps=steps,
             condition={"class_label": classes} if labels else None,
             seed=chosen,
+            noise=noise,
+            noise_on_cpu=noise_on_cpu,
             callback=asked,
         )
         yield first, images.cpu()

@@ -13,25 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from k_diffusion.sampling.expr import Interval
+from k_diffusion.sampling.noise import NoiseSource
 from k_diffusion.sampling.plan import Combine, Draw, Plan, Step
 
-
-class NoiseSource(Protocol):
-    """Makes the noise of a run."""
-
-    def draw(self, interval: Interval) -> Tensor:
-        """Unit Gaussian noise of the state's shape, dtype and device, for an interval."""
-        ...
-
-
 Values = dict[str, Tensor]
-Operation = Callable[[Values, "NoiseSource | None"], None]
+Operation = Callable[[Values, NoiseSource | None], None]
 
 
 def _combine(op: Combine) -> Operation:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import DENOISERS, make_denoiser, model_device
+from k_diffusion.sampling.brownian import PathNoise
 from k_diffusion.sampling.engine import Run
-from k_diffusion.sampling.noise import SampleNoise
+from k_diffusion.sampling.noise import FRESH, CallerNoise, NoiseSource, SampleNoise
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
 from k_diffusion.sampling.registry import Solver, get_solver
+from k_diffusion.utils import maths
 from k_diffusion.utils.levels import FLOW, Level, Levels, Path
 from k_diffusion.utils.scheduler import (
     FlowScheduler,
@@ -25,6 +27,12 @@ from k_diffusion.utils.scheduler import (
 )
 
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
+NoiseSampler = Callable[[float, float], Tensor]
+
+NOISES: dict[str, type[SampleNoise] | type[PathNoise]] = {
+    "independent": SampleNoise,
+    "path": PathNoise,
+}
 
 
 class KSampler:
@@ -103,9 +111,20 @@ class KSampler:
             )
         return levels
 
-    def plan(self, steps: int) -> Plan:
-        """What `sample` would do, as data; print it to read it."""
-        return make_plan(self.solver, self.levels(steps), churn=self.churn, **self.options)
+    def plan(self, steps: int, *, intervals: bool = False) -> Plan:
+        """What `sample` would do, as data; print it to read it.
+
+        Args:
+            steps: number of steps.
+            intervals: draw noise as for a caller's own noise sampler; see `make_plan`.
+        """
+        return make_plan(
+            self.solver,
+            self.levels(steps),
+            churn=self.churn,
+            intervals=intervals,
+            **self.options,
+        )
 
     @torch.no_grad()
     def sample(
@@ -115,6 +134,8 @@ class KSampler:
         condition: Tensor | Mapping[str, Any] | None = None,
         *,
         seed: int | Sequence[int] | None = None,
+        noise: str | NoiseSampler = "independent",
+        noise_on_cpu: bool = False,
         progress: bool = False,
         callback: Callback | None = None,
     ) -> Tensor:
@@ -131,6 +152,13 @@ class KSampler:
             seed: for solvers that draw noise: one number per sample, or one number for all, where
                 sample i takes seed + i. A sample depends on its own seed alone, not on the batch.
                 None: from torch's global generator.
+            noise: where a stochastic solver's noise comes from. "independent": drawn anew at each
+                step, the cheapest. "path": from a Brownian path that belongs to the seed, the same
+                for any number of steps and any levels, so that a sample converges as its steps are
+                refined. Or a function `noise_sampler(sigma, sigma_next)`, called with two numbers
+                in the solver's order, that returns unit noise of x's shape; noise that lies between
+                no two levels (churn) still comes from the seeds.
+            noise_on_cpu: make that noise on the CPU, so that seeds give the same on every device.
             progress: show a progress bar on standard error.
             callback: called as `callback(k, x, sigma, denoised)` after the k-th call of the model,
                 with its input, noise level (shape (B,)) and answer (of two, the guided one).
@@ -139,9 +167,10 @@ class KSampler:
             Samples, shape (B, C, ...), in the scale of the data that the model was trained on.
 
         Raises:
-            TypeError: x, steps, condition or seed of a wrong type; no pair for a solver of two
-                outputs.
-            ValueError: x that isn't finite, a condition that the model cannot take, bad steps.
+            TypeError: x, steps, condition, seed or noise of a wrong type; no pair where the solver
+                takes two outputs.
+            ValueError: x that isn't finite, a condition that the model cannot take, bad steps, an
+                unknown noise.
             FloatingPointError: the result is not finite.
         """
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -149,7 +178,8 @@ class KSampler:
             raise TypeError(f"x must be a floating-point tensor of unit noise, got {kind}")
         if x.ndim < 2 or x.shape[0] == 0:
             raise ValueError(f"x must have shape (B, C, ...) with B >= 1, got {tuple(x.shape)}")
-        plan = self.plan(steps)
+        make_noise = _noise_maker(noise, noise_on_cpu)
+        plan = self.plan(steps, intervals=callable(noise))
         keywords = self._keywords(condition, x.shape[0])
         home = model_device(self.denoiser)
         if home is not None and home != x.device:
@@ -160,9 +190,9 @@ class KSampler:
         # x = alpha x0 + sigma eps without its first term, which is not known, and small there.
         state = x.to(torch.promote_types(x.dtype, torch.float32)) * first.sigma
         seeds = self._seeds(seed, x.shape[0])
-        noise = SampleNoise(seeds, state) if plan.stochastic else None
+        source = make_noise(seeds, state) if plan.stochastic else None
         float64 = getattr(self.denoiser, "float64_sigma", False)
-        run = Run(plan, state, noise, torch.float64 if float64 else None)
+        run = Run(plan, state, source, torch.float64 if float64 else None)
         del state
         bar = _progress_bar(plan.evaluations) if progress else None
         denoiser = self.denoiser
@@ -231,6 +261,27 @@ def _answers(answer: Any, plan: Plan) -> tuple[Any, ...]:
             f"estimate of x0, got {what}: guide the model so, or use a sampler without cfg_pp"
         )
     return tuple(answer)
+
+
+def _noise_maker(
+    noise: str | NoiseSampler, on_cpu: bool
+) -> Callable[[Sequence[int], Tensor], NoiseSource]:
+    """What makes the noise source of a run, given its seeds and its state."""
+    if isinstance(noise, str):
+        if noise not in NOISES:
+            raise ValueError(maths.unknown("noise", noise, NOISES))
+        return functools.partial(NOISES[noise], on_cpu=on_cpu)
+    if not callable(noise):
+        raise TypeError(
+            f"noise must be {' or '.join(map(repr, NOISES))}, or a function "
+            f"noise_sampler(sigma, sigma_next), got {noise!r}"
+        )
+    sampler = noise
+
+    def made(seeds: Sequence[int], like: Tensor) -> NoiseSource:
+        return CallerNoise(sampler, like, SampleNoise(seeds, like, FRESH, on_cpu=on_cpu))
+
+    return made
 
 
 def _whole(value: Any) -> Any:

@@ -62,10 +62,18 @@ def test_writes_images_and_a_grid_that_say_how_they_were_made(trained, tmp_path,
     assert (text["seed"], text["images"], text["class"]) == ("7", "4", "3,5")
 
 
-def test_the_command_in_the_text_makes_the_image_again(trained, tmp_path) -> None:
+@pytest.mark.parametrize("noise", [[], ["--noise", "path", "--noise-on-cpu"]])
+def test_the_command_in_the_text_makes_the_image_again(trained, tmp_path, noise) -> None:
     first = tmp_path / "first"
     argv = ["--sampler", "dpmpp_2m_sde", "--scheduler", "exponential", "--steps", "4", "-n", "5"]
-    argv += ["--sampler-options", "eta=0.7", "--scheduler-options", "sigma_max=20", "--no-ema"]
+    argv += [
+        "--sampler-options",
+        "eta=0.7",
+        "--scheduler-options",
+        "sigma_max=20",
+        "--no-ema",
+        *noise,
+    ]
     assert main(["sample", str(trained), *argv, "--out", str(first)]) == 0
     for index, name in ((2, "seed000002_class2.png"), (None, "grid.png")):
         wanted, text = load_png(first / name)
@@ -78,6 +86,20 @@ def test_the_command_in_the_text_makes_the_image_again(trained, tmp_path) -> Non
         found, said = load_png(again / name)
         assert (found.int() - wanted.int()).abs().max() <= 1  # 1e-4 may cross a rounding edge
         assert said == text
+        assert set(noise) <= set(command)
+        assert text.get("noise", "independent") == (noise[1] if noise else "independent")
+
+
+def test_noise_is_chosen_and_an_unknown_one_named(trained, tmp_path, capsys) -> None:
+    argv = ["sample", str(trained), "--sampler", "euler_ancestral", "--steps", "3", "-n", "1"]
+    images = []
+    for k, noise in enumerate(("independent", "path")):
+        assert main([*argv, "--noise", noise, "--out", str(tmp_path / str(k))]) == 0
+        images.append(load_png(tmp_path / str(k) / "seed000000_class0.png")[0].int())
+    assert (images[0] - images[1]).abs().max() > 5
+    capsys.readouterr()
+    assert main([*argv, "--noise", "paht", "--out", str(tmp_path / "2")]) == 2
+    assert "unknown noise 'paht'; did you mean 'path'" in one_line(capsys)
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_2m_sde"])

@@ -3,13 +3,12 @@
 import gc
 import itertools
 import json
-import weakref
 
 import numpy as np
 import pytest
 import torch
 from host import execute, levels_between
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import WAITS, Watch
 
 from k_diffusion.sampling import (
     FLOW,
@@ -95,39 +94,6 @@ def test_a_sample_does_not_depend_on_its_neighbours(name):
     assert torch.equal(whole, sampler.sample(x, STEPS, seed=[11, 12, 13]))
     if SOLVERS[name].stochastic:
         assert (whole - sampler.sample(x, STEPS, seed=[11, 12, 14])).abs().max() > 1e-3
-
-
-class Watch(TorchDispatchMode):
-    """Records operations, and the most state-sized tensors that were alive after one of them."""
-
-    def __init__(self, numel, device):
-        super().__init__()
-        self.numel, self.device = numel, device
-        self.names, self.alive, self.peak = [], weakref.WeakValueDictionary(), 0
-
-    def track(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage.nbytes() >= self.numel * tensor.element_size():
-            self.alive[storage._cdata] = tensor
-        self.peak = max(self.peak, len({t.untyped_storage()._cdata for t in self.alive.values()}))
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.names.append(func.name())
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor) and tensor.numel() == self.numel:
-                self.track(tensor)
-        return out
-
-
-@pytest.fixture(scope="module")
-def warm():
-    """The first use of a dispatch mode in a process keeps a tensor alive a little longer."""
-    with Watch(1, "cpu"):
-        torch.lerp(torch.ones_like(torch.zeros(1)), torch.ones(1), 0.5).mul_(2).add_(1)
-
-
-WAITS = ("_local_scalar_dense", "lift_fresh", "_to_copy", "copy_", "nonzero", "is_nonzero", "equal")
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
