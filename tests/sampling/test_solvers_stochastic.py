@@ -503,6 +503,8 @@ def test_restart_takes_as_many_steps_as_the_levels_do_there():
     assert not make_plan("restart", Levels.from_sigmas([4.0, 2.0 * (1 - 1e-15), 0.0])).stochastic
     # the first level is where x comes from, not where anything was solved
     assert not make_plan("restart", Levels.from_sigmas([0.5, 0.0])).stochastic
+    low = make_plan("restart", Levels.from_sigmas([0.12, 0.05, 0.0]))
+    assert low.draws[0].interval.start.sigma == 0.05
     # near is meant in log: 0.19 and 0.02 lie 1.9 and 5 times off
     near = make_plan("restart", Levels.from_sigmas([4.0, 0.19, 0.02]), low=0.1)
     assert near.draws[0].interval.start.sigma == 0.19

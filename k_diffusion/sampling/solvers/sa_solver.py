@@ -73,7 +73,7 @@ class _Adams:
 
     def remember(self, d: Expr, s: Level) -> None:
         """Begins a step at s, where the estimate is d."""
-        self._estimates = [*self._estimates, (s.half_log_snr, d)][-self._order - 1 :]
+        self._estimates = [*self._estimates, (s.half_log_snr, d)][-self._order :]
 
     def predict(self, x: Expr, s: Level, t: Level) -> Expr:
         """The step from s to t."""
