@@ -201,21 +201,24 @@ def test_unipc_under_churn():
 
 
 def test_a_remembered_velocity_under_churn():
-    """Its noise becomes that of the raised state; its data estimate stays."""
-    levels = Levels.from_sigmas([4.0, 2.0, 1.0])
-    plan = make_plan("exp_ab_velocity", levels, churn=Churn(s_churn=0.4, s_tmax=3.0), order=2)
-    z = np.array([0.3, -0.4, 0.1, 1.0])
-    d = model(X, 4.0)
-    eps = (X - d) / 4
-    x = X - 2 * eps
-    k = 1 / 1.2
-    x = x + 2.4 * math.sqrt(1 - k * k) * z
-    eps = k * eps + math.sqrt(1 - k * k) * z
-    d2 = model(x, 2.4)
-    s, t = VE.at(-math.log(2.4)), VE.at(0.0)
-    w = VELOCITY.weights([VE.at(-math.log(4.0)), s], s, t)
-    x = 2 / 3.4 * x + w[0] * (eps - d) + w[1] * ((x - d2) / 2.4 - d2)
-    assert np.abs(run(plan, noise=[z]) - x).max() <= 1e-12
+    """Its noise becomes that of the raised state, each time; its data estimate stays."""
+    levels = Levels.from_sigmas([4.0, 2.5, 1.5, 1.0, 0.5])
+    churn = Churn(s_churn=0.8, s_tmax=3.0)
+    plan = make_plan("exp_ab_velocity_low", levels, churn=churn, order=4)
+    z = np.random.default_rng(0).standard_normal((3, X.size))
+    x, past = X, []  # of (level, data, noise)
+    for k, (s, t) in enumerate(itertools.pairwise(levels.sigmas)):
+        if k:
+            new = math.sqrt(1 - 1 / 1.44) * z[k - 1]
+            x, s = x + 1.2 * s * new, 1.2 * s
+            past = [(level, d, eps / 1.2 + new) for level, d, eps in past]
+        d = model(x, s)
+        past.append((VE.at(-math.log(s)), d, (x - d) / s))
+        end = VE.at(-math.log(t))
+        w = VELOCITY.weights([level for level, _, _ in past], past[-1][0], end)
+        x = (1 + t) / (1 + s) * x
+        x = x + sum(c * (eps - d) for c, (_, d, eps) in zip(w, past, strict=True))
+    assert np.abs(run(plan, noise=z) - x).max() <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["exp_ab", "exp_ab_noise", "exp_ab_velocity", "unipc", "unip"])

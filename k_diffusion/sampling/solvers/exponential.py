@@ -81,9 +81,7 @@ class LogSnrPrediction(Prediction):
     def weights(self, nodes: Sequence[Level], s: Level, t: Level) -> list[float]:
         h = t.half_log_snr - s.half_log_snr
         shares = [(node.half_log_snr - s.half_log_snr) / h for node in nodes]
-        weights = [self.gain(t) * h * w for w in phi_weights(shares, self.exponent * h)]
-        # As in the step by a constant estimate: together they are exact on data at one point.
-        return [*weights[:-1], self.constant(s, t) - sum(weights[:-1])]
+        return [self.gain(t) * h * w for w in phi_weights(shares, self.exponent * h)]
 
 
 class _Data(LogSnrPrediction):

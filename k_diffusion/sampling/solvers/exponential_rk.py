@@ -78,8 +78,6 @@ def _to(
 ) -> Expr:
     """The state at level m, by a row of the tableau over a step that is h long."""
     weights = [prediction.gain(m) * h * _value(w, prediction.exponent * h) for w in row]
-    # As in the step by a constant estimate: together they are exact on data at one point.
-    weights[0] = prediction.constant(s, m) - math.fsum(weights[1:])
     parts = (w * e for w, e in zip(weights, estimates, strict=True) if w)
     return prediction.scale(s, m) * x + sum(parts)
 
