@@ -179,7 +179,7 @@ class DiscreteSchedule(VarianceExploding):
         for name, old in before.items():
             new = self._buffers[name]
             if old is not None and new is not None and new.dtype.itemsize < 4:
-                self._buffers[name] = at_least_float32(old).to(new.device)
+                self._buffers[name] = old.to(new.device, torch.float32)
         return self
 
     @property
@@ -224,12 +224,11 @@ class DiscreteSchedule(VarianceExploding):
         """
         quantize = self.quantize if quantize is None else quantize
         table = self.log_sigmas.to(sigma.device)
-        table = table.to(torch.promote_types(table.dtype, sigma.dtype))
-        log_sigma = sigma.to(table.dtype).log().clamp(table[0], table[-1])
+        precise = table.to(torch.promote_types(table.dtype, sigma.dtype))
+        log_sigma = sigma.to(precise.dtype).log().clamp(precise[0], precise[-1])
         # The last place whose level is not above sigma, and the one after it.
-        low = (torch.searchsorted(table, log_sigma.contiguous(), right=True) - 1).clamp(
-            0, len(table) - 2
-        )
+        passed = torch.searchsorted(precise, log_sigma.contiguous(), right=True)
+        low = (passed - 1).clamp(0, len(table) - 2)
         below, above = table[low], table[low + 1]
         if quantize:
             return low + ~(log_sigma - below <= above - log_sigma)

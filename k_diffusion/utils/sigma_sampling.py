@@ -133,21 +133,21 @@ def rand_cosine_interpolated(
     Args:
         shape: of the result.
         image_d: height and width of the images.
-        noise_d_low: resolution that the schedule is made for at time 0, where sigma is least.
-        noise_d_high: the same at time 1.
+        noise_d_low: resolution that the schedule is made for where there is most noise.
+        noise_d_high: the same where there is least.
         sigma_data: standard deviation of the clean data.
-        min_value, max_value: sigma at time 0 and 1.
+        min_value, max_value: smallest and largest sigma.
     """
     low, high = min_value / sigma_data, max_value / sigma_data
-    time = _uniform(shape, device, dtype)
+    share = _uniform(shape, device, dtype)  # of the way from most noise to least
 
     def log_ratio(noise_d: float) -> Tensor:
         """log(sigma / sigma_data) of the cosine schedule moved by log(image_d / noise_d)."""
         shift = noise_d / image_d
-        first, last = math.atan(low * shift), math.atan(high * shift)
-        return torch.log(torch.tan(first + time * (last - first))) - math.log(shift)
+        first, last = math.atan(high * shift), math.atan(low * shift)
+        return torch.log(torch.tan(first + share * (last - first))) - math.log(shift)
 
-    ratio = torch.lerp(log_ratio(noise_d_low), log_ratio(noise_d_high), time).exp()
+    ratio = torch.lerp(log_ratio(noise_d_low), log_ratio(noise_d_high), share).exp()
     return (ratio * sigma_data).to(dtype)
 
 
