@@ -11,7 +11,6 @@ levels) and eq. 7 (the scalings).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,28 +61,52 @@ class VarianceExploding(nn.Module):
         return x.to(first.dtype) if alike else x
 
 
-def _v_scalings(sigma: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
-    """c_skip, c_out and c_in of a network that predicts v; c_out is below 0."""
-    total = sigma**2 + sigma_data**2
-    return sigma_data**2 / total, -sigma * sigma_data / total**0.5, 1 / total**0.5
+class _PredictsV(VarianceExploding):
+    """What the networks that predict v share; abstract: `sigma_to_t` is to come."""
+
+    sigma_data: float
+    sigma_to_t: Any
+
+    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_skip, c_out (below 0) and c_in, each of sigma's shape."""
+        total = sigma**2 + self.sigma_data**2
+        return self.sigma_data**2 / total, -sigma * self.sigma_data / total**0.5, 1 / total**0.5
+
+    def get_v(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The network's v; a subclass says here how the network is called."""
+        return self.inner_model(*args, **kwargs)
+
+    def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """The mean squared error of each sample's v, float32 or better, shape (B,).
+
+        Args:
+            input: clean data, shape (B, ...).
+            noise: unit Gaussian, of its shape.
+            sigma: noise standard deviations above 0, shape (B,).
+            kwargs: for the network.
+        """
+        c_skip, c_out, c_in = self._scalings(input, sigma)
+        x = input + noise * append_dims(sigma.to(input), input.ndim)
+        t = self.sigma_to_t(sigma.to(input.device))
+        v = self.get_v(self._for_network(x * c_in), t, **kwargs)
+        error = at_least_float32(v - (input - c_skip * x) / c_out)
+        return error.pow(2).flatten(1).mean(1)
+
+    def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """The estimate of x0.
+
+        Args:
+            input: noisy data, shape (B, ...).
+            sigma: noise standard deviations, shape (B,).
+            kwargs: for the network.
+        """
+        c_skip, c_out, c_in = self._scalings(input, sigma)
+        t = self.sigma_to_t(sigma.to(input.device))
+        v = self.get_v(self._for_network(input * c_in), t, **kwargs)
+        return (v * c_out + input * c_skip).to(input.dtype)
 
 
-def _v_loss(
-    denoiser: VarianceExploding,
-    call: Callable[..., Tensor],
-    t: Tensor,
-    data: tuple[Tensor, Tensor, Tensor],
-    kwargs: dict[str, Any],
-) -> Tensor:
-    x0, noise, sigma = data
-    c_skip, c_out, c_in = denoiser._scalings(x0, sigma)
-    x = x0 + noise * append_dims(sigma.to(x0), x0.ndim)
-    output = call(denoiser._for_network(x * c_in), t, **kwargs)
-    error = at_least_float32(output - (x0 - c_skip * x) / c_out)
-    return error.pow(2).flatten(1).mean(1)
-
-
-class VDenoiser(VarianceExploding):
+class VDenoiser(_PredictsV):
     """A network that predicts v at continuous times in [0, 1], where sigma = tan(pi t / 2)
     (Salimans and Ho 2022, arXiv:2202.00512).
 
@@ -96,10 +119,6 @@ class VDenoiser(VarianceExploding):
         self.inner_model = inner_model
         self.sigma_data = 1.0
 
-    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_skip, c_out and c_in, each of sigma's shape."""
-        return _v_scalings(sigma, self.sigma_data)
-
     def sigma_to_t(self, sigma: Tensor) -> Tensor:
         """The network's time at sigma."""
         return (at_least_float32(sigma).atan() / math.pi * 2).to(sigma.dtype)
@@ -107,31 +126,6 @@ class VDenoiser(VarianceExploding):
     def t_to_sigma(self, t: Tensor) -> Tensor:
         """The inverse of `sigma_to_t`."""
         return (at_least_float32(t) * math.pi / 2).tan().to(t.dtype)
-
-    def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """The mean squared error of each sample's v, float32 or better, shape (B,).
-
-        Args:
-            input: clean data, shape (B, ...).
-            noise: unit Gaussian, of its shape.
-            sigma: noise standard deviations above 0, shape (B,).
-            kwargs: for the network.
-        """
-        t = self.sigma_to_t(sigma.to(input.device))
-        return _v_loss(self, self.inner_model, t, (input, noise, sigma), kwargs)
-
-    def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """The estimate of x0.
-
-        Args:
-            input: noisy data, shape (B, ...).
-            sigma: noise standard deviations, shape (B,).
-            kwargs: for the network.
-        """
-        c_skip, c_out, c_in = self._scalings(input, sigma)
-        t = self.sigma_to_t(sigma.to(input.device))
-        v = self.inner_model(self._for_network(input * c_in), t, **kwargs)
-        return (v * c_out + input * c_skip).to(input.dtype)
 
 
 class DiscreteSchedule(VarianceExploding):
@@ -355,7 +349,7 @@ class CompVisDenoiser(DiscreteEpsDDPMDenoiser):
         return self.inner_model.apply_model(*args, **kwargs)
 
 
-class DiscreteVDDPMDenoiser(DiscreteSchedule):
+class DiscreteVDDPMDenoiser(_PredictsV, DiscreteSchedule):
     """A network that predicts v at discrete times.
 
     Args:
@@ -368,39 +362,6 @@ class DiscreteVDDPMDenoiser(DiscreteSchedule):
         super().__init__(_sigmas(alphas_cumprod), quantize)
         self.inner_model = model
         self.sigma_data = 1.0
-
-    def get_scalings(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """c_skip, c_out and c_in, each of sigma's shape."""
-        return _v_scalings(sigma, self.sigma_data)
-
-    def get_v(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The network's v; a subclass says here how the network is called."""
-        return self.inner_model(*args, **kwargs)
-
-    def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """The mean squared error of each sample's v, float32 or better, shape (B,).
-
-        Args:
-            input: clean data, shape (B, ...).
-            noise: unit Gaussian, of its shape.
-            sigma: noise standard deviations above 0, shape (B,).
-            kwargs: for the network.
-        """
-        t = self.sigma_to_t(sigma.to(input.device))
-        return _v_loss(self, self.get_v, t, (input, noise, sigma), kwargs)
-
-    def forward(self, input: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """The estimate of x0.
-
-        Args:
-            input: noisy data, shape (B, ...).
-            sigma: noise standard deviations, shape (B,).
-            kwargs: for the network.
-        """
-        c_skip, c_out, c_in = self._scalings(input, sigma)
-        t = self.sigma_to_t(sigma.to(input.device))
-        v = self.get_v(self._for_network(input * c_in), t, **kwargs)
-        return (v * c_out + input * c_skip).to(input.dtype)
 
 
 class CompVisVDenoiser(DiscreteVDDPMDenoiser):
