@@ -141,7 +141,10 @@ def test_cosine_transform(shape: tuple[int, ...], dims: int) -> None:
 def test_loss_with_variance() -> None:
     """The negative log-likelihood of a Gaussian of the variance that the network tells: 2 sigma."""
     x0, noise = data()
-    got = layers.DenoiserWithVariance(network, SIGMA_DATA).loss(x0, noise, SIGMA)
+    denoiser = layers.DenoiserWithVariance(
+        lambda x, sigma, shift, **kwargs: network(x, sigma, **kwargs), SIGMA_DATA
+    )
+    got = denoiser.loss(x0, noise, SIGMA, shift=0.5)
     variance = wide(2 * SIGMA)
     likelihood = torch.distributions.Normal(torch.zeros(()).double(), variance.sqrt())
     terms = -likelihood.log_prob(raw_error()) - 0.5 * math.log(2 * math.pi)
@@ -168,6 +171,42 @@ def test_low_precision_losses_are_float32(kind: Any) -> None:
         loss = denoiser.loss(x0, noise, SIGMA.bfloat16())
         assert loss.dtype == torch.float32
         assert loss.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "kind", [layers.Denoiser, layers.SimpleLossDenoiser, layers.DenoiserWithVariance]
+)
+def test_precision_of_x_and_of_the_network(kind: Any) -> None:
+    """x keeps its dtype beside a finer sigma; the network's own stays inside."""
+    seen: list[torch.dtype] = []
+
+    class Float32(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Any:
+            seen.append(x.dtype)
+            return network(x * self.weight, sigma, **kwargs)
+
+    weighted: list[torch.dtype] = []
+
+    def weighting(sigma: Tensor) -> Tensor:
+        weighted.append(sigma.dtype)
+        return torch.ones_like(sigma)
+
+    denoiser = kind(Float32(), SIGMA_DATA, weighting)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        x0, noise = data(dtype=dtype)
+        assert denoiser(x0, SIGMA.bfloat16()).dtype == dtype
+        denoiser.loss(x0, noise, SIGMA.bfloat16())
+    assert set(seen) == {torch.float32}
+    assert set(weighted) <= {torch.float32}
+    seen.clear()
+    x0, noise = data(dtype=torch.float32)
+    plain = kind(lambda x, s, **k: (seen.append(x.dtype), network(x, s, **k))[1])
+    plain.loss(x0, noise, SIGMA)
+    assert set(seen) == {torch.float32}
 
 
 def test_sigma_follows_x() -> None:

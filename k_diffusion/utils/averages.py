@@ -62,9 +62,7 @@ class EMAWarmup:
     def get_value(self) -> float:
         """The decay of the next update."""
         updates = max(0, self.last_epoch - self.start_at)
-        decay = warmup_decay(
-            updates, inv_gamma=self.inv_gamma, power=self.power, max_decay=self.max_value
-        )
+        decay = warmup_decay(updates, inv_gamma=self.inv_gamma, power=self.power, max_decay=1.0)
         return min(self.max_value, max(self.min_value, decay))
 
     def step(self) -> None:

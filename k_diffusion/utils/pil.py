@@ -65,7 +65,7 @@ def to_pil_image(x: Tensor) -> Any:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; an image has (C, H, W), with C from 1 to 4, or (H, W)"
         )
-    x = x.detach().cpu()
+    x = x.cpu()
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()  # their steps near 1 are wider than a pixel's
     if bool(x.isnan().any()):
