@@ -10,10 +10,11 @@ from typing import Any
 
 __version__ = "0.3.0.dev0"
 
-_ROOMS = ("denoiser", "evaluation", "external", "models", "sampling", "training", "utils")
+_ROOMS = (
+    "denoiser", "evaluation", "external", "layers", "models", "sampling", "training", "utils",
+)  # fmt: skip
 _TO_COME = {
     "config": "with the established model types",
-    "layers": "with the established model types",
     "augmentation": "with the training tools",
     "gns": "with the training tools",
 }
@@ -22,10 +23,12 @@ _TO_COME = {
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return importlib.import_module(f"{__name__}.{name}")
+    if name == "Denoiser":  # the established class; the protocol is denoiser.Denoiser
+        return importlib.import_module(f"{__name__}.layers").Denoiser
     if name in _TO_COME:
         raise AttributeError(f"k_diffusion.{name} is not there yet: it comes {_TO_COME[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_ROOMS])
+    return sorted([*globals(), "Denoiser", *_ROOMS])

@@ -30,11 +30,36 @@ def test_importing_the_package_brings_in_torch_alone():
     assert modules_after("import k_diffusion") == {"k_diffusion"}
 
 
-@pytest.mark.parametrize("room", ["sampling", "models", "denoiser", "utils"])
+@pytest.mark.parametrize("room", ["sampling", "models", "denoiser", "utils", "external", "layers"])
 def test_the_core_is_light(room):
     brought = modules_after(f"import k_diffusion.{room}")
     assert "k_diffusion" in brought
     assert not brought & HEAVY
+
+
+def test_established_names_are_light():
+    """What they need for their work (Pillow, safetensors) they import when they are called."""
+    code = (
+        "from k_diffusion import external, utils\n"
+        "[getattr(room, name) for room in (external, utils) for name in room.__all__]"
+    )
+    assert not modules_after(code) & HEAVY
+    assert modules_after("import k_diffusion.external") == {"k_diffusion"}
+
+
+def test_established_modules_by_their_established_imports():
+    code = (
+        "import k_diffusion as K, k_diffusion.utils as utils\n"
+        "from k_diffusion import external, layers, sampling\n"
+        "assert K.utils is utils and K.external is external and K.sampling is sampling\n"
+        "assert K.layers is layers and K.Denoiser is layers.Denoiser\n"
+        "assert K.utils.append_dims(torch.ones(2), 3).shape == (2, 1, 1)\n"
+        "K.evaluation, K.models"
+    )
+    assert "k_diffusion" in modules_after(code)
+    for name in ("config", "augmentation", "gns"):
+        with pytest.raises(AttributeError, match=f"k_diffusion.{name} is not there yet: it comes"):
+            getattr(k_diffusion, name)
 
 
 def test_sampling_needs_nothing_heavy_to_run():

@@ -9,20 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.training.checkpoint import copy_tensors, named_tensors
-
-
-def warmup_decay(
-    updates: int, *, inv_gamma: float = 1.0, power: float = 0.75, max_decay: float = 0.9999
-) -> float:
-    """The share of the old average that update number `updates` (from 0) keeps.
-
-    It is 1 - (1 + updates / inv_gamma)^-power, at most `max_decay`: 0 at first, so that the
-    average forgets the initial weights, and rising from then on. With power 2/3 it reaches 0.999
-    after 31,600 updates and 0.9999 after a million; with power 3/4 after 10,000 and 215,400.
-
-    Source: the established EMAWarmup of k-diffusion (Crowson et al. 2022).
-    """
-    return min(max_decay, 1 - (1 + updates / inv_gamma) ** -power)
+from k_diffusion.utils.averages import warmup_decay
 
 
 class Ema:

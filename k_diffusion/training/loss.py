@@ -19,6 +19,7 @@ from torch import Tensor
 
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.scheduler import Scheduler
+from k_diffusion.utils.sigma_sampling import log_normal_quantile, log_uniform_quantile
 
 
 class Weighting(Protocol):
@@ -124,7 +125,7 @@ def lognormal(
     u: Tensor, process: Scheduler | None, *, mean: float = -1.2, std: float = 1.2
 ) -> Tensor:
     """log r is Gaussian (Karras et al. 2022, table 1: P_mean, P_std)."""
-    return -(mean + std * torch.special.ndtri(u))
+    return -log_normal_quantile(u, mean, std)
 
 
 @register_density("loguniform")
@@ -132,8 +133,7 @@ def loguniform(
     u: Tensor, process: Scheduler | None, *, min: float = 0.002, max: float = 80.0
 ) -> Tensor:
     """log r is uniform between two values of r (EDM's range of levels, Karras et al. 2022)."""
-    low, high = math.log(min), math.log(max)
-    return -(low + (high - low) * u)
+    return -log_uniform_quantile(u, math.log(min), math.log(max))
 
 
 @register_density("uniform_time")
