@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import sys
 import time
 import weakref
 from collections.abc import Sequence
@@ -31,16 +32,18 @@ def evaluations(method: Method, steps: int, ending: str) -> int:
 
 
 def steps_within(method: Method, budget: int, ending: str, cache: dict[Any, int]) -> int | None:
-    """The most steps whose calls stay within a budget; None if one step exceeds it."""
+    """The most steps whose calls stay within a budget; None if there is no such number.
+
+    A number of steps that a method refuses counts as too many.
+    """
     for steps in range(budget, 0, -1):
         key = method.name, steps, ending
         if key not in cache:
             try:
                 cache[key] = evaluations(method, steps, ending)
             except Exception:
-                cache[key] = 10**9  # some refuse so few steps
-        calls = cache[key]
-        if calls <= budget:
+                cache[key] = sys.maxsize
+        if cache[key] <= budget:
             return steps
     return None
 
@@ -70,10 +73,12 @@ def errors(
         for ending in method.endings:
             for budget in budgets:
                 steps = steps_within(method, budget, ending, cache)
+                row = {"schedule": schedule, "ending": ending, "budget": budget, "steps": steps}
+                if steps is None and budget == max(budgets):
+                    rows.append({**row, "failed": "refuses every number of steps"})
                 ratios = endings.get(ending, {}).get(steps or 0)
                 if ratios is None:
-                    continue
-                row = {"schedule": schedule, "ending": ending, "budget": budget, "steps": steps}
+                    continue  # the schedule does not go there in so many steps
                 try:
                     error, calls = error_of(method, problem, curve, ratios)
                 except Exception as failure:  # it is theirs to fail, ours to say so

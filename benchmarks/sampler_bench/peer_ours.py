@@ -17,8 +17,7 @@ from k_diffusion.utils.levels import FLOW, VE, Levels
 from k_diffusion.utils.levels import Path as LevelPath
 from k_diffusion.utils.scheduler import SCHEDULERS, KarrasScheduler, Scheduler, make_scheduler
 from sampler_bench import peer_k_diffusion
-from sampler_bench.library import Library, Method, Model
-from sampler_bench.problems import unit
+from sampler_bench.library import Library, Method, Model, unit
 
 EDM = KarrasScheduler()
 HAS_PATH = "noise" in inspect.signature(KSampler.sample).parameters

@@ -19,14 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sampler_bench.library import unit
+
 Array = np.ndarray
 FAR = 1e6  # a ratio from which on noise is pure but for terms of the size of 1 / FAR²
 SCALE = 0.03  # the smallest standard deviations of the data: below it the curves are straight
-
-
-def unit(ratio: float) -> float:
-    """Signal scale of unit-variance coordinates: 1 / sqrt(1 + ratio²)."""
-    return 0.0 if math.isinf(ratio) else 1 / math.sqrt(1 + ratio * ratio)
 
 
 @dataclass
