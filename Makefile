@@ -33,7 +33,7 @@ PEERS := benchmarks/.peers
 PEER = $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)
 $(PEERS)/.installed: $(STAMP) Makefile
 	rm -rf $(PEERS)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet matplotlib
 	$(PEER)/k_diffusion k-diffusion==0.1.1.post1 torchsde==0.2.6 torchdiffeq==0.2.5 trampoline==0.1.2
 	$(PEER)/diffusers diffusers==0.42.1 importlib_metadata zipp regex requests urllib3 idna \
 	  certifi charset_normalizer

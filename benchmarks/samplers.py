@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,12 @@ class Worker:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE
         )
-        self.about = self.ask(do="about")
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """Name, version and methods of the library."""
+        found: dict[str, Any] = self.ask(do="about")
+        return found
 
     def ask(self, **order: Any) -> Any:
         """The answer to an order.
@@ -173,12 +179,13 @@ def shared(workers: Sequence[Worker]) -> list[tuple[str, list[tuple[Worker, dict
     ]
 
 
-def measure_costs(workers: Sequence[Worker]) -> list[dict[str, Any]]:
+def measure_costs(workers: Sequence[Worker], steps: int) -> list[dict[str, Any]]:
+    """Live tensors and waits of each shared method."""
     rows = []
     for name, members in shared(workers):
         for worker, method in members:
             try:
-                found = worker.ask(do="cost", method=method["key"], shape=SHAPES[0], steps=20)
+                found = worker.ask(do="cost", method=method["key"], shape=SHAPES[0], steps=steps)
             except RuntimeError as failure:
                 print(f"not measured: {failure}", file=sys.stderr)
                 continue
@@ -189,7 +196,7 @@ def measure_costs(workers: Sequence[Worker]) -> list[dict[str, Any]]:
 
 
 def measure_times(
-    workers: Sequence[Worker], rounds: int, shapes: Sequence[Sequence[int]]
+    workers: Sequence[Worker], rounds: int, steps: int, shapes: Sequence[Sequence[int]]
 ) -> list[dict[str, Any]]:
     """Median microseconds an evaluation outside the model; one run of each method in turn."""
     rows = []
@@ -199,7 +206,7 @@ def measure_times(
             for worker, method in members:
                 try:
                     seconds, calls = worker.ask(
-                        do="time", method=method["key"], shape=shape, steps=STEPS
+                        do="time", method=method["key"], shape=shape, steps=steps
                     )
                 except RuntimeError as failure:
                     print(f"not measured: {failure}", file=sys.stderr)
@@ -210,6 +217,19 @@ def measure_times(
             rows.append({"like": name, "library": library, "method": method, "shape": shape,
                          "microseconds": statistics.median(values[1:])})  # fmt: skip
     return rows
+
+
+def pretty(value: Any, depth: int = 0) -> str:
+    """JSON with a line for each row, so that two runs can be compared line by line."""
+    text = json.dumps(value)
+    if len(text) <= 300 or not isinstance(value, (dict, list)) or not value:
+        return text
+    inside, end = "\n" + " " * (depth + 1), "\n" + " " * depth
+    if isinstance(value, list):
+        parts = [pretty(v, depth + 1) for v in value]
+        return "[" + inside + ("," + inside).join(parts) + end + "]"
+    parts = [f"{json.dumps(k)}: {pretty(v, depth + 1)}" for k, v in value.items()]
+    return "{" + inside + ("," + inside).join(parts) + end + "}"
 
 
 def machine() -> dict[str, Any]:
@@ -223,10 +243,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "threads": 1,
     }
-
-
-def parts_wanted(text: str) -> Iterable[str]:
-    return text.split(",")
 
 
 def main() -> None:
@@ -245,11 +261,11 @@ def main() -> None:
         sys.exit(f"{', '.join(missing)} not installed in {args.peers}: run `make bench`")
     workers = [Worker("ours", HERE)] + [Worker(name, args.peers / name) for name in PEERS]
     budgets = (5, 10, 20) if args.quick else BUDGETS
-    wanted = set(parts_wanted(args.parts))
+    wanted = set(args.parts.split(","))
     results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
     results["about"] = machine() | {
         "libraries": {w.about["name"]: w.about["version"] for w in workers},
-        "steps of a timed run": STEPS,
+        "steps of a timed run": 8 if args.quick else STEPS,
         "quick": args.quick,
     }
     if "errors" in wanted:
@@ -265,15 +281,16 @@ def main() -> None:
         if args.rows:
             args.rows.write_text(json.dumps(rows))
     if "costs" in wanted:
-        results["costs"] = summary.of_costs(measure_costs(workers))
+        results["costs"] = summary.of_costs(measure_costs(workers, 8 if args.quick else 20))
     if "times" in wanted:
-        rounds, shapes = (1, SHAPES[:1]) if args.quick else (args.rounds, SHAPES)
-        results["times"] = summary.of_times(measure_times(workers, rounds, shapes))
+        rounds, shapes = (2, SHAPES[:1]) if args.quick else (args.rounds, SHAPES)
+        steps = results["about"]["steps of a timed run"]
+        results["times"] = summary.of_times(measure_times(workers, rounds, steps, shapes))
     for worker in workers:
         worker.close()
     results["about"]["seconds"] = round(time.perf_counter() - start)
     args.out.parent.mkdir(exist_ok=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    args.out.write_text(pretty(results) + "\n")
     if {"errors", "costs", "times"} <= set(results):
         report.write(results, args.docs)
     print(f"{args.out} after {results['about']['seconds']} s")

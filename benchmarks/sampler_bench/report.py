@@ -102,7 +102,9 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def verdict(value: float, goal: float) -> str:
-    return "met" if value <= goal * (1 + 1e-9) else f"missed by {value / goal - 1:.1%}"
+    if value <= goal * (1 + 1e-9):
+        return "met"
+    return f"missed by {value / goal - 1:.1%}" if goal else f"missed by {value:g}"
 
 
 def goals(results: dict[str, Any]) -> str:
