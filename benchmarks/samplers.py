@@ -31,6 +31,7 @@ from sampler_bench.problems import PROBLEMS
 HERE = Path(__file__).resolve().parent
 PEERS = ("k_diffusion", "diffusers", "azula", "smalldiffusion")
 BUDGETS = (5, 6, 8, 10, 15, 20, 30, 50)
+QUICK_SCHEDULES = ("karras from 0.002", "exponential from 0.002", "kl_optimal from 0.002")
 SHAPES = ((1, 4, 64, 64), (16, 3, 64, 64))
 STEPS = 30  # of a timed run
 WIDEST, FINEST = 80.0, 0.002  # the way that a schedule must cover, in sigma / alpha (EDM's)
@@ -249,6 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer budgets, rounds, schedules")
     parser.add_argument("--parts", default="errors,costs,times", help="what to measure")
+    parser.add_argument("--schedules", help="only those whose names begin so: karras,kl_optimal")
     parser.add_argument("--peers", type=Path, default=HERE / ".peers", help="where they lie")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "samplers.json")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
@@ -270,9 +272,10 @@ def main() -> None:
     }
     if "errors" in wanted:
         levels = lay(workers, max(budgets))
-        if args.quick:
-            few = ("karras from 0.002", "exponential from 0.002", "kl_optimal from 0.002")
-            levels = {name: levels[name] for name in few if name in levels}
+        few = QUICK_SCHEDULES if args.quick else ()
+        few = tuple(args.schedules.split(",")) if args.schedules else few
+        if few:
+            levels = {name: found for name, found in levels.items() if name.startswith(few)}
         with tempfile.TemporaryDirectory() as folder:
             rows = measure_errors(workers, levels, budgets, Path(folder))
         print(f"{len(rows)} errors in {time.perf_counter() - start:.0f} s", file=sys.stderr)

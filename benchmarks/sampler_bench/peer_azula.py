@@ -88,15 +88,15 @@ def library(folder: Path) -> Library:
     methods = [
         method("DDIMSampler", "ddim"),
         method("EulerSampler", "euler"),
-        method("HeunSampler"),
+        method("HeunSampler", "heun"),
         method("DDPMSampler", stochastic=True),
     ]
     for order in (2, 3, 4):
         methods += [
-            method("zABSampler", order=order),
-            method("vABSampler", order=order),
-            method("zEABSampler", order=order),
-            method("xEABSampler", order=order),
+            method("zABSampler", f"lms order={order}", order=order),
+            method("vABSampler", f"lms order={order}, flow levels", order=order),
+            method("zEABSampler", f"deis order={order}", order=order),
+            method("xEABSampler", f"exp_ab_low order={order}", order=order),
             method("REABSampler", order=order),
         ]
 

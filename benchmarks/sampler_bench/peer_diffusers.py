@@ -184,7 +184,7 @@ def library(folder: Path) -> Library:
     add("Heun", interleaved, "HeunDiscrete", "heun", ends=("clean",), use_exponential_sigmas=True)
     add("KDPM2", interleaved, "KDPM2Discrete", "dpm_2", ends=("clean",),
         use_exponential_sigmas=True)  # fmt: skip
-    add("IPNDM", ipndm, "IPNDM", "ipndm")
+    add("IPNDM", ipndm, "IPNDM", "ipndm order=4")
     for full in (False, True):
         for order in (1, 2, 3):
             for form in ("midpoint", "heun") if order == 2 else ("midpoint",):
@@ -203,13 +203,15 @@ def library(folder: Path) -> Library:
             for predict in (True, False):
                 for form in ("bh1", "bh2"):
                     data = "data" if predict else "noise"
-                    like = f"unipc order={order}" if predict and form == "bh2" else ""
+                    kind = ("" if form == "bh2" else "_bh1") + ("" if predict else "_noise")
+                    like = f"unipc{kind} order={order}"
                     add(f"UniPC order {order} {form} {data}", preserving, "UniPCMultistep",
                         like, full=full, solver_order=order, solver_type=form,
                         predict_x0=predict)  # fmt: skip
         for order in (1, 2, 3, 4):
             for data in ("data", "noise"):
-                add(f"SASolver order {order} {data}, tau 0", preserving, "SASolver",
+                like = f"sa_solver order={order}" if data == "data" else ""
+                add(f"SASolver order {order} {data}, tau 0", preserving, "SASolver", like,
                     full=full, ends=("open",), predictor_order=order, corrector_order=order,
                     algorithm_type=f"{data}_prediction", tau_func=lambda t: 0)  # fmt: skip
     for order in (2, 3):
@@ -223,7 +225,8 @@ def library(folder: Path) -> Library:
     add("DPMSolverMultistep++ SDE", None, "DPMSolverMultistep", "dpmpp_2m_sde", noisy=True,
         algorithm_type="sde-dpmsolver++")  # fmt: skip
     add("DPMSolverSDE", None, "DPMSolverSDE", "dpmpp_sde", noisy=True)
-    add("SASolver", None, "SASolver", "sa_solver", noisy=True)
+    add("SASolver order 3", None, "SASolver", "sa_solver order=3", noisy=True,
+        predictor_order=3, corrector_order=3)  # fmt: skip
     add("DDPM", None, "DDPM", "ddpm", noisy=True, clip_sample=False)
 
     for name, kind, like, extra in (

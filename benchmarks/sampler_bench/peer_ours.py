@@ -108,7 +108,9 @@ def methods() -> list[Method]:
             label = label_of(name, chosen)
             like = label_of(name, orders_of(chosen))
             found.append(Method(label, like, carry(name, chosen, VE)))
-            on_flow = Method(f"{label}, flow levels", "", carry(name, chosen, FLOW))
+            on_flow = Method(
+                f"{label}, flow levels", f"{like}, flow levels", carry(name, chosen, FLOW)
+            )
             found += [on_flow] if differs(found[-1], on_flow) else []
     if hasattr(sampling, "sample_euler"):
         found += peer_k_diffusion.methods(sampling)

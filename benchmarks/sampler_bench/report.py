@@ -21,7 +21,7 @@ PROBLEMS = {
     "digits": "mixture fitted to images of digits",
 }
 ENDINGS = {"clean": "to clean data", "open": "to sigma 0.002"}
-SHOWN = ("euler", "heun", "dpmpp_2m")
+SHOWN = ("euler", "dpmpp_2m", "unipc order=3")
 """Methods of ours drawn beside the best: what most people use."""
 
 ABOUT = """\
@@ -41,9 +41,8 @@ Two problems have a probability-flow map that is known in float64: one Gaussian 
 whose standard deviations decay from 1 to 1/64 as a power law, and ten Gaussians with the full
 covariances of scikit-learn's 8×8 images of digits, one a class. The denoiser is exact, so all error
 is the sampler's. It is the root mean square distance of the end state to where the exact flow
-carries the same noise (data have a standard deviation of about 1 in the largest direction, 0.04 to
-0.9 in the digits). Samplers that draw noise take part with eta = 0, where they have it; other noise
-has no such error and is left out.
+carries the same noise (the digits' standard deviations go from 0.04 to 2.4). Samplers that draw
+noise take part with eta = 0, where they have it: at other eta there is no end state to compare.
 
 Every method ran on every schedule: ours, and each library's own. A schedule counts where it begins
 at sigma / alpha = 80 or above and, in the problems "to sigma 0.002", ends there; in those "to clean

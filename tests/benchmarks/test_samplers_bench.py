@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from sampler_bench import measure, peer_ours, summary
+from sampler_bench import measure, peer_ours, report, summary
 from sampler_bench.library import Method, Model, unit
 from sampler_bench.problems import Problem, digits, load_problem, spectrum
 
@@ -204,6 +204,61 @@ def test_what_the_rows_say():
     assert pair["largest"] == pytest.approx(1.5)
     assert found["failed"] == {"q: D, clean": "so"}
     assert found["methods"]["digits"]["clean"][summary.OURS]["b"] == {"5": [0.2, "other"]}
+
+
+def test_what_the_times_say_and_which_goals_are_missed():
+    def row(library, method, like, microseconds):
+        return {"library": library, "method": method, "like": like, "shape": (1, 4),
+                "microseconds": microseconds}  # fmt: skip
+
+    rows = [
+        row(summary.OURS, "euler", "euler", 20.0),
+        row("k-diffusion", "sample_euler", "euler", 100.0),
+        row("diffusers", "Euler", "euler", 80.0),
+        row("azula", "EulerSampler", "euler", 1.0),
+        row(summary.OURS, "heun", "heun", 70.0),
+        row("diffusers", "Heun", "heun", 70.0),
+        row(summary.OURS, "dpmpp_sde", "dpmpp_sde", 100.0),
+        row(summary.OURS, "dpmpp_sde, refinable path", "dpmpp_sde", 400.0),
+        row(summary.OURS, "sample_dpmpp_sde", "dpmpp_sde", 1000.0),
+        row("k-diffusion", "sample_dpmpp_sde", "dpmpp_sde", 1000.0),
+        row("diffusers", "DPMSolverSDE", "dpmpp_sde", 10.0),
+        row(summary.OURS, "alone", "alone", 1.0),
+    ]
+    found = summary.of_times(rows)
+    assert [r["ratio"] for r in found["ratios"]] == [0.25, 1.0, 0.1, 0.4, 1.0]
+    means = found["means"]
+    assert means["all others, 1×4"]["geometric mean"] == pytest.approx(0.5)
+    assert means["all others, 1×4"]["largest of"] == "heun"
+    assert means["with a Brownian tree there, 1×4"]["geometric mean"] == pytest.approx(0.1)
+    cost = {"library": summary.OURS, "stochastic": True, "waits a step": 0.0}
+    results = {
+        "errors": {
+            "best": [{"problem": "digits", "ending": "clean", "budget": 5,
+                      "ours / best of theirs": 0.9}],
+            "same method": [],
+        },
+        "times": found,
+        "costs": [
+            {**cost, "method": "dpmpp_sde", "live": 9, "least of theirs": {"live": 50}},
+            {**cost, "method": "dpmpp_sde, refinable path", "live": 20,
+             "least of theirs": {"live": 50}},
+        ],
+    }  # fmt: skip
+    lines = {line.split(" | ")[0][2:]: line for line in report.goals(results).splitlines()}
+    for goal, text in {
+        "best error, ours over the best of theirs": "0.9 (digits, clean, 5 evaluations) | met",
+        "time, all others, 1×4: geometric mean": "| at most 0.25 | 0.5 | missed by 100.0%",
+        "time, all others, 1×4: largest": "| at most 0.6 | 1 (heun) | missed by 66.7%",
+        "time, with a Brownian tree there, 1×4: geometric mean": "| at most 0.05 | 0.1 | missed",
+        "time, with a Brownian tree there, ours on a refinable path, 1×4: geometric mean":
+            "| at most 0.35 | 0.4 | missed by 14.3%",
+        "live tensors, ours less theirs": "-41 (dpmpp_sde) | met",
+        "live tensors, stochastic": "| at most 8 | 9 (dpmpp_sde) | missed by 12.5%",
+        "live tensors, on a refinable path": "20 (dpmpp_sde, refinable path) | met",
+        "waits for the device a step": "| 0 | met",
+    }.items():  # fmt: skip
+        assert text in lines[goal]
 
 
 def test_schedules_are_laid_once_and_cover_the_way():
