@@ -29,15 +29,23 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Each peer in a folder of its own, without its dependencies: what they share is in .venv already.
 PEERS := benchmarks/.peers
-$(PEERS)/.installed: $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-deps --target $(PEERS) --upgrade \
-	  k-diffusion==0.1.1.post1 torchsde==0.2.6 torchdiffeq==0.2.5 trampoline==0.1.2
+PEER = $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS)
+$(PEERS)/.installed: $(STAMP) Makefile
+	rm -rf $(PEERS)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet matplotlib
+	$(PEER)/k_diffusion k-diffusion==0.1.1.post1 torchsde==0.2.6 torchdiffeq==0.2.5 trampoline==0.1.2
+	$(PEER)/diffusers diffusers==0.42.1 importlib_metadata zipp regex requests urllib3 idna \
+	  certifi charset_normalizer
+	$(PEER)/azula azula==0.11.1 einops==0.8.2
+	$(PEER)/smalldiffusion smalldiffusion==0.5.0 einops==0.8.2
 	touch $@
 
 bench: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/samplers.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -9,46 +9,31 @@ been made before, `first` one that makes it. Writes benchmarks/results/overhead.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import platform
 import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from sampler_bench.peer_k_diffusion import load_module
 
 from k_diffusion.sampling import KSampler, engine, ksampler, plan
 from k_diffusion.utils.scheduler import KarrasScheduler
 
 HERE = Path(__file__).parent
-PEERS = HERE / ".peers"
+PEER = HERE / ".peers" / "k_diffusion"
 STEPS = 30
 
 
 def load_peer() -> Any:
-    """k-diffusion's sampling module under another name; its utils need packages that we do not."""
-    if not (PEERS / "k_diffusion" / "sampling.py").exists():
-        sys.exit(f"the peer is not installed in {PEERS}: run `make bench`")
-    sys.path.append(str(PEERS))  # torchsde and torchdiffeq, which it imports
-    package = types.ModuleType("peer_k_diffusion")
-    package.__path__ = [str(PEERS / "k_diffusion")]
-    utils = types.ModuleType("peer_k_diffusion.utils")
-    utils.append_dims = lambda x, n: x[(...,) + (None,) * (n - x.ndim)]  # type: ignore[attr-defined]
-    package.utils = utils  # type: ignore[attr-defined]
-    sys.modules.update({"peer_k_diffusion": package, "peer_k_diffusion.utils": utils})
-    name = "peer_k_diffusion.sampling"
-    spec = importlib.util.spec_from_file_location(name, PEERS / "k_diffusion" / "sampling.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    """k-diffusion's sampling module under another name."""
+    if not (PEER / "k_diffusion" / "sampling.py").exists():
+        sys.exit(f"the peer is not installed in {PEER}: run `make bench`")
+    return load_module(PEER)
 
 
 class QuietTorch:

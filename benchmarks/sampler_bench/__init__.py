@@ -1,0 +1,1 @@
+"""Parts of benchmarks/samplers.py: exact problems, one adapter a library, measures, the report."""
