@@ -73,6 +73,8 @@ class BatchedBrownianTree:
                     f"{len(seeds)}"
                 ) from None
             w0 = w0[0]
+        # torchsde rounds its times, but compares them unrounded with the rounded ends and warns.
+        self._digits = -int(math.log10(kwargs.get("tol", 1e-6)))
         self.trees = [tree(t0, w0, t1, entropy=s, **kwargs) for s in seeds]
 
     @staticmethod
@@ -82,7 +84,8 @@ class BatchedBrownianTree:
 
     def __call__(self, t0: Any, t1: Any) -> Tensor:
         """The path's increment from t0 to t1, shape (B, ...)."""
-        t0, t1, sign = self.sort(_finite("t0", t0), _finite("t1", t1))
+        t0, t1 = (round(float(_finite("time", t)), self._digits) for t in (t0, t1))
+        t0, t1, sign = self.sort(t0, t1)
         w = torch.stack([tree(t0, t1) for tree in self.trees]) * (self.sign * sign)
         return w if self.batched else w[0]
 
