@@ -77,7 +77,6 @@ def sample_euler(
         *given,
         {},
         churn=_churn(s_churn, s_tmin, s_tmax, s_noise),
-        ascending=True,
     )
 
 
@@ -101,7 +100,6 @@ def sample_heun(
         *given,
         {},
         churn=_churn(s_churn, s_tmin, s_tmax, s_noise),
-        ascending=True,
     )
 
 
@@ -125,7 +123,6 @@ def sample_dpm_2(
         *given,
         {},
         churn=_churn(s_churn, s_tmin, s_tmax, s_noise),
-        ascending=True,
     )
 
 
@@ -145,7 +142,6 @@ def sample_lms(
         "lms",
         *given,
         {"order": number(order)},
-        ascending=True,
     )
 
 
@@ -164,7 +160,6 @@ def sample_dpmpp_2m(
         "dpmpp_2m",
         *given,
         {},
-        ascending=True,
     )
 
 

@@ -54,16 +54,20 @@ def sample_dpm_fast(
     if n < 1:
         raise ValueError(f"n of {name}, the calls of the model, must be 1 or more, got {n}")
     high, low = ends.values()
-    if not high > low:
-        raise ValueError(f"sigma_max of {name} must be above sigma_min, got {high} and {low}")
+    if high == low:
+        raise ValueError(f"sigma_min and sigma_max of {name} must differ, both are {low}")
+    if low > high and eta:
+        raise ValueError(f"eta of {name} must be 0 to go up from {high} to {low}, got {eta}")
 
     tail = (2, 1) if n % 3 == 0 else (n % 3,)
     count = n // 3 + 1
     step = math.log(low / high) / count
     inner = [high * math.exp(k * step) for k in range(1, count)]
-    levels = Levels([Level(1.0, sigma) for sigma in (high, *inner, low)], VE)
+    levels = [Level(1.0, sigma) for sigma in (high, *inner, low)]
+    # Up, from clean to noisy, is inversion.
+    laid = Levels(levels, VE) if low < high else Levels(levels[::-1], VE).flipped()
     options = {"eta": number(eta), "s_noise": number(s_noise), "tail": tail}
-    plan = make_plan("dpm_fast", levels, intervals=True, **options)
+    plan = make_plan("dpm_fast", laid, intervals=True, **options)
 
     # What programs are told of the levels is formed as ever.
     first, last = (torch.as_tensor(end).log().neg() for end in (sigma_max, sigma_min))
@@ -76,19 +80,21 @@ def sample_dpm_fast(
     def describe(i: int, level: Level) -> dict[str, Any]:
         return {"sigma": sigma(i), "sigma_hat": sigma(i), "t": ts[i], "t_up": ts[i]}
 
-    noise, passed = None, None
+    noise, passed, drawn = None, None, set()
     if plan.stochastic:
         own = face().default_noise_sampler(x) if noise_sampler is None else noise_sampler
 
         def times(interval: Interval) -> tuple[Tensor, Tensor]:
             i = index[interval.start.sigma]
+            drawn.add(i)
             return sigma(i), sigma(i + 1)
 
         noise = EstablishedNoise(x, own, times)
-    elif noise_sampler is not None:  # programs may count on being asked
+    if noise_sampler is not None:  # a program may count on being asked, used or not
 
         def passed(i: int) -> None:
-            noise_sampler(sigma(i), sigma(i + 1))
+            if i not in drawn:
+                noise_sampler(sigma(i), sigma(i + 1))
 
     with face().tqdm(total=n, disable=disable) as bar:
         return drive(

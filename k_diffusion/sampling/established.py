@@ -39,7 +39,6 @@ class Grid:
         sigmas: noise standard deviations in data units, shape (n,), or a sequence of numbers.
         x: gives the dtype and device of sigmas that are no floating-point tensor.
         path: the coordinates of the model.
-        ascending: whether the method may go from clean to noisy.
 
     Attributes:
         sigmas: floating point, shape (n,).
@@ -51,7 +50,7 @@ class Grid:
         TypeError, ValueError: sigmas of a wrong kind, shape, value or order.
     """
 
-    def __init__(self, name: str, sigmas: Any, x: Tensor, path: Path, ascending: bool) -> None:
+    def __init__(self, name: str, sigmas: Any, x: Tensor, path: Path) -> None:
         if not isinstance(sigmas, Tensor):
             try:
                 sigmas = torch.as_tensor(sigmas)
@@ -70,7 +69,7 @@ class Grid:
             )
         self.sigmas = sigmas.detach()
         self.values = tuple(map(float, self.sigmas.tolist()))
-        self.levels, self.starts = _lay(name, self.values, path, ascending)
+        self.levels, self.starts = _lay(name, self.values, path)
 
     @functools.cached_property
     def _points(self) -> dict[float, Tensor]:
@@ -87,9 +86,7 @@ class Grid:
 
 
 @functools.lru_cache(maxsize=256)
-def _lay(
-    name: str, values: tuple[float, ...], path: Path, ascending: bool
-) -> tuple[Levels | None, tuple[int, ...]]:
+def _lay(name: str, values: tuple[float, ...], path: Path) -> tuple[Levels | None, tuple[int, ...]]:
     for i, sigma in enumerate(values):
         if not 0 <= sigma < math.inf:
             raise ValueError(f"sigmas[{i}] of {name} is {sigma}: they must be finite and 0 or more")
@@ -109,17 +106,11 @@ def _lay(
             f"sigmas of {name} must go one way, from noisy to clean, but sigmas[{i}] is "
             f"{values[i]} and sigmas[{i + 1}] is {values[i + 1]}: sort them"
         )
-    if not ascending:
-        raise ValueError(
-            f"sigmas of {name} must go from noisy to clean, but rise from {kept[0]} to "
-            f"{kept[-1]}: flip them, or use sample_euler, say, which goes both ways"
-        )
     if kept[0] == 0:
         raise ValueError(
-            f"sigmas of {name} rise from sigmas[0] = 0, where the noise has no direction yet: "
-            "begin a little above 0"
+            f"sigmas of {name} rise from 0, where x holds no trace of its noise: begin above 0"
         )
-    raise ValueError(f"sigmas of {name} rise: that is not there yet")
+    return Levels.from_sigmas(kept[::-1], path).flipped(), starts  # for inversion
 
 
 class EstablishedNoise:
@@ -285,7 +276,6 @@ def sample(
     make_noise: Callable[[Tensor, Grid], NoiseSampler] | None = None,
     make_times: Callable[[Grid], Times] | None = None,
     intervals: bool = True,
-    ascending: bool = False,
     idle: bool = False,
 ) -> Tensor:
     """What every `sample_*` function with sigmas does.
@@ -300,7 +290,6 @@ def sample(
         make_noise: makes one where the caller gives none; None: `default_noise_sampler(x)`.
         make_times: the sigmas that it is given, if not the ends of the interval.
         intervals: whether noise is drawn once per interval in the solver's order, not on atoms.
-        ascending: whether sigmas may rise.
         idle: whether the caller's noise sampler is called once per interval if the solver needs
             none of its noise, too, as it is established.
 
@@ -309,7 +298,7 @@ def sample(
     """
     check_input(name, model, x)
     path = getattr(model, "path", VE)
-    grid = Grid(name, sigmas, x, path if isinstance(path, Path) else VE, ascending)
+    grid = Grid(name, sigmas, x, path if isinstance(path, Path) else VE)
     if grid.levels is None:
         return x
     plan = make_plan(
@@ -329,19 +318,15 @@ def sample(
             own = noise_sampler
         noise = EstablishedNoise(x, own, make_times(grid) if make_times else grid.times)
 
-    n = len(grid.values) - 1
-    skipped = sorted(set(range(n)) - set(grid.starts))
-    if sum(step.start for step in plan.steps) != len(grid.starts):
-        # The solver has intervals of its own making.
-        n, skipped = sum(step.start for step in plan.steps), []
+    n = sum(step.start for step in plan.steps)
+    own_grid = n != len(grid.starts)  # the solver goes along levels of its own making
+    if not own_grid:
+        n = len(grid.values) - 1
+    skipped = [] if own_grid else sorted(set(range(n)) - set(grid.starts))
 
     def describe(i: int, level: Level) -> dict[str, Any]:
-        if churn is None:
-            sigma = grid.at(level)
-            return {"sigma": sigma, "sigma_hat": sigma}
-        sigma = grid.sigmas[i]
-        raised = level.sigma != grid.values[i]
-        return {"sigma": sigma, "sigma_hat": grid.at(level) if raised else sigma}
+        hat = grid.at(level)
+        return {"sigma": hat if own_grid else grid.sigmas[i], "sigma_hat": hat}
 
     passed = None
     if idle and noise is None and noise_sampler is not None:

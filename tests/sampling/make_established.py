@@ -6,8 +6,8 @@ Run by hand, in an environment that has it, or with the folder that it is unpack
       torchdiffeq==0.2.5 trampoline==0.1.2
     python tests/sampling/make_established.py peers
 
-For each case: the result in float64 and in float32, and the original's own error in float32: how far
-its result is from its float64 run on the same float32 levels, start and noise.
+For each case: the result in float64 and in float32, and the original's own error in float32, which
+is how far its result is from its float64 run on the same float32 levels, start and noise.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Tape:
             return self.noise[-1]
 
         class Recorded(tree):  # type: ignore[misc, valid-type]
-            def __call__(inner, *times: Any) -> Tensor:  # noqa: N805
+            def __call__(inner, *times: Any) -> Tensor:
                 self.noise.append(super().__call__(*times))
                 return self.noise[-1]
 
