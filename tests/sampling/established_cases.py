@@ -72,6 +72,10 @@ def cases() -> Iterator[dict[str, Any]]:
         for tree in (5, [6, 7]):
             levels = sigmas(7, True)
             yield {"name": name, "sigmas": levels, "options": {}, "seed": 1, "tree": tree}
+    for name in ("euler", "heun", "dpm_2", "lms", "dpmpp_2m"):  # inversion
+        levels = sigmas(7, False)[::-1]
+        yield {"name": f"sample_{name}", "sigmas": levels, "options": {}, "seed": 2}
+    yield {"name": "sample_dpm_fast", "n": 8, "options": {}, "seed": 2, "up": True}
 
 
 def call(module: Any, case: dict[str, Any], dtype: torch.dtype, **keywords: Any) -> Tensor:
@@ -85,7 +89,7 @@ def call(module: Any, case: dict[str, Any], dtype: torch.dtype, **keywords: Any)
     function = getattr(module, case["name"])
     keywords = {"disable": True, **case["options"], **keywords}
     if "sigmas" not in case:
-        top, low = 14.6, 0.03
+        top, low = (0.03, 14.6) if case.get("up") else (14.6, 0.03)
         x = start(case.get("start", dtype), top, case["seed"]).to(dtype)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # the original keeps its levels in it
@@ -112,6 +116,8 @@ def label(case: dict[str, Any]) -> str:
     options = " ".join(f"{k}={v}" for k, v in case["options"].items())
     size = f"n={case['n']}" if "n" in case else f"{len(case['sigmas']) - 1} steps"
     end = "" if "n" in case else " to 0" if case["sigmas"][-1] == 0 else " above 0"
+    if case.get("up") or ("sigmas" in case and case["sigmas"][0] < case["sigmas"][-1]):
+        end += " up"
     tree = f" tree {case['tree']}" if "tree" in case else ""
     return f"{case['name']} {size}{end} {options}{tree}".strip()
 

@@ -31,7 +31,7 @@ def dpm_fast(
         eps = noise_in(x, d, s)
         down, up = ancestral(s, t, eta)
         low = levels[-1].sigma
-        if down.sigma < low:
+        if up > 0 and down.sigma < low:
             down = Level(t.alpha, low)
             up = sqrt(max(t.sigma**2 - low**2, 0.0))
         h = down.half_log_snr - s.half_log_snr
