@@ -109,4 +109,5 @@ def sample_dpm_fast(
             describe,
             asked=bar.update,
             passed=passed,
+            stacklevel=4,
         )

@@ -180,8 +180,8 @@ def _answers(name: str, plan: Plan, answer: Any, x: Tensor) -> tuple[Tensor, ...
             )
         if each.shape != x.shape:
             raise ValueError(
-                f"the model returned shape {tuple(each.shape)} to {name} for x of shape "
-                f"{tuple(x.shape)}: denoised must have x's shape"
+                f"the model must return the denoised x for {name}, of x's shape {tuple(x.shape)}, "
+                f"got {tuple(each.shape)}"
             )
     return answers
 
@@ -204,6 +204,7 @@ def drive(
     skipped: Sequence[int] = (),
     asked: Callable[[], Any] | None = None,
     passed: Callable[[int], Any] | None = None,
+    stacklevel: int = 5,
 ) -> Tensor:
     """Runs a plan interval by interval.
 
@@ -215,6 +216,7 @@ def drive(
         skipped: indices of intervals of no length.
         asked: called after each call of the model.
         passed: called at the end of each interval with its index.
+        stacklevel: how many calls up the program is that a warning is for.
 
     Returns:
         The final state, in x's dtype.
@@ -255,7 +257,7 @@ def drive(
     try:
         _check_finite(result, f"the result of {name}")
     except FloatingPointError as error:
-        warnings.warn(str(error), RuntimeWarning, stacklevel=5)
+        warnings.warn(str(error), RuntimeWarning, stacklevel=stacklevel)
     return result.to(dtype)
 
 

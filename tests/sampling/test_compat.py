@@ -675,7 +675,7 @@ def test_dpm_fast_takes_tensors_and_goes_up():
     noised = sampling.sample_dpm_fast(model, x, 10.0, 0.1, 300, disable=True)
     assert noised.abs().max() > 5
     back = sampling.sample_dpm_fast(model, noised, 0.1, 10.0, 300, disable=True)
-    assert (back - x).abs().max() < 1e-4
+    assert (back - x).abs().max() < 5e-4
 
 
 # --- solvers without an established name ---------------------------------------------------------
