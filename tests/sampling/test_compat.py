@@ -15,6 +15,8 @@ import torch
 
 from k_diffusion import sampling
 from k_diffusion.sampling import SOLVERS, CallerNoise, Levels, Run, make_plan, solver
+from k_diffusion.sampling.compat import make_function
+from k_diffusion.sampling.established import EstablishedNoise
 from k_diffusion.utils.levels import FLOW
 
 ODE = ["sample_euler", "sample_heun", "sample_dpm_2", "sample_lms", "sample_dpmpp_2m"]
@@ -245,6 +247,22 @@ def test_what_a_callback_writes_into_its_tensors_counts(name, dtype):
     assert plain.abs().max() > 0.1
 
 
+def test_what_a_callback_writes_into_a_rounded_answer_counts():
+    def paint(info):
+        if info["i"] == 3:
+            info["denoised"][0] = 0.25
+
+    answers = []
+
+    def precise(x, sigma):
+        answers.append(model(x.float(), sigma.float()))
+        return answers[-1]
+
+    result = sampling.sample_dpmpp_2m(precise, noise().half(), SIGMAS, callback=paint, disable=True)
+    assert (result[0] == 0.25).all()
+    assert torch.equal(result[1], answers[-1][1].half())
+
+
 def test_half_precision_keeps_what_a_callback_leaves_alone():
     """Only what a callback has changed is taken from the rounded copy that it was shown."""
     x = noise().half()
@@ -398,11 +416,11 @@ def test_a_flow_models_sigmas_are_in_its_own_coordinates():
         path = FLOW
 
         def __call__(self, x, sigma):
-            return torch.zeros_like(x)
+            return torch.full_like(x, 2.0)
 
-    x, levels = noise(), torch.tensor([1.0, 0.75, 0.5, 0.25])
-    result = sampling.sample_euler(Flow(), x, levels, disable=True)
-    assert (result - 0.25 * x).abs().max() < 1e-5
+    eps, levels = torch.randn(2, 3, 4), torch.tensor([1.0, 0.75, 0.5, 0.25])
+    result = sampling.sample_euler(Flow(), eps, levels, disable=True)
+    assert (result - (0.75 * 2 + 0.25 * eps)).abs().max() < 1e-6
 
 
 # --- noise ---------------------------------------------------------------------------------------
@@ -427,6 +445,7 @@ def test_ancestral_samplers_ask_once_for_each_interval_above_zero(name, eta):
         assert a.shape == b.shape == ()
         assert a.dtype == b.dtype == torch.float32
         assert (a, b) == (SIGMAS[i], SIGMAS[i + 1])
+        assert a.data_ptr() == SIGMAS[i].data_ptr()  # the caller's own
 
 
 @pytest.mark.parametrize("name", ["sample_dpmpp_2m_sde", "sample_dpmpp_3m_sde"])
@@ -475,6 +494,11 @@ def test_noise_of_another_dtype_is_taken():
         disable=True,
     )
     assert result.dtype == torch.float32
+    level = Levels.from_sigmas([2.0])[0]
+    source = EstablishedNoise(
+        noise().half(), lambda s, t: torch.ones(2, 3, 4).half(), lambda iv: iv
+    )
+    assert source.draw((level, level)).dtype == torch.float32  # the state's
 
 
 # --- what image editors replace ------------------------------------------------------------------
@@ -718,13 +742,22 @@ def test_generated_functions_draw_on_atoms_where_the_noise_is_their_own(monkeypa
         lambda x: lambda *times: (made.append(tuple(map(float, times))), torch.zeros_like(x))[1],
     )
     chosen = SOLVERS["dpmpp_sde"]  # it asks for overlapping intervals
-    from k_diffusion.sampling.compat import make_function
-
     make_function(chosen)(model, noise(), SIGMAS, disable=True)
     ends = [time for pair in made for time in pair]
     assert sorted(made, reverse=True) == made
     assert len(set(ends)) == 7  # three whole intervals, each cut once
     assert all(a[1] == b[0] for a, b in itertools.pairwise(made))
+    asked = []
+
+    def mine(*times):
+        asked.append(tuple(map(float, times)))
+        return torch.zeros(2, 3, 4)
+
+    make_function(chosen)(model, noise(), SIGMAS, disable=True, noise_sampler=mine)
+    assert [time for pair in asked[1::2] for time in pair] == pytest.approx(
+        [10, 4, 4, 1.5, 1.5, 0.4]
+    )
+    assert [pair[0] for pair in asked[::2]] == [pair[0] for pair in asked[1::2]]
 
 
 def test_generated_functions_take_positions_and_keywords():
