@@ -51,18 +51,18 @@ class Grid:
     """
 
     def __init__(self, name: str, sigmas: Any, x: Tensor, path: Path) -> None:
+        dtype = torch.promote_types(x.dtype, torch.float32)
         if not isinstance(sigmas, Tensor):
             try:
-                sigmas = torch.as_tensor(sigmas)
+                sigmas = torch.as_tensor(sigmas, dtype=dtype, device=x.device)
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"sigmas of {name} must be a tensor or a sequence of numbers: {error}"
                 ) from None
-            sigmas = sigmas.to(x.device, torch.promote_types(x.dtype, torch.float32))
         if sigmas.is_complex() or sigmas.dtype is torch.bool:
             raise TypeError(f"sigmas of {name} must be real numbers, got {sigmas.dtype}")
         if not sigmas.is_floating_point():
-            sigmas = sigmas.to(torch.promote_types(x.dtype, torch.float32))
+            sigmas = sigmas.to(dtype)
         if sigmas.ndim != 1 or len(sigmas) == 0:
             raise ValueError(
                 f"sigmas of {name} must have shape (n,) with n >= 1, got {tuple(sigmas.shape)}"

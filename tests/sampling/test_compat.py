@@ -332,7 +332,8 @@ def test_nothing_of_the_callers_is_changed():
 @pytest.mark.parametrize("name", [*ESTABLISHED, *GENERATED])
 def test_one_sigma_is_nothing_to_do(name):
     x = noise()
-    assert getattr(sampling, name)(model_for(name), x, SIGMAS[:1], disable=True) is x
+    for one in (SIGMAS[:1], SIGMAS[-1:]):
+        assert getattr(sampling, name)(model_for(name), x, one, disable=True) is x
 
 
 @pytest.mark.parametrize("name", [*ESTABLISHED, *GENERATED])
@@ -401,6 +402,15 @@ def test_sigmas_of_other_kinds(levels):
     assert not result.requires_grad
     assert infos[0]["sigma"].is_floating_point()
     assert not infos[0]["sigma"].requires_grad
+
+
+def test_a_list_is_as_precise_as_x():
+    levels, x = [10.1, 4.1, 0.1], noise(dtype=torch.float64)
+    exact = torch.tensor(levels, dtype=torch.float64)
+    result = sampling.sample_heun(model, x, levels, disable=True)
+    assert torch.equal(result, sampling.sample_heun(model, x, exact, disable=True))
+    rounded = sampling.sample_heun(model, x, exact.float(), disable=True)
+    assert not torch.equal(result, rounded)
 
 
 def test_integer_sigmas():
