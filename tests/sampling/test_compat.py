@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import io
 import itertools
@@ -119,6 +120,11 @@ def test_a_solver_registered_later_gets_its_function():
         vars(sampling).pop("sample_half_euler", None)
     with pytest.raises(AttributeError, match="no attribute 'sample_half_euler'"):
         _ = sampling.sample_half_euler
+
+
+def test_a_solver_that_corrects_its_predictions_takes_no_churn():
+    chosen = dataclasses.replace(SOLVERS["heun"], name="guess", predictor=True)
+    assert bare(make_function(chosen)) == LEAD + ")"
 
 
 def test_the_modules_that_programs_reach_through_it():
