@@ -651,7 +651,7 @@ def test_the_bar_counts_intervals():
 
 
 def test_trange_is_tqdms():
-    assert list(sampling.trange(3, disable=True)) == [0, 1, 2]
+    assert sampling.trange(3, disable=True) == range(3)  # no bar, and no tqdm
     bar = sampling.trange(2, 4, disable=True, desc="x")
     assert bar.total == 2
     assert list(bar) == [2, 3]
