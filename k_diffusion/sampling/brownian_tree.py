@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.sampling.compat_tools import face
 
 
 def _torchsde() -> Any:
@@ -60,7 +59,7 @@ class BatchedBrownianTree:
         if w0 is None:
             w0 = torch.zeros_like(x)
         if seed is None:
-            seed = int(face().torch.randint(0, 2**63 - 1, []).item())
+            seed = int(torch.randint(0, 2**63 - 1, []).item())
         try:
             seeds = [operator.index(seed)]  # type: ignore[arg-type]
             self.batched = False
