@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 
-
 def _torchsde() -> Any:
     try:
         import torchsde
