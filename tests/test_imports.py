@@ -10,7 +10,7 @@ import k_diffusion
 
 HEAVY = {
     "accelerate", "diffusers", "matplotlib", "PIL", "pandas", "pydantic", "scipy", "sklearn",
-    "safetensors", "tqdm", "transformers", "tyro", "torchvision", "wandb",
+    "safetensors", "torchsde", "tqdm", "transformers", "tyro", "torchvision", "wandb",
 }  # fmt: skip
 
 

@@ -1,7 +1,48 @@
-"""Sampling: `KSampler`, and the parts it is made of."""
+"""Sampling: `KSampler`, the parts it is made of, and the established functions `sample_*`.
 
+Programs replace some of these names while they run; `compat_tools.face` tells which are looked up
+here at every use.
+"""
+
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from k_diffusion import utils
 from k_diffusion.sampling import solvers  # noqa: F401  (registers them)
 from k_diffusion.sampling.brownian import PathNoise
+from k_diffusion.sampling.brownian_tree import BatchedBrownianTree, BrownianTreeNoiseSampler
+from k_diffusion.sampling.compat import (
+    make_function,
+    missing_functions,
+    sample_dpm_2,
+    sample_dpm_2_ancestral,
+    sample_dpmpp_2m,
+    sample_dpmpp_2m_sde,
+    sample_dpmpp_2s_ancestral,
+    sample_dpmpp_3m_sde,
+    sample_dpmpp_sde,
+    sample_euler,
+    sample_euler_ancestral,
+    sample_heun,
+    sample_lms,
+)
+from k_diffusion.sampling.compat_fast import sample_dpm_fast
+from k_diffusion.sampling.compat_tools import (
+    append_zero,
+    default_noise_sampler,
+    get_ancestral_step,
+    get_sigmas_exponential,
+    get_sigmas_karras,
+    get_sigmas_polyexponential,
+    get_sigmas_vp,
+    linear_multistep_coeff,
+    to_d,
+    trange,
+)
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.ksampler import NOISES, KSampler
 from k_diffusion.sampling.noise import CallerNoise, NoiseSource, SampleNoise, unit_noise
@@ -15,6 +56,8 @@ __all__ = [
     "SOLVERS",
     "VE",
     "VP",
+    "BatchedBrownianTree",
+    "BrownianTreeNoiseSampler",
     "CallerNoise",
     "Churn",
     "KSampler",
@@ -26,8 +69,47 @@ __all__ = [
     "Run",
     "SampleNoise",
     "Solver",
+    "append_zero",
+    "default_noise_sampler",
+    "get_ancestral_step",
+    "get_sigmas_exponential",
+    "get_sigmas_karras",
+    "get_sigmas_polyexponential",
+    "get_sigmas_vp",
     "get_solver",
+    "linear_multistep_coeff",
     "make_plan",
+    "math",
+    "nn",
+    "sample_dpm_2",
+    "sample_dpm_2_ancestral",
+    "sample_dpm_fast",
+    "sample_dpmpp_2m",
+    "sample_dpmpp_2m_sde",
+    "sample_dpmpp_2s_ancestral",
+    "sample_dpmpp_3m_sde",
+    "sample_dpmpp_sde",
+    "sample_euler",
+    "sample_euler_ancestral",
+    "sample_heun",
+    "sample_lms",
     "solver",
+    "to_d",
+    "torch",
+    "trange",
     "unit_noise",
+    "utils",
 ]
+
+globals().update(missing_functions(globals()))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "tqdm":
+        return importlib.import_module("tqdm.auto").tqdm
+    if name == "torchsde":
+        return importlib.import_module(name)
+    chosen = SOLVERS.get(name.removeprefix("sample_"))
+    if chosen is not None and name.startswith("sample_"):  # registered since the import
+        return globals().setdefault(name, make_function(chosen))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -195,7 +195,8 @@ def make_plan(
         levels: noisy to clean, at least two; or `levels.flipped()`, from above sigma = 0, for
             solvers that draw no noise.
         churn: noise added at the start of each interval.
-        intervals: draw noise once per interval, in the solver's order, instead of on atoms.
+        intervals: draw noise once per interval, in the solver's order, instead of on atoms; and
+            for churn at every interval, whether it acts there or not.
         options: the solver's own.
 
     Raises:
@@ -280,7 +281,13 @@ Request = tuple[Expr, Level, bool]  # state, its level, whether it begins an int
 
 
 def _drive(
-    chosen: Solver, x: Expr, levels: Levels, tracer: Tracer, churn: Churn | None, options: Any
+    chosen: Solver,
+    x: Expr,
+    levels: Levels,
+    tracer: Tracer,
+    churn: Churn | None,
+    always: bool,
+    options: Any,
 ) -> Generator[Request, Answers, Expr]:
     """The solver's requests, with what holds for every solver done around it."""
     intervals = len(levels) - 1
@@ -305,6 +312,9 @@ def _drive(
             s, raised = walk.pending
             walk.pending = None
             tracer.churn(state, s, raised, churn.s_noise)
+        elif walk.entered and churn is not None and always:
+            # The established samplers draw their churn where it does not act, too: so seeds agree.
+            tracer.noise(level, level, fresh=True)
         entered, walk.entered = walk.entered, False
         answer = yield state, level, entered
 
@@ -319,7 +329,7 @@ def _make_plan(
 ) -> Plan:
     tracer = Tracer()
     x = tracer.leaf("x0", (levels[0].alpha, levels[0].sigma))
-    run = _drive(chosen, x, levels, tracer, churn, dict(options))
+    run = _drive(chosen, x, levels, tracer, churn, intervals, dict(options))
     queries: list[_Query] = []
     answer: Answers = None
     while True:
