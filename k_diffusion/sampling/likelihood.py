@@ -153,7 +153,7 @@ def log_density(
         raise ValueError(f"{pair.name} does not integrate densities: use a Runge-Kutta pair")
     if not x.is_floating_point() or x.ndim < 2 or x.shape[0] == 0:
         raise ValueError(f"x must be floating point, (B, C, ...), got {x.dtype} {tuple(x.shape)}")
-    if not 0 < start.sigma or not end.half_log_snr < start.half_log_snr:
+    if not start.sigma > 0 or not end.half_log_snr < start.half_log_snr:
         raise ValueError(f"must go from some noise to more, not from {start} to {end}")
     y = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     ask = Query(denoiser, condition, y, compact)
