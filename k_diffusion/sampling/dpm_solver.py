@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.sampling.stepping import PIDStepSizeController, StepControl
+from k_diffusion.sampling.stepping import PIDStepSizeController
 
 Cache = dict[str, Tensor]
 NoiseSampler = Callable[[Any, Any], Tensor]
@@ -228,10 +228,9 @@ class DPMSolver(nn.Module):
         forward = bool(t_end > t_start)
         if eta and not forward:
             raise ValueError("eta must be 0 towards noise, where there is none to add")
-        control = StepControl(rtol, atol, abs(h_init), pcoeff, icoeff, dcoeff, accept_safety)
-        pids = [
-            control.controller(1.5 if eta else order, 1 if forward else -1) for _ in range(len(x))
-        ]
+        first = abs(h_init) * (1 if forward else -1)
+        gains = pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety
+        pids = [PIDStepSizeController(first, *gains) for _ in range(len(x))]
         least, relative = torch.tensor(atol), torch.tensor(rtol)
         noise_sampler = noise_sampler or default_noise(x)
         column = (-1, *[1] * (x.ndim - 1))
@@ -248,7 +247,7 @@ class DPMSolver(nn.Module):
             h = torch.tensor([pid.h for pid in pids], dtype=torch.float64).to(s).reshape(column)
             on = torch.tensor(active, device=x.device).reshape(column)
             # Those that have arrived are asked about a step back, which is then forgotten.
-            t = torch.where(on, bound(t_end, s + h), s - abs(h_init) * (1 if forward else -1))
+            t = torch.where(on, bound(t_end, s + h), s - first)
             aim, up = self._ancestral(s, t, t_end, eta) if forward else (t, t)
             aim = torch.where(on, aim, t)
             eps, cache = self.eps({}, "eps", x, s)
@@ -262,7 +261,8 @@ class DPMSolver(nn.Module):
             delta = torch.maximum(
                 least.to(x.device), relative.to(x.device) * torch.maximum(low.abs(), before.abs())
             )
-            scaled = (low - high) / delta
+            # With atol = 0 a value that is 0 twice is exact, not 0 / 0.
+            scaled = torch.where(low == high, 0.0, (low - high) / delta)
             norms = torch.stack([torch.linalg.norm(one) for one in scaled.flatten(1)])
             errors = norms / scaled[0].numel() ** 0.5
             good = [
@@ -312,7 +312,7 @@ class DPMSolver(nn.Module):
                 f"sample {i} is stuck at sigma {float(self.sigma(s[i])):.4g}: its step has shrunk "
                 f"to {abs(pid.h):.1g}; raise rtol or atol, or check the model for NaN below it"
             )
-        return pid.propose_step(error if math.isfinite(error) else math.inf)
+        return pid.propose_step(error) if math.isfinite(error) else pid.retreat()
 
     def _noise(
         self, noise_sampler: NoiseSampler, s: Tensor, t: Tensor, good: list[bool], eta: float

@@ -75,6 +75,11 @@ class PIDStepSizeController:
         self.h *= factor
         return accept
 
+    def retreat(self) -> bool:
+        """Shrinks the next step as far as it may, after one without a finite error; False."""
+        self.h *= self.limiter(0.0)
+        return False
+
 
 @dataclass(frozen=True)
 class StepControl:
@@ -191,6 +196,11 @@ def integrate(
         FloatingPointError: the model's answer for a sample isn't finite.
     """
     batch, sign = state[0].shape[0], 1 if end > start else -1
+    if max(control.rtol, control.atol) < 4 * torch.finfo(state[0].dtype).eps:
+        raise ValueError(
+            f"rtol {control.rtol:g} and atol {control.atol:g} are below the rounding of "
+            f"{state[0].dtype}: raise them, or give x in float64"
+        )
     order = 1.5 if noise is not None else pair.order  # noise goes by the root of the step
     pids = [control.controller(order, sign) for _ in range(batch)]
     clocks = [start] * batch
@@ -209,14 +219,15 @@ def integrate(
         errors = _errors(low, high, previous, control)
         good = []
         for k, i in enumerate(alive):
-            # What isn't finite may be no more than a step that went too far.
-            error = errors[k] if math.isfinite(errors[k]) else math.inf
-            if error == math.inf and not all(bool(part[k].isfinite().all()) for part in first):
+            error = errors[k]
+            finite = math.isfinite(error)
+            if not finite and not all(bool(part[k].isfinite().all()) for part in first):
                 raise FloatingPointError(
                     f"the denoiser's answer for sample {i} at {_place(pair.chart, now[k])} is not "
                     "finite: check the model for overflow or NaN"
                 )
-            good.append(pids[i].propose_step(error))
+            # Where only later answers aren't finite, the step may have gone too far.
+            good.append(pids[i].propose_step(error) if finite else pids[i].retreat())
             (accepted if good[k] else refused)[i] += 1
             if good[k]:
                 clocks[i] = targets[k]
@@ -224,11 +235,12 @@ def integrate(
             if clocks[i] == end:
                 continue
             if accepted[i] + refused[i] >= control.max_steps or abs(pids[i].h) <= tiny:
-                raise RuntimeError(_stuck(i, pair, clocks[i], pids[i].h, error, control))
+                raise RuntimeError(_stuck(i, pair, clocks[i], pids[i].h, finite, control))
         if noise is not None and any(good):
             high = (noise.renew(pair.chart, high[0], alive, good, aims, targets), *high[1:])
         state, previous = _where(good, high, state), _where(good, low, previous)
-        first = _where(good, last, first)
+        if pair.carries and noise is None:
+            first = _where(good, last, first)
         over = [k for k, i in enumerate(alive) if clocks[i] == end]
         if over:
             ended = torch.tensor([alive[k] for k in over], device=state[0].device)
@@ -329,10 +341,10 @@ def _place(chart: Chart, clock: float) -> str:
 
 
 def _stuck(
-    sample: int, pair: Pair, clock: float, h: float, error: float, control: StepControl
+    sample: int, pair: Pair, clock: float, h: float, finite: bool, control: StepControl
 ) -> str:
     where = f"sample {sample} is at {_place(pair.chart, clock)} with {pair.name}"
-    if error == math.inf:
+    if not finite:
         return f"{where}, and no step from there has a finite result: check the model for NaN"
     cause = f"its step has shrunk to {abs(h):.1g}"
     if abs(h) > 1e-12:
