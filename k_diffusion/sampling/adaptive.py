@@ -150,7 +150,8 @@ def sample_adaptive(
         start, end: levels of the denoiser's path; towards noise only with eta = 0.
         pair: an embedded pair or its name: dpm_12, dpm_23, bogacki_shampine, dormand_prince.
         control: tolerances and step control.
-        eta: noise of the reverse diffusion, 0 for the ODE.
+        eta: noise of the reverse diffusion, 0 for the ODE. The tolerance is kept by the ODE's part
+            of a step alone: with noise, a tolerance counts by the steps that it leads to.
         s_noise: standard deviation of that noise.
         seeds: one per sample, for eta > 0.
         condition: the denoiser's keyword arguments.

@@ -23,7 +23,6 @@ error or less; Bogacki-Shampine 97, 328 and 193.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import expm1
@@ -108,6 +107,7 @@ class Pair:
 def runge_kutta(
     name: str,
     order: int,
+    nodes: Sequence[float],
     matrix: Sequence[Sequence[float]],
     high: Sequence[float],
     low: Sequence[float],
@@ -124,9 +124,8 @@ def runge_kutta(
             tuple(h * b for b in low),
         )
 
-    nodes = (0.0, *(math.fsum(row) for row in rows))
     carries = rows[-1] == tuple(high[:-1]) and high[-1] == 0
-    return Pair(name, order, nodes, weights, STRAIGHT, carries, source)
+    return Pair(name, order, tuple(nodes), weights, STRAIGHT, carries, source)
 
 
 def _dpm_12(start: float, end: float) -> Weights:
@@ -167,6 +166,7 @@ PAIRS: dict[str, Pair] = {
         runge_kutta(
             "bogacki_shampine",
             3,
+            (0, 1 / 2, 3 / 4, 1),
             ((1 / 2,), (0, 3 / 4), (2 / 9, 1 / 3, 4 / 9)),
             (2 / 9, 1 / 3, 4 / 9, 0),
             (7 / 24, 1 / 4, 1 / 3, 1 / 8),
@@ -175,6 +175,7 @@ PAIRS: dict[str, Pair] = {
         runge_kutta(
             "dormand_prince",
             5,
+            (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
             (
                 (1 / 5,),
                 (3 / 40, 9 / 40),
