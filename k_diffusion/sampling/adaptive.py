@@ -115,6 +115,12 @@ class Query:
         d = d.to(x.dtype)
         return d if self.compact or chosen is None else d[chosen]
 
+    def check_levels(self, *levels: Level) -> None:
+        """Refuses a level that is not on the denoiser's path."""
+        for level in levels:
+            if abs(self.path.alpha(level.sigma) - level.alpha) > 1e-6:
+                raise ValueError(f"{level} does not lie on the denoiser's {self.path} path")
+
     def levels(self, chart: Chart, clocks: Sequence[float]) -> list[Level]:
         """The levels of the denoiser's path at the clocks of a chart."""
         return [self.path.at(chart.half_log_snr(clock)) for clock in clocks]
@@ -174,9 +180,7 @@ def sample_adaptive(
     state = x.to(torch.promote_types(x.dtype, torch.float32))
     ask = Query(denoiser, condition, state, compact, callback)
     batch, chart = x.shape[0], pair.chart
-    for level in (start, end):
-        if abs(ask.path.alpha(level.sigma) - level.alpha) > 1e-6:
-            raise ValueError(f"{level} does not lie on the denoiser's {ask.path} path")
+    ask.check_levels(start, end)
     forward = end.half_log_snr > start.half_log_snr
     if not forward and (start == end or eta or start.sigma == 0):
         what = "no way at all" if start == end else "from clean data" if eta == 0 else "with eta"

@@ -147,8 +147,8 @@ def log_likelihood(
         model: called as `model(x, sigma, **extra_args)`, sigma of shape (B,); differentiable in x.
         x: data with noise of standard deviation sigma_min, shape (B, ...).
         sigma_min, sigma_max: where it begins, and where the prior N(0, sigma_max²) is.
-        atol, rtol: tolerances. Steps keep a fiftieth of them, which takes three quarters of the
-            calls that the established integrator takes, at an error like its own.
+        atol, rtol: tolerances. Steps keep a fiftieth of them, which takes about the calls of the
+            established integrator or fewer, at an error like its own.
 
     Returns:
         Log-densities in nats, shape (B,), in float32 or better, and `fevals`, calls of the model.

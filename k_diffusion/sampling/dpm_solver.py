@@ -180,7 +180,8 @@ class DPMSolver(nn.Module):
         a, b = self.sigma(s), self.sigma(t)
         up = torch.minimum(b, eta * (b**2 * (a**2 - b**2) / a**2) ** 0.5)
         aim = torch.minimum(t_end, self.t((b**2 - up**2) ** 0.5))
-        return aim, (b**2 - self.sigma(aim) ** 2) ** 0.5
+        # An end in finer precision than the other clocks may lie a rounding before t.
+        return aim, (b**2 - self.sigma(aim) ** 2).clamp_min(0) ** 0.5
 
     def dpm_solver_adaptive(
         self,

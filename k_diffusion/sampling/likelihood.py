@@ -157,6 +157,7 @@ def log_density(
         raise ValueError(f"must go from some noise to more, not from {start} to {end}")
     y = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     ask = Query(denoiser, condition, y, compact)
+    ask.check_levels(start, end)
     dimensions = y[0].numel()
     begin, stop = (STRAIGHT.clock(level.half_log_snr) for level in (start, end))
     own = trace.start(y)
@@ -183,7 +184,7 @@ def log_density(
         known = _gaussian(latent, end.sigma) if prior is None else prior(latent)
         # From y to w at the start, and from w to the denoiser's x at the end.
         constant = math.log(STRAIGHT.unit(begin)) + math.log(scale)
-        each = known.reshape(-1, 1) + dimensions * (change + constant)
+        each = known.to(y.dtype).reshape(-1, 1) + dimensions * (change + constant)
         error = each.std(1) / count**0.5 if count > 1 else None
         error = torch.zeros_like(each[:, 0]) if own is None else error
     steps = tuple(a + r for a, r in zip(accepted, refused, strict=True))

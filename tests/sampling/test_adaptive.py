@@ -174,7 +174,7 @@ def test_counts_are_exact(name):
         Level(1.0, 5.0),
         Level(1.0, 0.02),
         pair=name,
-        control=StepControl(1e-3, 1e-3),
+        control=StepControl(1e-3, 1e-3, h_init=3.0),
         condition={"which": torch.arange(3)},
         callback=lambda k, x, sigma, d: told.append((k, len(x), tuple(sigma.shape), len(d))),
     )
