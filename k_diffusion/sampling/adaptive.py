@@ -104,6 +104,8 @@ class Query:
             self.nfe[row] += 1
         sigma = torch.tensor(sigmas, dtype=torch.float64).to(self._sigma_dtype).to(x.device)
         d = self.denoiser(x, sigma, **condition)
+        if not isinstance(d, Tensor):
+            raise TypeError(f"the denoiser must return one tensor, got {type(d).__name__}")
         if d.shape != x.shape:
             raise ValueError(
                 f"the denoiser returned shape {tuple(d.shape)} for a state of shape "

@@ -370,6 +370,7 @@ REFUSED = [
     ({"x": torch.ones(0, 4)}, ValueError, r"got torch.float32 \(0, 4\)"),
     ({"control": StepControl(1e-9, 1e-9)}, ValueError, "below the rounding of torch.float32"),
     ({"denoiser": lambda x, s: x[:, :1]}, ValueError, r"returned shape \(3, 1\) for .* \(3, 4\)"),
+    ({"denoiser": lambda x, s: (x, x)}, TypeError, "must return one tensor, got tuple"),
     (
         {"denoiser": FunctionDenoiser(lambda x, s: x, FLOW), "start": FLOW.at(0.0),
          "end": Level(0.0, 1.0)},
