@@ -232,6 +232,20 @@ def test_noise_is_drawn_for_accepted_steps_alone(monkeypatch):
     assert len(set(map(id, drawn))) == 2
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_with_noise_no_level_beyond_the_end_is_asked_about(name):
+    asked = []
+
+    def denoise(x, sigma):
+        asked.append(sigma.min().item())
+        return shrink(x, sigma)
+
+    x = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ends = Level(1.0, 5.0), Level(1.0, 0.5)
+    sample_adaptive(denoise, x, *ends, pair=name, eta=1.0, seeds=[1, 2])
+    assert min(asked) >= 0.5 - 1e-12
+
+
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize(
     ("name", "eta", "rtol", "off"),
@@ -420,6 +434,7 @@ def test_a_step_that_shrinks_to_nothing_is_named():
     control = StepControl(1e-6, 1e-6)
     with pytest.raises(RuntimeError, match="sample 0 is at sigma / alpha = 5 .*shrunk to"):
         call(denoise, torch.ones(1, 4, dtype=torch.float64), control=control)
+    assert next(calls) < 1000  # long before max_steps
 
 
 def test_bad_step_control():
