@@ -190,7 +190,7 @@ class KSampler:
         adaptive = isinstance(self.solver, AdaptiveSolver)
         if adaptive and noise != "independent":
             raise ValueError(
-                f"{self.solver.name} draws noise for the steps it finds: leave noise at 'independent'"
+                f"{self.solver.name} draws noise for the steps it finds: leave noise alone"
             )
         plan = None if adaptive else self.plan(steps, intervals=callable(noise))
         levels = self.levels(steps) if plan is None else plan.levels

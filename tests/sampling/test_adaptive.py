@@ -495,6 +495,9 @@ def test_ksampler_options_seeds_and_refusals():
     assert quiet.sample(x, 6, seed=4).std() < 0.9 * whole.std()
     with pytest.raises(ValueError, match="dpm_adaptive lays its steps as it goes: it has no plan"):
         noisy.plan(6)
+    with pytest.raises(ValueError, match="dpm_adaptive draws noise for the steps it finds"):
+        noisy.sample(x, 6, noise="path")
+    assert torch.equal(noisy.sample(x, 6, seed=4, noise_on_cpu=True), whole)
     with pytest.raises(ValueError, match="dpm_adaptive has no plan to churn"):
         KSampler(shrink, "karras", "dpm_adaptive", churn=Churn(1.0))
     with pytest.raises(ValueError, match="unknown sampler 'dpm_adaptiv'.* mean 'dpm_adaptive'"):
