@@ -13,6 +13,12 @@ from torch import nn
 
 from k_diffusion import utils
 from k_diffusion.sampling import solvers  # noqa: F401  (registers them)
+from k_diffusion.sampling.adaptive import (
+    ADAPTIVE,
+    AdaptiveInfo,
+    AdaptiveSolver,
+    sample_adaptive,
+)
 from k_diffusion.sampling.brownian import PathNoise
 from k_diffusion.sampling.brownian_tree import BatchedBrownianTree, BrownianTreeNoiseSampler
 from k_diffusion.sampling.compat import (
@@ -30,6 +36,7 @@ from k_diffusion.sampling.compat import (
     sample_heun,
     sample_lms,
 )
+from k_diffusion.sampling.compat_dpm import log_likelihood, sample_dpm_adaptive
 from k_diffusion.sampling.compat_fast import sample_dpm_fast
 from k_diffusion.sampling.compat_tools import (
     append_zero,
@@ -43,33 +50,56 @@ from k_diffusion.sampling.compat_tools import (
     to_d,
     trange,
 )
+from k_diffusion.sampling.dpm_solver import DPMSolver
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.ksampler import NOISES, KSampler
+from k_diffusion.sampling.likelihood import (
+    ExactTrace,
+    HutchinsonTrace,
+    Likelihood,
+    bits_per_dimension,
+    invert,
+    log_density,
+)
 from k_diffusion.sampling.noise import CallerNoise, NoiseSource, SampleNoise, unit_noise
+from k_diffusion.sampling.pairs import PAIRS, Pair
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
 from k_diffusion.sampling.solvers import SOLVERS, Solver, get_solver, solver
+from k_diffusion.sampling.stepping import PIDStepSizeController, StepControl
 from k_diffusion.utils.levels import FLOW, VE, VP, Level, Levels
 
 __all__ = [
+    "ADAPTIVE",
     "FLOW",
     "NOISES",
+    "PAIRS",
     "SOLVERS",
     "VE",
     "VP",
+    "AdaptiveInfo",
+    "AdaptiveSolver",
     "BatchedBrownianTree",
     "BrownianTreeNoiseSampler",
     "CallerNoise",
     "Churn",
+    "DPMSolver",
+    "ExactTrace",
+    "HutchinsonTrace",
     "KSampler",
     "Level",
     "Levels",
+    "Likelihood",
     "NoiseSource",
+    "PIDStepSizeController",
+    "Pair",
     "PathNoise",
     "Plan",
     "Run",
     "SampleNoise",
     "Solver",
+    "StepControl",
     "append_zero",
+    "bits_per_dimension",
     "default_noise_sampler",
     "get_ancestral_step",
     "get_sigmas_exponential",
@@ -77,12 +107,17 @@ __all__ = [
     "get_sigmas_polyexponential",
     "get_sigmas_vp",
     "get_solver",
+    "invert",
     "linear_multistep_coeff",
+    "log_density",
+    "log_likelihood",
     "make_plan",
     "math",
     "nn",
+    "sample_adaptive",
     "sample_dpm_2",
     "sample_dpm_2_ancestral",
+    "sample_dpm_adaptive",
     "sample_dpm_fast",
     "sample_dpmpp_2m",
     "sample_dpmpp_2m_sde",

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import DENOISERS, make_denoiser, model_device
+from k_diffusion.sampling.adaptive import ADAPTIVE, AdaptiveSolver
 from k_diffusion.sampling.brownian import PathNoise
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.noise import FRESH, CallerNoise, NoiseSource, SampleNoise
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
-from k_diffusion.sampling.registry import Solver, get_solver
+from k_diffusion.sampling.registry import SOLVERS, Solver
 from k_diffusion.utils import maths
 from k_diffusion.utils.levels import FLOW, Level, Levels, Path
 from k_diffusion.utils.scheduler import (
@@ -47,7 +48,9 @@ class KSampler:
         scheduler: lays the noise levels: a Scheduler or its name. A network that carries no process
             yet takes it as its process too, if it is in the coordinates of the network's kind
             (variance preserving for eps, v and x0). None: the model's own process.
-        solver: a registered solver or its name; `k-diffusion samplers` lists them.
+        solver: a registered solver or its name; `k-diffusion samplers` lists them. Or one with
+            adaptive step control: dpm_adaptive, dpm_adaptive_12, bogacki_shampine, dormand_prince,
+            for which the scheduler gives the range alone (see `AdaptiveSolver`).
         churn: noise added at the start of each step (Karras et al. 2022, algorithm 2).
         options: the solver's own, `eta=0.5` say.
 
@@ -64,7 +67,7 @@ class KSampler:
         self,
         model: Any,
         scheduler: Scheduler | str | None = None,
-        solver: Solver | str = "dpmpp_2m",
+        solver: Solver | AdaptiveSolver | str = "dpmpp_2m",
         *,
         churn: Churn | None = None,
         **options: Any,
@@ -85,10 +88,12 @@ class KSampler:
         if chosen is None:
             chosen = process or usual
         self.scheduler: Scheduler = chosen.within(usual if process is None else process)
-        self.solver = get_solver(solver)
+        self.solver: Solver | AdaptiveSolver = _solver(solver)
         self.solver.check_options(options)
         self.options = options
         self.churn = churn
+        if churn is not None and isinstance(self.solver, AdaptiveSolver):
+            raise ValueError(f"{self.solver.name} has no plan to churn: give it eta instead")
 
     def levels(self, steps: int) -> Levels:
         """The `steps + 1` levels of a run, in the denoiser's coordinates.
@@ -118,6 +123,8 @@ class KSampler:
             steps: number of steps.
             intervals: draw noise as for a caller's own noise sampler; see `make_plan`.
         """
+        if isinstance(self.solver, AdaptiveSolver):
+            raise ValueError(f"{self.solver.name} lays its steps as it goes: it has no plan")
         return make_plan(
             self.solver,
             self.levels(steps),
@@ -161,7 +168,8 @@ class KSampler:
             noise_on_cpu: make that noise on the CPU, so that seeds give the same on every device.
             progress: show a progress bar on standard error.
             callback: called as `callback(k, x, sigma, denoised)` after the k-th call of the model,
-                with its input, noise level (shape (B,)) and answer (of two, the guided one).
+                with its input, noise level (shape (B,)) and answer (of two, the guided one); by an
+                adaptive solver with the samples alone that the call was about.
 
         Returns:
             Samples, shape (B, C, ...), in the scale of the data that the model was trained on.
@@ -179,17 +187,28 @@ class KSampler:
         if x.ndim < 2 or x.shape[0] == 0:
             raise ValueError(f"x must have shape (B, C, ...) with B >= 1, got {tuple(x.shape)}")
         make_noise = _noise_maker(noise, noise_on_cpu)
-        plan = self.plan(steps, intervals=callable(noise))
+        adaptive = isinstance(self.solver, AdaptiveSolver)
+        if adaptive and noise != "independent":
+            raise ValueError(
+                f"{self.solver.name} draws noise for the steps it finds: leave noise alone"
+            )
+        plan = None if adaptive else self.plan(steps, intervals=callable(noise))
+        levels = self.levels(steps) if plan is None else plan.levels
         keywords = self._keywords(condition, x.shape[0])
         home = model_device(self.denoiser)
         if home is not None and home != x.device:
             raise ValueError(f"x is on {x.device} but the model on {home}: move one of them")
         _check_finite(x, "x, the initial noise,")
 
-        first: Level = plan.levels[0]
+        first: Level = levels[0]
         # x = alpha x0 + sigma eps without its first term, which is not known, and small there.
         state = x.to(torch.promote_types(x.dtype, torch.float32)) * first.sigma
         seeds = self._seeds(seed, x.shape[0])
+        if isinstance(self.solver, AdaptiveSolver):
+            return self._adapt(
+                self.solver, state, levels, seeds, keywords, progress, callback, noise_on_cpu
+            ).to(x.dtype)
+        assert plan is not None
         source = make_noise(seeds, state) if plan.stochastic else None
         float64 = getattr(self.denoiser, "float64_sigma", False)
         run = Run(plan, state, source, torch.float64 if float64 else None)
@@ -213,6 +232,40 @@ class KSampler:
                 bar.close()
         _check_finite(run.result, f"the result of {plan.solver} after {steps} steps")
         return run.result.to(x.dtype)
+
+    def _adapt(
+        self,
+        solver: AdaptiveSolver,
+        x: Tensor,
+        levels: Levels,
+        seeds: Sequence[int],
+        keywords: Mapping[str, Any],
+        progress: bool,
+        callback: Callback | None,
+        noise_on_cpu: bool,
+    ) -> Tensor:
+        bar = _progress_bar(None) if progress else None
+
+        def told(k: int, x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
+            if callback is not None:
+                callback(k, x, sigma, denoised)
+            if bar is not None:
+                bar.update()
+
+        try:
+            return solver.run(
+                self.denoiser,
+                x,
+                levels,
+                self.options,
+                seeds,
+                keywords,
+                told,
+                noise_on_cpu=noise_on_cpu,
+            )[0]
+        finally:
+            if bar is not None:
+                bar.close()
 
     def _keywords(self, condition: Any, batch: int) -> dict[str, Any]:
         if condition is None:
@@ -294,6 +347,15 @@ def _whole(value: Any) -> Any:
         return value
 
 
+def _solver(name: Solver | AdaptiveSolver | str) -> Solver | AdaptiveSolver:
+    if isinstance(name, (Solver, AdaptiveSolver)):
+        return name
+    known: dict[str, Solver | AdaptiveSolver] = {**SOLVERS, **ADAPTIVE}
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(maths.unknown("sampler", name, known))
+    return known[name]
+
+
 @functools.lru_cache(maxsize=256, typed=True)  # typed: steps=True must not find what 1 left
 def _lay(scheduler: Scheduler, steps: int, path: Path) -> Levels:
     return scheduler.levels(steps).on(path)
@@ -312,7 +374,7 @@ def _check_finite(x: Tensor, what: str) -> None:
         )
 
 
-def _progress_bar(total: int) -> Any:
+def _progress_bar(total: int | None) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, desc="sampling", unit="call", leave=False)
