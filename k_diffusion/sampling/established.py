@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from k_diffusion.sampling.compat_tools import NoiseSampler, face
-from k_diffusion.sampling.engine import NoiseSource, Run
+from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.expr import Interval
 from k_diffusion.sampling.ksampler import _check_finite
+from k_diffusion.sampling.noise import NoiseSource
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
 from k_diffusion.utils.levels import VE, Level, Levels, Path
 
