@@ -93,7 +93,7 @@ def deis_tab(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
             t.ratio - s.ratio,
             _ratio_slope,
             _time,
-            pieces=ceil((end - start) / 2),
+            pieces=ceil(abs(end - start) / 2),
         )
         parts = (t.alpha * w * e for w, (_, e) in zip(weights, past, strict=True))
         x = (t.alpha / s.alpha) * x + sum(parts)

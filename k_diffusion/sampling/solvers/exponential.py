@@ -138,7 +138,7 @@ class _Velocity(Prediction):
             end,
             _flow_time(t) - _flow_time(s),
             _flow_time_slope,
-            pieces=ceil((end - start) / 4),  # the slope's nearest pole is pi away
+            pieces=ceil(abs(end - start) / 4),  # the slope's nearest pole is pi away
         )
         return [(t.alpha + t.sigma) * w for w in integrals]
 
@@ -170,8 +170,8 @@ def recent(past: list[Estimate], s: Level, t: Level, count: int) -> list[Estimat
     """
     if not t.sigma > 0:
         return []
-    gap = (t.half_log_snr - s.half_log_snr) / 20
-    kept = [p for p in past if s.half_log_snr - p[0].half_log_snr >= gap]
+    h = t.half_log_snr - s.half_log_snr  # below 0 on the way up to noise, as the distances are
+    kept = [p for p in past if (s.half_log_snr - p[0].half_log_snr) / h >= 1 / 20]
     return kept[max(len(kept) - count, 0) :]
 
 

@@ -52,10 +52,15 @@ def _weights(
     if len(nodes) > 2:
         return prediction.weights(nodes, s, t)
     h = t.half_log_snr - s.half_log_snr
-    share = (nodes[1 - origin].half_log_snr - s.half_log_snr) / h
+    share = _share(nodes[1 - origin], s, t)
     z = prediction.exponent * h
     change = prediction.gain(t) * b(z) / prediction.exponent / (2 * share)
     return [change, prediction.constant(s, t) - change][:: 1 if origin else -1]
+
+
+def _share(level: Level, s: Level, t: Level) -> float:
+    """How far along the step from s to t a level lies, in half log-SNR."""
+    return (level.half_log_snr - s.half_log_snr) / (t.half_log_snr - s.half_log_snr)
 
 
 def _predict(
@@ -82,7 +87,7 @@ def _predict_and_correct(
         e = prediction.estimate(x, d, s)
         # The answer may be at a noisier level than the prediction's (churn): it corrects where it
         # still lies in the latter half of the step, and is not needed nearer to the old answer.
-        if step is not None and 2 * s.half_log_snr >= step[0].half_log_snr + step[1].half_log_snr:
+        if step is not None and _share(s, *step) >= 0.5:
             nodes = [*(p for p, _ in past), s]
             better = _weights(prediction, b, nodes, len(past) - 1, *step)
             changes = [w - v for w, v in zip(better, predicted, strict=False)]
