@@ -210,7 +210,8 @@ def library(folder: Path) -> Library:
                         predict_x0=predict)  # fmt: skip
         for order in (1, 2, 3, 4):
             for data in ("data", "noise"):
-                like = f"sa_solver order={order}" if data == "data" else ""
+                like = f"sa_solver order={order} corrector_order={order}"
+                like = like if data == "data" else f"exp_abm_noise order={order}"
                 add(f"SASolver order {order} {data}, tau 0", preserving, "SASolver", like,
                     full=full, ends=("open",), predictor_order=order, corrector_order=order,
                     algorithm_type=f"{data}_prediction", tau_func=lambda t: 0)  # fmt: skip
@@ -225,7 +226,7 @@ def library(folder: Path) -> Library:
     add("DPMSolverMultistep++ SDE", None, "DPMSolverMultistep", "dpmpp_2m_sde", noisy=True,
         algorithm_type="sde-dpmsolver++")  # fmt: skip
     add("DPMSolverSDE", None, "DPMSolverSDE", "dpmpp_sde", noisy=True)
-    add("SASolver order 3", None, "SASolver", "sa_solver order=3", noisy=True,
+    add("SASolver order 3", None, "SASolver", "sa_solver", noisy=True,
         predictor_order=3, corrector_order=3)  # fmt: skip
     add("DDPM", None, "DDPM", "ddpm", noisy=True, clip_sample=False)
 

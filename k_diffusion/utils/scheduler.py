@@ -37,6 +37,7 @@ from k_diffusion.utils.schedules.sigma import (
     KLOptimalScheduler,
     LaplaceScheduler,
     PolyexponentialScheduler,
+    RectifiedScheduler,
 )
 from k_diffusion.utils.schedules.spacing import (
     BetaScheduler,
@@ -73,6 +74,7 @@ __all__ = [
     "LinspaceScheduler",
     "NormalScheduler",
     "PolyexponentialScheduler",
+    "RectifiedScheduler",
     "SGMUniformScheduler",
     "ScaledLinearScheduler",
     "Scheduler",

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from formulas import GRIDS, UNEVEN, X, close, integral, lagrange, model, run, slope
+from scipy.integrate import quad
 
 from k_diffusion.sampling import FLOW, VE, VP, Churn, Levels, make_plan
 from k_diffusion.sampling.solvers.exponential import DATA, NOISE, VELOCITY
@@ -143,14 +144,44 @@ def test_a_thousand_steps_keep_their_digits(name, path):
 def test_unipc(name, estimate, sign, order, sigmas):
     """Algorithms 1 and 2 of the authors, who hold the old state."""
     x, past, before = X, [], None
-    for s, t in itertools.pairwise(sigmas):
+    for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
         e = estimate(x, s)
         if before is not None:
             x = unified(*before, s, past, e, sign, name)
-        past = [*past, (s, e)][-order:]
+        left = len(sigmas) - 1 - i  # their `lower_order_final`, where the end is clean
+        past = [*past, (s, e)][-(order if sigmas[-1] else min(order, left)) :]
         before = x, s
         x = unified(x, s, t, past, None, sign, name)
     close(make_plan(name, Levels.from_sigmas(sigmas), order=order), x)
+
+
+@GRIDS
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_exp_abm_noise(order, sigmas):
+    """Predicts by `order` noise estimates, corrects by as many (two at least) from the old state;
+    the polynomials by Vandermonde, their integrals by quadrature."""
+
+    def carried(x, s, t, estimates):
+        lam = [-math.log(p) for p, _ in estimates]
+        powers = np.vander(np.array(lam) + math.log(s), increasing=True)
+        polynomial = np.linalg.solve(powers, np.array([e for _, e in estimates]))
+        h = math.log(s / t)
+        moments = [
+            quad(lambda u, k=k: math.exp(-u) * u**k, 0, h, epsabs=0, epsrel=1e-13)[0]
+            for k in range(len(lam))
+        ]
+        return x - s * np.array(moments) @ polynomial
+
+    x, past, before, used = X, [], None, order
+    for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
+        e = slope(x, s)
+        if before is not None:
+            x = carried(*before, s, [*past[-max(used - 1, 1) :], (s, e)])
+        used = order if sigmas[-1] else min(order, len(sigmas) - 1 - i)
+        past = [*past, (s, e)][-used:]
+        before = x, s
+        x = x - s * e if t == 0 else carried(x, s, t, past)
+    close(make_plan("exp_abm_noise", Levels.from_sigmas(sigmas), order=order), x)
 
 
 def unified(x, s, t, past, new, sign, name):

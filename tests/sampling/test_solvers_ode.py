@@ -33,12 +33,12 @@ def test_heunpp2(sigmas):
     close(make_plan("heunpp2", Levels.from_sigmas(sigmas)), x)
 
 
-def multistep(sigmas, order, coefficients):
-    """x += step · (sum of coefficient · slope, newest first), first order into 0."""
+def multistep(sigmas, order, coefficients, to_the_end=False):
+    """x += step · (sum of coefficient · slope, newest first), first order into 0 unless told."""
     x, slopes = X, []
     for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
         slopes = [slope(x, s), *slopes][:order]
-        if t == 0:
+        if t == 0 and not to_the_end:
             return x - s * slopes[0]
         steps = [t - s, *(sigmas[k] - sigmas[k - 1] for k in range(i, 0, -1))]
         c = coefficients(len(slopes), steps)
@@ -59,7 +59,7 @@ def test_ipndm(sigmas, order):
 
     close(
         make_plan("ipndm", Levels.from_sigmas(sigmas), order=order),
-        multistep(sigmas, order, coefficients),
+        multistep(sigmas, order, coefficients, to_the_end=True),
     )
 
 
@@ -113,7 +113,7 @@ def test_gradient_estimation(sigmas, gamma):
     x, old = X, None
     for s, t in itertools.pairwise(sigmas):
         k = slope(x, s)
-        mean = k if old is None or t == 0 else gamma * k + (1 - gamma) * old
+        mean = k if old is None else gamma * k + (1 - gamma) * old
         x, old = x + (t - s) * mean, k
     close(make_plan("gradient_estimation", Levels.from_sigmas(sigmas), gamma=gamma), x)
 

@@ -184,7 +184,7 @@ def adams(nodes, values, s, t, rate):
     return total
 
 
-def sa_by_hand(order, eta, corrected, again, sigmas, low=0.0, high=1e9):
+def sa_by_hand(order, eta, corrected, again, sigmas, corrector=0):
     """Predictor and corrector each from the old state; the corrector uses the same noise."""
     x, predicted, past, n, old = X, X, [], len(sigmas) - 1, None
     for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
@@ -193,9 +193,9 @@ def sa_by_hand(order, eta, corrected, again, sigmas, low=0.0, high=1e9):
             x_old, before, rate, kick = old
             x = predicted
             if corrected:
-                most = min(order + 1, len(past) + 1)
+                most = min(corrector or order + 1, len(past) + 1)
                 if sigmas[-1] == 0:
-                    most = min(most, n - i)
+                    most = min(most, n - i + 2)
                 points = [*past, (-math.log(s), d)][-most:]
                 x = s / before * (before / s) ** -rate * x_old + kick
                 x = x + adams(*zip(*points, strict=True), before, s, rate)
@@ -205,8 +205,8 @@ def sa_by_hand(order, eta, corrected, again, sigmas, low=0.0, high=1e9):
             return d
         most = min(order, len(past))
         if sigmas[-1] == 0:
-            most = min(most, n - 1 - i)
-        rate = eta**2 if low <= t <= high else 0.0
+            most = min(most, n - i)
+        rate = eta**2
         kick = t * math.sqrt(1 - (s / t) ** (-2 * rate)) * 0.9 * Z[i]
         predicted = t / s * (s / t) ** -rate * x + kick
         predicted = predicted + adams(*zip(*past[-most:], strict=True), s, t, rate)
@@ -224,12 +224,16 @@ SA = {  # corrected, and its estimate made again
 @pytest.mark.parametrize("name", SA)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("eta", [0.6, 1.0])
+@pytest.mark.parametrize("corrector", [0, 1, 2, 4])
 @pytest.mark.parametrize("last", [None, -1], ids=["to 0", "above 0"])
-def test_sa_solver_by_hand(name, order, eta, last):
+def test_sa_solver_by_hand(name, order, eta, last, corrector):
+    if corrector and not SA[name][0]:
+        return
     sigmas = SIGMAS[:last]
-    expected = sa_by_hand(order, eta, *SA[name], sigmas)
-    levels = Levels.from_sigmas(sigmas)
-    assert np.abs(ours(name, levels, order=order, eta=eta, s_noise=0.9) - expected).max() <= 1e-10
+    expected = sa_by_hand(order, eta, *SA[name], sigmas, corrector)
+    options = {"corrector_order": corrector} if corrector else {}
+    found = ours(name, Levels.from_sigmas(sigmas), order=order, eta=eta, s_noise=0.9, **options)
+    assert np.abs(found - expected).max() <= 1e-10
 
 
 def test_sa_solver_s_noise_has_its_place():

@@ -30,6 +30,7 @@ from k_diffusion.utils.scheduler import (
     LinspaceScheduler,
     NormalScheduler,
     PolyexponentialScheduler,
+    RectifiedScheduler,
     ScaledLinearScheduler,
     SGMUniformScheduler,
     ShiftedCosineScheduler,
@@ -67,6 +68,12 @@ def test_polyexponential(n):
     ramp = np.linspace(1, 0, n) ** 2.5
     expected = np.exp(ramp * (math.log(HIGH) - math.log(LOW)) + math.log(LOW))
     close(PolyexponentialScheduler(LOW, HIGH, rho=2.5).levels(n), [*expected, 0.0])
+
+
+def test_rectified_is_even_in_flow_coordinates():
+    ends = LOW / (1 + LOW), HIGH / (1 + HIGH)
+    even = np.linspace(ends[1], ends[0], 9)
+    close(RectifiedScheduler(LOW, HIGH).levels(9), [*(even / (1 - even)), 0.0])
 
 
 def test_polyexponential_of_rho_1_is_exponential():

@@ -3,7 +3,8 @@ polynomial through the last ones, integrated exactly on uneven steps.
 
 A method of order 3 or 4 needs a start of sufficient order: one or two inner stages in the first
 interval. Those named `_low` do without (no evaluation more, and better for few steps), and are of
-order 2 at most; `deis` is the one on noise estimates.
+order 2 at most; `deis` is the one on noise estimates. `exp_abm_noise` corrects each step by the
+next answer (Adams-Bashforth-Moulton); on data estimates that is `sa_solver` with eta = 0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from k_diffusion.sampling.solvers.exponential import (
     Prediction,
     recent,
 )
+from k_diffusion.sampling.solvers.unipc import predict_and_correct
 from k_diffusion.utils.levels import Level
 
 SOURCE = "Hochbruck and Ostermann 2010, doi:10.1017/S0962492910000048, section 2.5"
@@ -96,3 +98,16 @@ def exp_ab_velocity_low(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> 
     """Exponential Adams-Bashforth on the velocity eps - d, whose order grows by one with each step
     from 1 on: one evaluation an interval, and order 2 by that start."""
     return (yield from _low(VELOCITY, x, levels, order))
+
+
+@solver(
+    order={1: 2, 2: 2, 3: 3, 4: 3},
+    source="Xue et al. 2023, arXiv:2309.05019, algorithm 1 with tau = 0, noise prediction",
+)
+def exp_abm_noise(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
+    """Exponential Adams-Bashforth-Moulton on noise estimates: predicts by the last `order`
+    estimates, and corrects by as many (two at least), the next answer among them (PEC).
+
+    The order grows by one with each step from 1 on, and falls again on the way to clean data.
+    """
+    return (yield from predict_and_correct(NOISE, None, x, levels, order, more=0))

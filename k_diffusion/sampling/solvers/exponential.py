@@ -175,6 +175,16 @@ def recent(past: list[Estimate], s: Level, t: Level, count: int) -> list[Estimat
     return kept[max(len(kept) - count, 0) :]
 
 
+def orders(levels: Any, order: int) -> list[int]:
+    """The order to use in each interval: on levels down to clean data it falls by one in each of
+    the last, to 1 in the one into it, where high orders would extrapolate over the longest steps.
+    """
+    n = len(levels) - 1
+    if levels[-1].sigma > 0:
+        return [order] * n
+    return [min(order, n - i) for i in range(n)]
+
+
 def third_order_terms(
     d: Expr, h: float, past: list[tuple[float, Expr]], lam: float
 ) -> tuple[Expr, Expr]:

@@ -97,8 +97,7 @@ def heunpp2(x: Expr, levels: Any, noise: Any) -> Trace:
 
 @solver(order=1, source="Permenter and Yuan 2023, arXiv:2306.04848, section 5")
 def gradient_estimation(x: Expr, levels: Any, noise: Any, *, gamma: float = 2.0) -> Trace:
-    """Gradient estimation: Euler's method with the slope gamma · this one + (1 - gamma) · the last;
-    an Euler step to sigma = 0.
+    """Gradient estimation: Euler's method with the slope gamma · this one + (1 - gamma) · the last.
 
     gamma = 1 is Euler, 1.5 on even steps Adams-Bashforth of order 2.
     """
@@ -107,7 +106,7 @@ def gradient_estimation(x: Expr, levels: Any, noise: Any, *, gamma: float = 2.0)
         d = yield x, s
         eps = noise_in(x, d, s)
         x = x + (t.alpha - s.alpha) * d + (t.sigma - s.sigma) * eps
-        if last is not None and t.sigma > 0:
+        if last is not None:
             x = x + (gamma - 1) * (t.alpha - s.alpha) * (d - last[0])
             x = x + (gamma - 1) * (t.sigma - s.sigma) * (eps - last[1])
         last = d, eps

@@ -100,15 +100,10 @@ def published_adams_bashforth(nodes: Sequence[float], end: float) -> list[float]
     return [h * c for c in reversed(parts)]
 
 
-def _with_last_euler(x: Expr, levels: Any, order: int, weights: Weights) -> Trace:
+def _checked(order: int) -> int:
     if order not in FIXED:
         raise ValueError(f"order must be 1 to {max(FIXED)}, got {order}")
-    history: list[Point] = []
-    for s, t in levels.pairs():
-        d = yield x, s
-        history = [*history, (s, d, noise_in(x, d, s))][-order:]
-        x = _step(x, history if t.sigma > 0 else history[-1:], t, weights)
-    return x
+    return order
 
 
 @solver(
@@ -116,12 +111,16 @@ def _with_last_euler(x: Expr, levels: Any, order: int, weights: Weights) -> Trac
     source="Zhang and Chen 2022, arXiv:2204.13902, improved PNDM, appendix H",
 )
 def ipndm(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
-    """iPNDM: Adams-Bashforth with the coefficients of even steps, at every spacing of the levels;
-    an Euler step to sigma = 0.
+    """iPNDM: Adams-Bashforth with the coefficients of even steps, at every spacing of the levels.
 
     Of order 2 where the ratio of two steps tends to 1 (a smooth schedule), otherwise 1.
     """
-    return (yield from _with_last_euler(x, levels, order, even_adams_bashforth))
+    history: list[Point] = []
+    for s, t in levels.pairs():
+        d = yield x, s
+        history = [*history, (s, d, noise_in(x, d, s))][-_checked(order) :]
+        x = _step(x, history, t, even_adams_bashforth)
+    return x
 
 
 @solver(
@@ -134,4 +133,10 @@ def ipndm_v(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
     Of order 2: its second and third differences have other weights than a Taylor expansion gives
     them (`lms` has the right ones), and it starts with order 1.
     """
-    return (yield from _with_last_euler(x, levels, order, published_adams_bashforth))
+    history: list[Point] = []
+    for s, t in levels.pairs():
+        d = yield x, s
+        history = [*history, (s, d, noise_in(x, d, s))][-_checked(order) :]
+        used = history if t.sigma > 0 else history[-1:]
+        x = _step(x, used, t, published_adams_bashforth)
+    return x

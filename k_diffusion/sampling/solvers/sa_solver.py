@@ -61,7 +61,11 @@ class _Adams:
         eta: float,
         s_noise: float,
         span: tuple[float, float],
+        corrector_order: int = 0,
     ) -> None:
+        if corrector_order < 0:
+            raise ValueError(f"corrector_order must be 0 or more, got {corrector_order}")
+        self._known = (corrector_order or order + 1) - 1
         if not 0 <= span[0] <= span[1]:
             raise ValueError(f"s_tmin must lie in [0, s_tmax], got {span[0]} and {span[1]}")
         self._noise, self._order, self._eta = noise, order, eta
@@ -73,14 +77,14 @@ class _Adams:
 
     def remember(self, d: Expr, s: Level) -> None:
         """Begins a step at s, where the estimate is d."""
-        self._estimates = [*self._estimates, (s.half_log_snr, d)][-self._order :]
+        self._estimates = [*self._estimates, (s.half_log_snr, d)][-max(self._order, self._known) :]
 
     def predict(self, x: Expr, s: Level, t: Level) -> Expr:
         """The step from s to t."""
         self._left -= 1
         if not t.sigma > 0:
             return t.alpha * self._estimates[-1][1]  # no polynomial reaches infinite log-SNR
-        order = min(self._order, self._left - 1) if self._ends_clean else self._order
+        order = min(self._order, self._left) if self._ends_clean else self._order
         low, high = self._span
         rate = self._eta**2 if low <= t.ratio <= high else 0.0
         decay, up = sde_scales(s, t, rate)
@@ -97,7 +101,7 @@ class _Adams:
         if self._last is None:
             return x
         before, t, rate, used = self._last
-        known = min(self._order, self._left - 2) if self._ends_clean else self._order
+        known = min(self._known, self._left) if self._ends_clean else self._known
         estimates = [*self._estimates, (s.half_log_snr, d)][-known - 1 :]
         added = _integral(estimates, before, t, rate) - _integral(used, before, t, rate)
         return x + (s.alpha / t.alpha) * added  # churn may have led on from t to s
@@ -135,10 +139,11 @@ def sa_solver(
     s_noise: float = 1.0,
     s_tmin: float = 0.0,
     s_tmax: float = 1e9,
+    corrector_order: int = 0,
 ) -> Trace:
-    """SA-Solver: stochastic Adams-Bashforth, corrected by the estimate that the next step needs
-    anyway (PEC); the corrector's order is one more than the predictor's `order`."""
-    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax))
+    """SA-Solver: stochastic Adams-Bashforth of `order`, corrected by the estimate that the next
+    step needs anyway (PEC), through `corrector_order` estimates (0: one more than `order`)."""
+    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax), corrector_order)
     for s, t in levels.pairs():
         d = yield x, s
         x = adams.correct(x, d, s)
@@ -158,9 +163,10 @@ def sa_solver_pece(
     s_noise: float = 1.0,
     s_tmin: float = 0.0,
     s_tmax: float = 1e9,
+    corrector_order: int = 0,
 ) -> Trace:
     """SA-Solver with a new estimate at each corrected state (PECE): two calls a step."""
-    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax))
+    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax), corrector_order)
     for i, (s, t) in enumerate(levels.pairs()):
         d = yield x, s
         if i > 0:

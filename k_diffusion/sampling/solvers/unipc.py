@@ -23,12 +23,14 @@ from k_diffusion.sampling.solvers.exponential import (
     NOISE,
     Estimate,
     LogSnrPrediction,
+    orders,
     recent,
 )
 from k_diffusion.utils.levels import Level
 
 SOURCE = "Zhao et al. 2023, arXiv:2302.04867, algorithms 1 and 2"
-B = Callable[[float], float]
+B = Callable[[float], float] | None
+"""B(h), or None for the weights of the line through the two estimates."""
 
 
 def b1(z: float) -> float:
@@ -49,7 +51,7 @@ def _weights(
         weights = [0.0] * len(nodes)
         weights[origin] = prediction.constant(s, t)
         return weights
-    if len(nodes) > 2:
+    if len(nodes) > 2 or b is None:
         return prediction.weights(nodes, s, t)
     h = t.half_log_snr - s.half_log_snr
     share = _share(nodes[1 - origin], s, t)
@@ -67,35 +69,40 @@ def _predict(
     prediction: LogSnrPrediction, b: B, x: Expr, levels: Any, order: int
 ) -> Generator[tuple[Expr, Level], Any, Expr]:
     past: list[Estimate] = []
-    for s, t in levels.pairs():
+    for (s, t), k in zip(levels.pairs(), orders(levels, order), strict=True):
         d = yield x, s
-        past = [*recent(past, s, t, order - 1), (s, prediction.estimate(x, d, s))]
+        past = [*recent(past, s, t, k - 1), (s, prediction.estimate(x, d, s))]
         weights = _weights(prediction, b, [p for p, _ in past], len(past) - 1, s, t)
         parts = (w * e for w, (_, e) in zip(weights, past, strict=True))
         x = prediction.scale(s, t) * x + sum(parts)
     return x
 
 
-def _predict_and_correct(
-    prediction: LogSnrPrediction, b: B, x: Expr, levels: Any, order: int
+def predict_and_correct(
+    prediction: LogSnrPrediction, b: B, x: Expr, levels: Any, order: int, more: int = 1
 ) -> Generator[tuple[Expr, Level], Any, Expr]:
+    """Multistep PEC: predicts by the last `order` estimates, and corrects by `order + more` of
+    them, the last of which is the answer for the predicted state."""
     past: list[Estimate] = []
     predicted: list[float] = []
     step: tuple[Level, Level] | None = None
-    for s, t in levels.pairs():
+    used = 0
+    for (s, t), k in zip(levels.pairs(), orders(levels, order), strict=True):
         d = yield x, s
         e = prediction.estimate(x, d, s)
         # The answer may be at a noisier level than the prediction's (churn): it corrects where it
         # still lies in the latter half of the step, and is not needed nearer to the old answer.
         if step is not None and _share(s, *step) >= 0.5:
-            nodes = [*(p for p, _ in past), s]
-            better = _weights(prediction, b, nodes, len(past) - 1, *step)
+            skipped = max(len(past) - max(used + more - 1, 1), 0)
+            nodes = [*(p for p, _ in past[skipped:]), s]
+            better = _weights(prediction, b, nodes, len(nodes) - 2, *step)
+            better = [0.0] * skipped + better
             changes = [w - v for w, v in zip(better, predicted, strict=False)]
             changes.append(-fsum(changes))  # so that equal estimates correct nothing, exactly
             estimates = [*(q for _, q in past), e]
             parts = (c * q for c, q in zip(changes, estimates, strict=True))
             x = x + (s.alpha / step[1].alpha) * sum(parts)
-        past = [*recent(past, s, t, order - 1), (s, e)]
+        past, used = [*recent(past, s, t, k - 1), (s, e)], k
         predicted = _weights(prediction, b, [p for p, _ in past], len(past) - 1, s, t)
         parts = (w * q for w, (_, q) in zip(predicted, past, strict=True))
         x = prediction.scale(s, t) * x + sum(parts)
@@ -107,22 +114,22 @@ def _predict_and_correct(
 def unipc(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     """UniPC on data estimates: a multistep predictor, corrected by the next step's answer.
 
-    The order grows by one with each step from 1 on. The last state is predicted only, and with it
-    the order given.
+    The order grows by one with each step from 1 on, and on the way to clean data (sigma = 0) falls
+    again. The last state is predicted only, and with it the order given.
     """
-    return (yield from _predict_and_correct(DATA, b2, x, levels, order))
+    return (yield from predict_and_correct(DATA, b2, x, levels, order))
 
 
 @solver(order={1: 2, 2: 3, 3: 3}, source=f"{SOURCE}, B1(h)")
 def unipc_bh1(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     """UniPC on data estimates with B1(h): other than `unipc` in its first steps and order 1."""
-    return (yield from _predict_and_correct(DATA, b1, x, levels, order))
+    return (yield from predict_and_correct(DATA, b1, x, levels, order))
 
 
 @solver(order={1: 2, 2: 3, 3: 3}, source=f"{SOURCE}, B2(h), noise prediction")
 def unipc_noise(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     """UniPC on noise estimates: a multistep predictor, corrected by the next step's answer."""
-    return (yield from _predict_and_correct(NOISE, b2, x, levels, order))
+    return (yield from predict_and_correct(NOISE, b2, x, levels, order))
 
 
 @solver(order={1: 1, 2: 2, 3: 2}, source=f"{SOURCE}, B2(h), predictor alone")

@@ -101,6 +101,30 @@ class ExponentialScheduler(SigmaRange):
 
 
 @dataclass(frozen=True)
+class RectifiedScheduler(SigmaRange):
+    """Even steps in sigma / (1 + sigma), the sigma of flow coordinates, then 0.
+
+    The levels of an unshifted flow for a variance-exploding model, whose sigma has an end.
+
+    Args:
+        sigma_min: last noise level above 0, in data units; None: the model's, or 0.002.
+        sigma_max: first noise level, in data units; None: the model's, or 80.
+    """
+
+    name: ClassVar[str] = "rectified"
+    source: ClassVar[str] = "Liu et al. 2022, arXiv:2209.03003, its even times"
+
+    def half_log_snr(self, time: Any) -> Any:
+        low, high = (sigma / (1 + sigma) for sigma in self._ends)
+        u = low * (1 - time) + high * time
+        return maths.log(1 - u) - maths.log(u)
+
+    def time(self, half_log_snr: Any) -> Any:
+        low, high = (sigma / (1 + sigma) for sigma in self._ends)
+        return maths.clamp((FLOW.sigma(half_log_snr) - low) / (high - low), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
 class PolyexponentialScheduler(SigmaRange):
     """Steps in log sigma that go as a power of even ones, then 0.
 
