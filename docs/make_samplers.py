@@ -26,6 +26,7 @@ weak order, on Gaussian data. Where a method has an option `order`, there is one
 value. *Calls* are calls of the model a step. *Live* is the most state-sized tensors that a run
 holds at once.
 
+Those named `_cfg_pp` take two estimates from the denoiser, the guided and the unconditional one.
 Every sampler takes levels on any path, ending at 0 or above it; from pure noise its first step is
 one of DDIM. What one cannot do it refuses by name.
 
@@ -34,17 +35,29 @@ one of DDIM. What one cannot do it refuses by name.
 """
 
 
+TAIL = """
+Those of adaptive steps choose their levels themselves, for each sample of a batch: the scheduler
+gives the range. Both results of each pair have their orders on fixed steps, and the error goes down
+with the tolerance, as `tests/sampling/test_adaptive.py` measures.
+"""
+
+
 def measure() -> dict[str, list[str]]:
     """The least measured order of every variant of every solver."""
     sys.path.insert(0, str(HOST))
     from host import slopes
 
-    from k_diffusion.sampling import SOLVERS
+    from k_diffusion.sampling import ADAPTIVE, SOLVERS
 
-    return {
-        name: [f"{min(slopes(solver, **o).values()):.1f}" for o, _, _ in solver.variants]
+    orders = {
+        name: [
+            f"{abs(min(slopes(solver, **o).values())):.1f}"  # no -0.0
+            for o, _, _ in solver.variants
+        ]
         for name, solver in SOLVERS.items()
     }
+    # Their formulas on fixed steps have their order by tests/sampling/test_adaptive.py.
+    return orders | {name: ["see below"] for name in ADAPTIVE}
 
 
 def documented() -> dict[str, list[str]]:
@@ -59,11 +72,13 @@ def page(measured: Mapping[str, list[str]]) -> str:
         options = ", ".join(f"`{k}={v}`" for k, v in row.options.items())
         cells = [
             f"`{row.name}`", ", ".join(map(str, row.claimed)),
-            ", ".join(measured.get(row.name, ["not measured"])), row.evaluations_per_step,
-            "yes" if row.stochastic else "", row.live_tensors, options, row.summary, row.source,
+            ", ".join(measured.get(row.name, ["not measured"])),
+            row.evaluations_per_step or "adaptive",
+            "yes" if row.stochastic else "", row.live_tensors or "", options, row.summary,
+            row.source,
         ]  # fmt: skip
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |\n")
-    return HEAD + "".join(lines)
+    return HEAD + "".join(lines) + TAIL
 
 
 def main() -> None:

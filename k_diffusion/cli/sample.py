@@ -71,13 +71,13 @@ class Sample:
         self._check()
         import torch
 
-        from k_diffusion.sampling import NOISES, KSampler, get_solver
+        from k_diffusion.sampling import NOISES, KSampler, find_solver
         from k_diffusion.training.checkpoint import load_denoiser
         from k_diffusion.utils.maths import unknown
         from k_diffusion.utils.scheduler import make_scheduler
 
         with as_usage():
-            solver = get_solver(self.sampler)
+            solver = find_solver(self.sampler)
             if self.noise not in NOISES:
                 raise ValueError(unknown("noise", self.noise, NOISES))
             churn, options = _split_churn(self.sampler_options, solver.options)

@@ -16,11 +16,11 @@ class Row:
     """True order of convergence, with default options."""
     claimed: list[int]
     """The order that its name gives it; one for each value of its option `order`, if it has one."""
-    evaluations_per_step: int
-    """Calls of the model a step, away from the run's ends."""
+    evaluations_per_step: int | None
+    """Calls of the model a step, away from the run's ends; None: adaptive steps."""
     stochastic: bool
-    live_tensors: int
-    """The most state-sized tensors that a run holds at once."""
+    live_tensors: int | None
+    """The most state-sized tensors that a run holds at once; None: adaptive steps."""
     source: str
     summary: str
     options: dict[str, Any]
@@ -42,8 +42,9 @@ class Samplers:
 
 
 def sampler_rows() -> list[Row]:
-    """One row a registered sampler, in order of registration; measured on traced plans."""
-    from k_diffusion.sampling import SOLVERS, make_plan
+    """One row a registered sampler, in order of registration, measured on traced plans; then those
+    of adaptive steps."""
+    from k_diffusion.sampling import ADAPTIVE, SOLVERS, make_plan
     from k_diffusion.utils.scheduler import KarrasScheduler
 
     rows = []
@@ -62,6 +63,16 @@ def sampler_rows() -> list[Row]:
                 dict(solver.options),
             )
         )
+    for name, adaptive in ADAPTIVE.items():
+        pair = adaptive.pair
+        summary = (
+            f"Adaptive steps for each sample, by the difference of its orders {pair.order} and "
+            f"{pair.order - 1} ({len(pair.nodes) - pair.carries} calls a step)."
+        )
+        options = dict(adaptive.options)
+        rows.append(
+            Row(name, pair.order, [pair.order], None, False, None, pair.source, summary, options)
+        )
     return rows
 
 
@@ -70,7 +81,9 @@ def table(rows: list[Row]) -> str:
     lines = [("sampler", "order", "calls/step", "noise", "live", "source")]
     for row in rows:
         noise = "yes" if row.stochastic else "no"
-        numbers = (str(row.order), str(row.evaluations_per_step), noise, str(row.live_tensors))
+        calls = "adaptive" if row.evaluations_per_step is None else str(row.evaluations_per_step)
+        live = "" if row.live_tensors is None else str(row.live_tensors)
+        numbers = (str(row.order), calls, noise, live)
         lines.append((row.name, *numbers, row.source))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(

@@ -52,7 +52,7 @@ from k_diffusion.sampling.compat_tools import (
 )
 from k_diffusion.sampling.dpm_solver import DPMSolver
 from k_diffusion.sampling.engine import Run
-from k_diffusion.sampling.ksampler import NOISES, KSampler
+from k_diffusion.sampling.ksampler import NOISES, KSampler, find_solver
 from k_diffusion.sampling.likelihood import (
     ExactTrace,
     HutchinsonTrace,
@@ -101,6 +101,7 @@ __all__ = [
     "append_zero",
     "bits_per_dimension",
     "default_noise_sampler",
+    "find_solver",
     "get_ancestral_step",
     "get_sigmas_exponential",
     "get_sigmas_karras",

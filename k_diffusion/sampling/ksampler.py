@@ -88,7 +88,7 @@ class KSampler:
         if chosen is None:
             chosen = process or usual
         self.scheduler: Scheduler = chosen.within(usual if process is None else process)
-        self.solver: Solver | AdaptiveSolver = _solver(solver)
+        self.solver: Solver | AdaptiveSolver = find_solver(solver)
         self.solver.check_options(options)
         self.options = options
         self.churn = churn
@@ -347,7 +347,12 @@ def _whole(value: Any) -> Any:
         return value
 
 
-def _solver(name: Solver | AdaptiveSolver | str) -> Solver | AdaptiveSolver:
+def find_solver(name: Solver | AdaptiveSolver | str) -> Solver | AdaptiveSolver:
+    """A registered solver of fixed or of adaptive steps; a solver passes through.
+
+    Raises:
+        ValueError: unknown name (the nearest known one is offered).
+    """
     if isinstance(name, (Solver, AdaptiveSolver)):
         return name
     known: dict[str, Solver | AdaptiveSolver] = {**SOLVERS, **ADAPTIVE}
