@@ -177,6 +177,11 @@ def library(folder: Path) -> Library:
         endings = ends or ("clean", "open")
         if full:
             name, endings = f"{name}, full order to the end", ("open",)
+        elif like and "lower_order_final" in known:
+            # By default the order falls at the end; DPM-Solver++ and DEIS do so under 15 steps.
+            like = f"{like} end_order=1" + f" | {like}" * (
+                "euler_at_final" in known or "DEIS" in kind
+            )
         methods.append(Method(name, like, exact, None if full else quick_for(make), endings, noisy))
 
     add("Euler", exploding_, "EulerDiscrete", "euler")
@@ -211,7 +216,8 @@ def library(folder: Path) -> Library:
         for order in (1, 2, 3, 4):
             for data in ("data", "noise"):
                 like = f"sa_solver order={order} corrector_order={order}"
-                like = like if data == "data" else f"exp_abm_noise order={order}"
+                if data == "noise":  # ours corrects by two estimates at least
+                    like = f"exp_abm_noise order={order}" if order > 1 else ""
                 add(f"SASolver order {order} {data}, tau 0", preserving, "SASolver", like,
                     full=full, ends=("open",), predictor_order=order, corrector_order=order,
                     algorithm_type=f"{data}_prediction", tau_func=lambda t: 0)  # fmt: skip

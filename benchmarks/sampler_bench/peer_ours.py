@@ -27,7 +27,9 @@ NOISES = {"eta": 0.0, "tau": 0.0}
 
 
 def orders_of(options: Mapping[str, Any]) -> dict[str, int]:
-    return {k: v for k, v in options.items() if "order" in k and isinstance(v, int)}
+    """The options that are orders; `end_order` where it is not left at 0."""
+    found = {k: v for k, v in options.items() if "order" in k and isinstance(v, int)}
+    return {k: v for k, v in found.items() if k != "end_order" or v}
 
 
 def label_of(name: str, options: Mapping[str, Any]) -> str:
@@ -42,7 +44,10 @@ def choices(name: str) -> list[dict[str, Any]]:
     own = {k: solver.options[k] for k in orders}
     tried = [dict.fromkeys(orders, k) for k in range(1, 5)] if orders else []
     found = []
-    for values in [own, *(v for v in tried if v != own)]:
+    tried = [own, *(v for v in tried if v != own)]
+    if "end_order" in solver.options:
+        tried += [{**values, "end_order": 1} for values in tried]
+    for values in tried:
         options = {**quiet, **values}
         try:
             plan = make_plan(solver, EDM.levels(8), **options)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sampler_bench.summary import OURS
+from sampler_bench.summary import OURS, as_called
 
 COLOURS = {
     OURS: "#d1342f",
@@ -270,8 +270,8 @@ def draw_times(results: dict[str, Any], path: Path) -> None:
     names = sorted({r["like"] for r in rows if r["library"] == OURS}, reverse=True)
     figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.32 * len(names)), layout="constrained")
     for library in COLOURS:
-        points = [(r["microseconds"], names.index(r["like"])) for r in rows
-                  if r["library"] == library and r["like"] in names
+        points = [(r["microseconds"], names.index(as_called(r["like"]))) for r in rows
+                  if r["library"] == library and as_called(r["like"]) in names
                   and not r["method"].endswith("refinable path")]  # fmt: skip
         if points:
             axes.plot(*zip(*points, strict=True), MARKS[library], color=COLOURS[library], ms=7,

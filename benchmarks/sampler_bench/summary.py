@@ -55,11 +55,22 @@ def best(rows: Sequence[Row]) -> list[Row]:
     return list(cases.values())
 
 
+def counterpart(row: Row) -> str:
+    """The method of ours that a row has the formula of; of "a | b" b from 15 evaluations on."""
+    under, _, later = row["like"].partition(" | ")
+    return later if later and row["budget"] >= 15 else under
+
+
+def as_called(like: str) -> str:
+    """The same without an order that falls at the end, which costs nothing."""
+    return like.partition(" | ")[0].removesuffix(" end_order=1")
+
+
 def pairs(rows: Sequence[Row]) -> list[Row]:
     """Ours against each peer's method of the same formula, on the same levels."""
 
     def key_of(row: Row) -> tuple[Any, ...]:
-        return tuple(row[k] for k in ("like", "problem", "ending", "schedule", "budget"))
+        return counterpart(row), *(row[k] for k in ("problem", "ending", "schedule", "budget"))
 
     ours: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
     for row in rows:
@@ -103,7 +114,9 @@ def of_costs(rows: Sequence[Row]) -> list[Row]:
     """As measured; ours beside the least of the peers."""
     for row in rows:
         if row["library"] == OURS:
-            theirs = [r for r in rows if r["like"] == row["like"] and r["library"] != OURS]
+            theirs = [
+                r for r in rows if as_called(r["like"]) == row["like"] and r["library"] != OURS
+            ]
             row["least of theirs"] = {
                 key: min(r[key] for r in theirs) for key in ("live", "waits a step")
             }
@@ -124,7 +137,8 @@ def of_times(rows: Sequence[Row]) -> dict[str, Any]:
         theirs = [
             r
             for r in rows
-            if r["library"] in rivals and (r["like"], r["shape"]) == (row["like"], row["shape"])
+            if r["library"] in rivals
+            and (as_called(r["like"]), r["shape"]) == (row["like"], row["shape"])
         ]
         if row["library"] != OURS or not theirs:
             continue

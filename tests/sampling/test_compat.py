@@ -70,7 +70,7 @@ SIGNATURES = {
     "sample_dpmpp_3m_sde": LEAD + STOCHASTIC + ")",
     "sample_dpm_fast": "(model, x, sigma_min, sigma_max, n, extra_args=None, callback=None, "
     "disable=None, eta=0.0, s_noise=1.0, noise_sampler=None)",
-    "sample_deis": LEAD + ", order=3" + CHURN,
+    "sample_deis": LEAD + ", order=3, end_order=0" + CHURN,
     "sample_ddim": LEAD + ", eta=0.0, noise_sampler=None)",
     "sample_dpmpp_2m_sde_heun": LEAD + STOCHASTIC + ")",
 }

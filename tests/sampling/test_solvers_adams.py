@@ -136,23 +136,45 @@ def test_a_thousand_steps_keep_their_digits(name, path):
 
 
 @GRIDS
+@pytest.mark.parametrize("end_order", [0, 1, 2])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(
     ("name", "estimate", "sign"),
     [("unipc", model, -1), ("unipc_bh1", model, -1), ("unipc_noise", slope, 1)],
 )
-def test_unipc(name, estimate, sign, order, sigmas):
+def test_unipc(name, estimate, sign, order, end_order, sigmas):
     """Algorithms 1 and 2 of the authors, who hold the old state."""
     x, past, before = X, [], None
     for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
         e = estimate(x, s)
         if before is not None:
             x = unified(*before, s, past, e, sign, name)
-        left = len(sigmas) - 1 - i  # their `lower_order_final`, where the end is clean
-        past = [*past, (s, e)][-(order if sigmas[-1] else min(order, left)) :]
+        # Their `lower_order_final`: by itself where the end is clean.
+        last = end_order or (order if sigmas[-1] else 1)
+        past = [*past, (s, e)][-min(order, last + len(sigmas) - 2 - i) :]
         before = x, s
         x = unified(x, s, t, past, None, sign, name)
-    close(make_plan(name, Levels.from_sigmas(sigmas), order=order), x)
+    close(make_plan(name, Levels.from_sigmas(sigmas), order=order, end_order=end_order), x)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "full"),
+    [("dpmpp_2m", {}, 2), ("dpmpp_2m_heun", {}, 2), ("dpmpp_3m", {}, 3)]
+    + [("deis", {"order": k}, k) for k in (1, 2, 3, 4)],
+)
+def test_the_order_falls_to_end_order(name, options, full):
+    """The last interval is a step of that order: with 1 one of DDIM, after a way whose order falls
+    to 2; with the full order, or 0, nothing falls."""
+    levels = Levels.from_sigmas(UNEVEN[:-1])
+    plan = make_plan(name, levels, end_order=1, **options)
+    s, t = levels.sigmas[-2:]
+    before = run(make_plan(name, levels[:-1], end_order=2, **options))
+    assert np.abs(run(plan) - (t / s * before + (1 - t / s) * model(before, s))).max() <= 1e-12
+    whole = run(make_plan(name, levels, **options))
+    assert np.abs(whole - run(make_plan(name, levels, end_order=full, **options))).max() == 0
+    assert (np.abs(whole - run(plan)).max() > 1e-6) == (full > 1)
+    with pytest.raises(ValueError, match="end_order must be 0 or more, got -1"):
+        make_plan(name, levels, end_order=-1, **options)
 
 
 @GRIDS

@@ -184,9 +184,10 @@ def adams(nodes, values, s, t, rate):
     return total
 
 
-def sa_by_hand(order, eta, corrected, again, sigmas, corrector=0):
+def sa_by_hand(order, eta, corrected, again, sigmas, corrector=0, end=0):
     """Predictor and corrector each from the old state; the corrector uses the same noise."""
     x, predicted, past, n, old = X, X, [], len(sigmas) - 1, None
+    end = end or (99 if sigmas[-1] else 1)
     for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
         d = d_of(predicted, s)
         if i > 0:
@@ -194,8 +195,7 @@ def sa_by_hand(order, eta, corrected, again, sigmas, corrector=0):
             x = predicted
             if corrected:
                 most = min(corrector or order + 1, len(past) + 1)
-                if sigmas[-1] == 0:
-                    most = min(most, n - i + 2)
+                most = min(most, n - i + 1 + end)
                 points = [*past, (-math.log(s), d)][-most:]
                 x = s / before * (before / s) ** -rate * x_old + kick
                 x = x + adams(*zip(*points, strict=True), before, s, rate)
@@ -204,8 +204,7 @@ def sa_by_hand(order, eta, corrected, again, sigmas, corrector=0):
         if t == 0:
             return d
         most = min(order, len(past))
-        if sigmas[-1] == 0:
-            most = min(most, n - i)
+        most = min(most, n - 1 - i + end)
         rate = eta**2
         kick = t * math.sqrt(1 - (s / t) ** (-2 * rate)) * 0.9 * Z[i]
         predicted = t / s * (s / t) ** -rate * x + kick
@@ -232,8 +231,18 @@ def test_sa_solver_by_hand(name, order, eta, last, corrector):
     sigmas = SIGMAS[:last]
     expected = sa_by_hand(order, eta, *SA[name], sigmas, corrector)
     options = {"corrector_order": corrector} if corrector else {}
+    if order == 4:  # falls on any levels
+        options["end_order"] = 1
+        expected = sa_by_hand(order, eta, *SA[name], sigmas, corrector, end=1)
     found = ours(name, Levels.from_sigmas(sigmas), order=order, eta=eta, s_noise=0.9, **options)
     assert np.abs(found - expected).max() <= 1e-10
+
+
+def test_sa_solver_refuses_orders_below_0():
+    levels = Levels.from_sigmas(SIGMAS)
+    for option in ("end_order", "corrector_order"):
+        with pytest.raises(ValueError, match=f"{option} must be 0 or more, got -1"):
+            make_plan("sa_solver", levels, **{option: -1})
 
 
 def test_sa_solver_s_noise_has_its_place():

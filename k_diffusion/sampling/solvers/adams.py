@@ -104,10 +104,10 @@ def exp_ab_velocity_low(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> 
     order={1: 2, 2: 2, 3: 3, 4: 3},
     source="Xue et al. 2023, arXiv:2309.05019, algorithm 1 with tau = 0, noise prediction",
 )
-def exp_abm_noise(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
+def exp_abm_noise(x: Expr, levels: Any, noise: Any, *, order: int = 3, end_order: int = 0) -> Trace:
     """Exponential Adams-Bashforth-Moulton on noise estimates: predicts by the last `order`
     estimates, and corrects by as many (two at least), the next answer among them (PEC).
 
     The order grows by one with each step from 1 on, and falls again on the way to clean data.
     """
-    return (yield from predict_and_correct(NOISE, None, x, levels, order, more=0))
+    return (yield from predict_and_correct(NOISE, None, x, levels, order, end_order, more=0))

@@ -11,7 +11,7 @@ from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
-from k_diffusion.sampling.solvers.exponential import NOISE, Estimate, noise_step
+from k_diffusion.sampling.solvers.exponential import NOISE, Estimate, noise_step, orders
 from k_diffusion.sampling.solvers.linear import noise_in
 from k_diffusion.utils.maths import lagrange_integrals
 
@@ -19,16 +19,17 @@ SOURCE = "Zhang and Chen 2022, arXiv:2204.13902"
 
 
 @solver(order={1: 1, 2: 2, 3: 2, 4: 2}, source=f"{SOURCE}, polynomials in log rho")
-def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
+def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3, end_order: int = 0) -> Trace:
     """DEIS in log-SNR: exponential Adams-Bashforth on the noise estimate.
 
     The order grows by one with each step from 1 on; that start makes the method one of order 2.
+    With `end_order` it falls to that in the last interval, by one in each before.
     `exp_ab_noise` is the same with a start that keeps the order.
     """
     past: list[Estimate] = []
-    for s, t in levels.pairs():
+    for (s, t), k in zip(levels.pairs(), orders(levels, order, end_order, False), strict=True):
         d = yield x, s
-        past = [*past, (s, noise_in(x, d, s))][-order:]
+        past = [*past, (s, noise_in(x, d, s))][-k:]
         x = NOISE.step(x, past, s, t)
     return x
 

@@ -175,14 +175,18 @@ def recent(past: list[Estimate], s: Level, t: Level, count: int) -> list[Estimat
     return kept[max(len(kept) - count, 0) :]
 
 
-def orders(levels: Any, order: int) -> list[int]:
-    """The order to use in each interval: on levels down to clean data it falls by one in each of
-    the last, to 1 in the one into it, where high orders would extrapolate over the longest steps.
+def orders(levels: Any, order: int, end_order: int = 0, falls: bool = True) -> list[int]:
+    """The order to use in each interval: at the end it falls by one in each, to `end_order` in the
+    last one.
+
+    High orders extrapolate badly over last steps that are long in log-SNR. With end_order 0 the
+    order falls only on levels down to clean data (to 1), and only where it `falls` by itself.
     """
+    if end_order < 0:
+        raise ValueError(f"end_order must be 0 or more, got {end_order}")
     n = len(levels) - 1
-    if levels[-1].sigma > 0:
-        return [order] * n
-    return [min(order, n - i) for i in range(n)]
+    last = end_order or (1 if falls and not levels[-1].sigma > 0 else order)
+    return [min(order, last + n - 1 - i) for i in range(n)]
 
 
 def third_order_terms(

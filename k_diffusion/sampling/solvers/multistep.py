@@ -8,17 +8,26 @@ from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
-from k_diffusion.sampling.solvers.exponential import DATA, Estimate, data_step, third_order_terms
+from k_diffusion.sampling.solvers.exponential import (
+    DATA,
+    Estimate,
+    data_step,
+    orders,
+    third_order_terms,
+)
 
 
 @solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, algorithm 2")
-def dpmpp_2m(x: Expr, levels: Any, noise: Any) -> Trace:
-    """DPM-Solver++(2M): extrapolates the data estimate from the last two."""
+def dpmpp_2m(x: Expr, levels: Any, noise: Any, *, end_order: int = 0) -> Trace:
+    """DPM-Solver++(2M): extrapolates the data estimate from the last two.
+
+    With end_order = 1 it does not in the last interval.
+    """
     last: tuple[Expr, float] | None = None
-    for s, t in levels.pairs():
+    for (s, t), k in zip(levels.pairs(), orders(levels, 2, end_order, False), strict=True):
         d = yield x, s
         e = d
-        if last is not None and t.sigma > 0:
+        if last is not None and k > 1 and t.sigma > 0:
             h = t.half_log_snr - s.half_log_snr
             e = d + h / (2 * (s.half_log_snr - last[1])) * (d - last[0])
         x = data_step(x, e, s, t)
@@ -27,14 +36,14 @@ def dpmpp_2m(x: Expr, levels: Any, noise: Any) -> Trace:
 
 
 @solver(order=2, source="Lu et al. 2022, arXiv:2211.01095, as in its published code, Heun form")
-def dpmpp_2m_heun(x: Expr, levels: Any, noise: Any) -> Trace:
+def dpmpp_2m_heun(x: Expr, levels: Any, noise: Any, *, end_order: int = 0) -> Trace:
     """DPM-Solver++(2M), Heun form: the difference of the last two data estimates gets the weight
     that integrates their line exactly, where `dpmpp_2m` takes its value half-way."""
     last: tuple[Expr, float] | None = None
-    for s, t in levels.pairs():
+    for (s, t), k in zip(levels.pairs(), orders(levels, 2, end_order, False), strict=True):
         d = yield x, s
         step = data_step(x, d, s, t)
-        if last is not None and t.sigma > 0:
+        if last is not None and k > 1 and t.sigma > 0:
             h = t.half_log_snr - s.half_log_snr
             slope = (d - last[0]) / (s.half_log_snr - last[1])
             step = step + t.alpha * (h + expm1(-h)) * slope
@@ -44,17 +53,20 @@ def dpmpp_2m_heun(x: Expr, levels: Any, noise: Any) -> Trace:
 
 
 @solver(order=2, claimed=3, source="Lu et al. 2022, arXiv:2211.01095, as in its published code")
-def dpmpp_3m(x: Expr, levels: Any, noise: Any) -> Trace:
+def dpmpp_3m(x: Expr, levels: Any, noise: Any, *, end_order: int = 0) -> Trace:
     """DPM-Solver++(3M) as it is in use: of order 2, since its second difference has half the
-    weight that a Taylor expansion gives it; `exp_ab` has order 3."""
+    weight that a Taylor expansion gives it; `exp_ab` has order 3.
+
+    With `end_order` the order falls to that in the last interval, by one in each before.
+    """
     past: list[tuple[float, Expr]] = []
-    for s, t in levels.pairs():
+    for (s, t), k in zip(levels.pairs(), orders(levels, 3, end_order, False), strict=True):
         d = yield x, s
         step = data_step(x, d, s, t)
-        if past and t.sigma > 0:
+        if past and k > 1 and t.sigma > 0:
             h = t.half_log_snr - s.half_log_snr
             phi2 = expm1(-h) / h + 1
-            if len(past) == 1:
+            if len(past) == 1 or k == 2:
                 r = (s.half_log_snr - past[-1][0]) / h
                 step = step + t.alpha * phi2 * (d - past[-1][1]) / r
             else:

@@ -8,7 +8,8 @@ of the step too.
 
 tau is `eta` where sigma / alpha at the end of a step lies in [s_tmin, s_tmax], and 0 (the
 probability-flow ODE) elsewhere; the variance of the noise goes as eta². The order grows by one with
-each step from 1 on, and shrinks again on the way to clean data (sigma = 0).
+each step from 1 on, and falls again on the way to clean data (sigma = 0); with `end_order`, to that
+in the last interval, on any levels.
 
 In the ODE limit (eta = 0) the predictor alone has order 2 at most, since it starts with order 1; a
 first step that is corrected allows 3. With noise none is of weak order above 2: an estimate feels
@@ -62,7 +63,10 @@ class _Adams:
         s_noise: float,
         span: tuple[float, float],
         corrector_order: int = 0,
+        end_order: int = 0,
     ) -> None:
+        if end_order < 0:
+            raise ValueError(f"end_order must be 0 or more, got {end_order}")
         if corrector_order < 0:
             raise ValueError(f"corrector_order must be 0 or more, got {corrector_order}")
         self._known = (corrector_order or order + 1) - 1
@@ -71,7 +75,9 @@ class _Adams:
         self._noise, self._order, self._eta = noise, order, eta
         self._s_noise, self._span = s_noise, span
         self._left = len(levels)
-        self._ends_clean = not levels[-1].sigma > 0
+        # By how much the last interval's order exceeds 1; large enough where it does not fall.
+        falls = end_order or (0 if levels[-1].sigma > 0 else 1)
+        self._more = falls - 1 if falls else order + self._known
         self._estimates: Estimates = []
         self._last: tuple[Level, Level, float, Estimates] | None = None
 
@@ -84,7 +90,7 @@ class _Adams:
         self._left -= 1
         if not t.sigma > 0:
             return t.alpha * self._estimates[-1][1]  # no polynomial reaches infinite log-SNR
-        order = min(self._order, self._left) if self._ends_clean else self._order
+        order = min(self._order, self._left + self._more)
         low, high = self._span
         rate = self._eta**2 if low <= t.ratio <= high else 0.0
         decay, up = sde_scales(s, t, rate)
@@ -101,7 +107,7 @@ class _Adams:
         if self._last is None:
             return x
         before, t, rate, used = self._last
-        known = min(self._known, self._left) if self._ends_clean else self._known
+        known = min(self._known, self._left + self._more)
         estimates = [*self._estimates, (s.half_log_snr, d)][-known - 1 :]
         added = _integral(estimates, before, t, rate) - _integral(used, before, t, rate)
         return x + (s.alpha / t.alpha) * added  # churn may have led on from t to s
@@ -118,9 +124,10 @@ def sa_solver_predictor(
     s_noise: float = 1.0,
     s_tmin: float = 0.0,
     s_tmax: float = 1e9,
+    end_order: int = 0,
 ) -> Trace:
     """SA-Solver's predictor alone: stochastic Adams-Bashforth."""
-    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax))
+    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax), end_order=end_order)
     for s, t in levels.pairs():
         d = yield x, s
         adams.remember(d, s)
@@ -140,10 +147,11 @@ def sa_solver(
     s_tmin: float = 0.0,
     s_tmax: float = 1e9,
     corrector_order: int = 0,
+    end_order: int = 0,
 ) -> Trace:
     """SA-Solver: stochastic Adams-Bashforth of `order`, corrected by the estimate that the next
     step needs anyway (PEC), through `corrector_order` estimates (0: one more than `order`)."""
-    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax), corrector_order)
+    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax), corrector_order, end_order)
     for s, t in levels.pairs():
         d = yield x, s
         x = adams.correct(x, d, s)
@@ -164,9 +172,10 @@ def sa_solver_pece(
     s_tmin: float = 0.0,
     s_tmax: float = 1e9,
     corrector_order: int = 0,
+    end_order: int = 0,
 ) -> Trace:
     """SA-Solver with a new estimate at each corrected state (PECE): two calls a step."""
-    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax), corrector_order)
+    adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax), corrector_order, end_order)
     for i, (s, t) in enumerate(levels.pairs()):
         d = yield x, s
         if i > 0:

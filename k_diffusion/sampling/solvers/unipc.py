@@ -66,10 +66,10 @@ def _share(level: Level, s: Level, t: Level) -> float:
 
 
 def _predict(
-    prediction: LogSnrPrediction, b: B, x: Expr, levels: Any, order: int
+    prediction: LogSnrPrediction, b: B, x: Expr, levels: Any, order: int, end_order: int
 ) -> Generator[tuple[Expr, Level], Any, Expr]:
     past: list[Estimate] = []
-    for (s, t), k in zip(levels.pairs(), orders(levels, order), strict=True):
+    for (s, t), k in zip(levels.pairs(), orders(levels, order, end_order), strict=True):
         d = yield x, s
         past = [*recent(past, s, t, k - 1), (s, prediction.estimate(x, d, s))]
         weights = _weights(prediction, b, [p for p, _ in past], len(past) - 1, s, t)
@@ -79,7 +79,13 @@ def _predict(
 
 
 def predict_and_correct(
-    prediction: LogSnrPrediction, b: B, x: Expr, levels: Any, order: int, more: int = 1
+    prediction: LogSnrPrediction,
+    b: B,
+    x: Expr,
+    levels: Any,
+    order: int,
+    end_order: int,
+    more: int = 1,
 ) -> Generator[tuple[Expr, Level], Any, Expr]:
     """Multistep PEC: predicts by the last `order` estimates, and corrects by `order + more` of
     them, the last of which is the answer for the predicted state."""
@@ -87,7 +93,7 @@ def predict_and_correct(
     predicted: list[float] = []
     step: tuple[Level, Level] | None = None
     used = 0
-    for (s, t), k in zip(levels.pairs(), orders(levels, order), strict=True):
+    for (s, t), k in zip(levels.pairs(), orders(levels, order, end_order), strict=True):
         d = yield x, s
         e = prediction.estimate(x, d, s)
         # The answer may be at a noisier level than the prediction's (churn): it corrects where it
@@ -111,28 +117,29 @@ def predict_and_correct(
 
 
 @solver(order={1: 2, 2: 3, 3: 3}, source=f"{SOURCE}, B2(h)")
-def unipc(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
+def unipc(x: Expr, levels: Any, noise: Any, *, order: int = 3, end_order: int = 0) -> Trace:
     """UniPC on data estimates: a multistep predictor, corrected by the next step's answer.
 
-    The order grows by one with each step from 1 on, and on the way to clean data (sigma = 0) falls
-    again. The last state is predicted only, and with it the order given.
+    The order grows by one with each step from 1 on, and falls again on the way to clean data
+    (sigma = 0); with `end_order`, to that in the last interval, on any levels. The last state is
+    predicted only, and with it the order given.
     """
-    return (yield from predict_and_correct(DATA, b2, x, levels, order))
+    return (yield from predict_and_correct(DATA, b2, x, levels, order, end_order))
 
 
 @solver(order={1: 2, 2: 3, 3: 3}, source=f"{SOURCE}, B1(h)")
-def unipc_bh1(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
+def unipc_bh1(x: Expr, levels: Any, noise: Any, *, order: int = 3, end_order: int = 0) -> Trace:
     """UniPC on data estimates with B1(h): other than `unipc` in its first steps and order 1."""
-    return (yield from predict_and_correct(DATA, b1, x, levels, order))
+    return (yield from predict_and_correct(DATA, b1, x, levels, order, end_order))
 
 
 @solver(order={1: 2, 2: 3, 3: 3}, source=f"{SOURCE}, B2(h), noise prediction")
-def unipc_noise(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
+def unipc_noise(x: Expr, levels: Any, noise: Any, *, order: int = 3, end_order: int = 0) -> Trace:
     """UniPC on noise estimates: a multistep predictor, corrected by the next step's answer."""
-    return (yield from predict_and_correct(NOISE, b2, x, levels, order))
+    return (yield from predict_and_correct(NOISE, b2, x, levels, order, end_order))
 
 
 @solver(order={1: 1, 2: 2, 3: 2}, source=f"{SOURCE}, B2(h), predictor alone")
-def unip(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
+def unip(x: Expr, levels: Any, noise: Any, *, order: int = 3, end_order: int = 0) -> Trace:
     """UniP on data estimates: the predictor of `unipc` alone, of order 2 at most by its start."""
-    return (yield from _predict(DATA, b2, x, levels, order))
+    return (yield from _predict(DATA, b2, x, levels, order, end_order))
