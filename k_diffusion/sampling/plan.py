@@ -187,8 +187,9 @@ def make_plan(
 ) -> Plan:
     """Traces a solver on levels. Plans are cached by all the arguments.
 
-    From pure noise (alpha = 0) the first interval is one DDIM step for every solver, which then
-    starts after it: there x is the noise itself, and no history can be had at infinite log-SNR.
+    From pure noise (alpha = 0) the first interval is one DDIM step, and the solver starts after it,
+    since no history can be had at infinite log-SNR; those that work in sigma, where nothing is
+    singular, start there themselves (`Solver.from_pure_noise`).
 
     Args:
         solver: a registered name or a Solver.
@@ -252,6 +253,7 @@ class _Walk:
         self._levels = levels
         self._churn = churn or Churn()
         self._gamma = min(self._churn.s_churn / intervals, math.sqrt(2) - 1)
+        self.churned = self._gamma > 0
         self.entered = False
         self.pending: tuple[Level, Level] | None = None
 
@@ -260,7 +262,12 @@ class _Walk:
             if self.pending is not None:
                 raise ValueError("it reads levels ahead of its queries, but churn moves them")
             self.entered = True
-            if self._gamma > 0 and self._churn.s_tmin <= s.ratio <= self._churn.s_tmax:
+            # Pure noise has no more noise to take.
+            if (
+                s.alpha > 0
+                and self._gamma > 0
+                and self._churn.s_tmin <= s.ratio <= self._churn.s_tmax
+            ):
                 raised = self._levels.at(s.half_log_snr - math.log1p(self._gamma))
                 self.pending = s, raised
                 yield raised, t
@@ -292,7 +299,7 @@ def _drive(
     """The solver's requests, with what holds for every solver done around it."""
     intervals = len(levels) - 1
     s = levels[0]
-    if s.alpha == 0:
+    if s.alpha == 0 and not chosen.from_pure_noise:
         d = yield x, s, True
         t = levels[1]
         # DDIM: at alpha = 0 the noise is x / sigma, whatever the answer.

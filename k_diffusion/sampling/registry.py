@@ -29,6 +29,7 @@ class Solver:
             stochastic one) with its default options, measured by the tests.
         source: authors, year, arXiv id, place.
         claimed: the order that its name or its authors give it.
+        from_pure_noise: whether it can begin at alpha = 0; the others begin after a step of DDIM.
         orders: for a method with an option `order`: its true order for each value.
         stochastic: whether it draws noise with its default options.
         outputs: answers that it takes from the denoiser for each query.
@@ -44,6 +45,7 @@ class Solver:
     predictor: bool = False
     options: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
     claimed: int = 0
+    from_pure_noise: bool = False
     orders: Mapping[int, int] = field(default_factory=dict, hash=False, compare=False)
 
     @property
@@ -88,6 +90,7 @@ def solver(
     stochastic: bool = False,
     outputs: int = 1,
     predictor: bool = False,
+    from_pure_noise: bool = False,
 ) -> Callable[[SolverFunction], Solver]:
     """Registers a generator as a solver under its own name; see `Solver` for the arguments.
 
@@ -110,7 +113,17 @@ def solver(
         true = orders[options["order"]] if isinstance(order, Mapping) else order
         named = options.get("order", true) if claimed is None else claimed
         SOLVERS[name] = Solver(
-            name, function, true, source, stochastic, outputs, predictor, options, named, orders
+            name,
+            function,
+            true,
+            source,
+            stochastic=stochastic,
+            outputs=outputs,
+            predictor=predictor,
+            options=options,
+            claimed=named,
+            from_pure_noise=from_pure_noise,
+            orders=orders,
         )
         return SOLVERS[name]
 

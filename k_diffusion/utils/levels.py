@@ -150,6 +150,8 @@ class Levels(Sequence[Level]):
     """
 
     __slots__ = ("_hash", "_levels", "inverted", "path")
+    churned = False
+    """Whether steps begin at a noisier level than the last one ended at (see `Churn`)."""
 
     def __init__(self, levels: Iterable[Level], path: Path = VE, *, inverted: bool = False) -> None:
         self._levels = tuple(levels)

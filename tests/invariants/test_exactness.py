@@ -199,7 +199,9 @@ def test_churn_follows_its_formula():
 
 
 def test_from_pure_noise_the_first_step_is_ddim(name):
-    """At alpha = 0 every method takes alpha_t d + sigma_t x, then starts afresh."""
+    """At alpha = 0 a method takes alpha_t d + sigma_t x, then starts afresh; not those in sigma."""
+    if SOLVERS[name].from_pure_noise:
+        return
     levels = FlowScheduler().levels(4)
     plan = make_plan(name, levels)
     assert plan.steps[0].level == levels[0]
@@ -209,6 +211,51 @@ def test_from_pure_noise_the_first_step_is_ddim(name):
     rest = make_plan(name, levels[1:])
     assert len(rest.steps) == len(plan.steps) - 1
     assert [s.level for s in rest.steps] == [s.level for s in plan.steps[1:]]
+
+
+@pytest.mark.parametrize("path", [VP, FLOW], ids=str)
+def test_order_from_pure_noise(name, path):
+    """Methods in sigma have their order from alpha = 0 on; the others 2 at most."""
+    solver = SOLVERS[name]
+    if solver.stochastic or solver.order == 0:
+        return
+    errors = []
+    for n in (8, 32, 64, 128):
+        flow = FlowScheduler().levels(n + n // 8)[: n + 1]
+        plan = make_plan(name, flow.on(path))
+        t = plan.levels[-1]
+        form = linear_form(plan, 0.7, 0.2)  # x0 is unit noise, and all that the end is made of
+        spread = math.sqrt(t.alpha**2 * 0.2 + t.sigma**2)
+        errors.append(max(abs(form[0] - t.alpha * 0.7), abs(form[1] - spread)))
+    order = solver.order - 0.3 if solver.from_pure_noise else min(solver.order, 2) - 0.5
+    assert errors[-1] <= max(errors[0] / 2 ** (4 * order), 1e-12), errors
+    if name in ("rk4", "rk5"):  # a first step of DDIM would leave 1e-2
+        assert errors[0] <= 1e-4
+
+
+CHURNS = {  # steps, and the churn of Karras et al. 2022, table 5, or stronger
+    "CIFAR-10": (18, Churn(30.0, 0.01, 1.0, 1.007)),
+    "ImageNet": (256, Churn(40.0, 0.05, 50.0, 1.003)),
+    "strong": (64, Churn(60.0, 0.05, 50.0)),
+}
+
+
+@pytest.mark.parametrize("case", CHURNS)
+def test_churn_leaves_the_distribution(name, case):
+    """A history that churn goes back to the levels of must not blow up: on Gaussian data the end
+    keeps the deviation that it has without churn. (Those that draw noise themselves are not made
+    for more of it, on steps this long: they only stay bounded.)"""
+    steps, churn = CHURNS[case]
+    if SOLVERS[name].order == 0 or SOLVERS[name].predictor:
+        return
+    levels = KarrasScheduler().levels(steps)
+    spreads = []
+    for c in (None, churn):
+        form = linear_form(make_plan(name, levels, churn=c), 0.3, 0.25)
+        spreads.append(math.hypot(form[1] * math.hypot(levels[0].sigma, 0.5), *form[2:]))
+        assert abs(form[0] - 0.3) <= 0.3
+    most = 8 if SOLVERS[name].stochastic else 1.75
+    assert spreads[0] / 1.75 <= spreads[1] <= most * spreads[0]
 
 
 def test_noise_on_overlapping_intervals_is_correlated():

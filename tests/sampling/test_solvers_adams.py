@@ -255,7 +255,7 @@ def test_unipc_under_churn():
 
 def test_a_remembered_velocity_under_churn():
     """Its noise becomes that of the raised state, each time; its data estimate stays."""
-    levels = Levels.from_sigmas([4.0, 2.5, 1.5, 1.0, 0.5])
+    levels = Levels.from_sigmas([8.0, 2.5, 1.0, 0.3, 0.1])
     churn = Churn(s_churn=0.8, s_tmax=3.0)
     plan = make_plan("exp_ab_velocity_low", levels, churn=churn, order=4)
     z = np.random.default_rng(0).standard_normal((3, X.size))

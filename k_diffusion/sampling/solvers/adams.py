@@ -39,7 +39,7 @@ def _low(prediction: Prediction, x: Expr, levels: Any, order: int) -> Queries:
     past: list[Estimate] = []
     for s, t in levels.pairs():
         d = yield x, s
-        past = [*recent(past, s, t, order - 1), (s, prediction.estimate(x, d, s))]
+        past = [*recent(past, levels, s, t, order - 1), (s, prediction.estimate(x, d, s))]
         x = prediction.step(x, past, s, t)
     return x
 
@@ -50,7 +50,7 @@ def _full(prediction: Prediction, x: Expr, levels: Any, order: int) -> Queries:
     past: list[Estimate] = []
     for k, (s, t) in enumerate(levels.pairs()):
         d = yield x, s
-        past = [*recent(past, s, t, order - 1), (s, prediction.estimate(x, d, s))]
+        past = [*recent(past, levels, s, t, order - 1), (s, prediction.estimate(x, d, s))]
         if k == 0 and t.sigma > 0:
             stages = past
             for share in START[order]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
-from k_diffusion.sampling.solvers.exponential import NOISE, Estimate, noise_step, orders
+from k_diffusion.sampling.solvers.exponential import NOISE, Estimate, noise_step, orders, spaced
 from k_diffusion.sampling.solvers.linear import noise_in
 from k_diffusion.utils.maths import lagrange_integrals
 
@@ -29,7 +29,7 @@ def deis(x: Expr, levels: Any, noise: Any, *, order: int = 3, end_order: int = 0
     past: list[Estimate] = []
     for (s, t), k in zip(levels.pairs(), orders(levels, order, end_order, False), strict=True):
         d = yield x, s
-        past = [*past, (s, noise_in(x, d, s))][-k:]
+        past = [*spaced(past, levels, s, t), (s, noise_in(x, d, s))][-k:]
         x = NOISE.step(x, past, s, t)
     return x
 
@@ -43,7 +43,7 @@ def deis_rhoab(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     past: list[Estimate] = []
     for s, t in levels.pairs():
         d = yield x, s
-        past = [*past, (s, noise_in(x, d, s))][-order:]
+        past = [*spaced(past, levels, s, t), (s, noise_in(x, d, s))][-order:]
         if not t.sigma > 0:
             x = noise_step(x, past[-1][1], s, t)
             continue
@@ -82,7 +82,7 @@ def deis_tab(x: Expr, levels: Any, noise: Any, *, order: int = 3) -> Trace:
     past: list[Estimate] = []
     for s, t in levels.pairs():
         d = yield x, s
-        past = [*past, (s, noise_in(x, d, s))][-order:]
+        past = [*spaced(past, levels, s, t), (s, noise_in(x, d, s))][-order:]
         if not t.sigma > 0:
             x = noise_step(x, past[-1][1], s, t)
             continue

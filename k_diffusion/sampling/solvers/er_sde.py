@@ -10,11 +10,12 @@ u · (exp(u^0.3) + 10)^eta, so that the variance of the noise goes as eta.
 
 from __future__ import annotations
 
-from math import exp, expm1, log1p, sqrt
+from math import exp, expm1, log, log1p, sqrt
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
+from k_diffusion.sampling.solvers.exponential import usable
 from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import gauss_legendre
 
@@ -72,7 +73,8 @@ def er_sde(
         d = yield x, s
         u = s.ratio
         slope: tuple[Expr, float] | None = None
-        if last is not None and order > 1:
+        # The node of the slope before is the newest but one: far enough, if this one is.
+        if last is not None and order > 1 and usable(levels, -log(last[1]), s, t):
             slope = (d - last[0]) / (u - last[1]), last[1]
         if not t.sigma > 0:
             x = t.alpha * d

@@ -11,8 +11,8 @@ first-order step.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from math import ceil, exp, expm1
+from collections.abc import Callable, Sequence
+from math import ceil, exp, expm1, inf
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
@@ -162,17 +162,50 @@ VELOCITY = _Velocity()
 flow models predict, on any path."""
 
 
-def recent(past: list[Estimate], s: Level, t: Level, count: int) -> list[Estimate]:
-    """The last `count` estimates before s that lie a twentieth of a step or more from it.
+def _node(estimate: Estimate) -> float:
+    return estimate[0].half_log_snr
 
-    Churn can bring s near the level of an earlier estimate, or before it, which would get weights
-    without bound.
+
+def usable(levels: Any, node: float, s: Level, t: Level) -> bool:
+    """Whether an estimate at half log-SNR `node` may be extrapolated over the step from s to t.
+
+    Not into clean data; else always, on levels as they are laid. Churn goes back to noisier levels,
+    near or beyond the earlier nodes, where a polynomial's weights have no bound: there it must lie
+    half a step before.
     """
+    if not (t.sigma > 0 and levels.churned):
+        return t.sigma > 0
+    return s.half_log_snr - node >= (t.half_log_snr - s.half_log_snr) / 2
+
+
+def spaced(
+    past: list[Any], levels: Any, s: Level, t: Level, node: Callable[[Any], float] = _node
+) -> list[Any]:
+    """Those of the remembered estimates, oldest first, that may be extrapolated together: each
+    `usable`, and under churn as far from the next newer one as from s."""
+    if not levels.churned:
+        return past
+    kept: list[Any] = []
+    far = (t.half_log_snr - s.half_log_snr) / 2 if t.sigma > 0 else inf
+    newest = s.half_log_snr
+    for estimate in reversed(past):
+        if newest - node(estimate) >= far:
+            kept.insert(0, estimate)
+            newest = node(estimate)
+    return kept
+
+
+def recent(past: list[Estimate], levels: Any, s: Level, t: Level, count: int) -> list[Estimate]:
+    """The last `count` of the estimates before s that may be extrapolated; none into clean data."""
     if not t.sigma > 0:
         return []
-    h = t.half_log_snr - s.half_log_snr  # below 0 on the way up to noise, as the distances are
-    kept = [p for p in past if (s.half_log_snr - p[0].half_log_snr) / h >= 1 / 20]
+    kept = spaced(past, levels, s, t)
     return kept[max(len(kept) - count, 0) :]
+
+
+def share(level: Level, s: Level, t: Level) -> float:
+    """How far along the step from s to t a level lies, in half log-SNR."""
+    return (level.half_log_snr - s.half_log_snr) / (t.half_log_snr - s.half_log_snr)
 
 
 def orders(levels: Any, order: int, end_order: int = 0, falls: bool = True) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
 from k_diffusion.sampling.solvers.ancestral import ancestral
-from k_diffusion.sampling.solvers.exponential import data_step
+from k_diffusion.sampling.solvers.exponential import data_step, usable
 from k_diffusion.sampling.solvers.linear import noise_in
 from k_diffusion.sampling.solvers.sde import slope_weight
 from k_diffusion.utils.levels import Level
@@ -63,7 +63,7 @@ def dpmpp_2m_cfg_pp(x: Expr, levels: Any, noise: Any) -> Trace:
     for s, t in levels.pairs():
         d, u = yield x, s
         x = _renoise(x, d, u, s, t)
-        if last is not None and t.sigma > 0:
+        if last is not None and usable(levels, last[1], s, t):
             h = t.half_log_snr - s.half_log_snr
             r = (s.half_log_snr - last[1]) / h
             x = x - (t.alpha * expm1(-h) / (2 * r)) * (d - last[0])
@@ -102,7 +102,7 @@ def res_multistep_cfg_pp(x: Expr, levels: Any, noise: Any) -> Trace:
     last: tuple[Expr, float] | None = None
     for s, t in levels.pairs():
         d, u = yield x, s
-        if last is None or not t.sigma > 0:
+        if last is None or not usable(levels, last[1], s, t):
             x = _renoise(x, d, u, s, t)
         else:
             h = t.half_log_snr - s.half_log_snr

@@ -19,7 +19,11 @@ def noise_in(x: Expr, d: Expr, s: Level) -> Expr:
     return (x - s.alpha * d) / s.sigma
 
 
-@solver(order=1, source="Karras et al. 2022, arXiv:2206.00364, algorithm 2 (with churn)")
+@solver(
+    order=1,
+    source="Karras et al. 2022, arXiv:2206.00364, algorithm 2 (with churn)",
+    from_pure_noise=True,
+)
 def euler(x: Expr, levels: Any, noise: Any) -> Trace:
     """Euler's method: follows the tangent from one level to the next."""
     for s, t in levels.pairs():
@@ -29,7 +33,7 @@ def euler(x: Expr, levels: Any, noise: Any) -> Trace:
     return x
 
 
-@solver(order=2, source="Karras et al. 2022, arXiv:2206.00364, algorithm 1")
+@solver(order=2, source="Karras et al. 2022, arXiv:2206.00364, algorithm 1", from_pure_noise=True)
 def heun(x: Expr, levels: Any, noise: Any) -> Trace:
     """Heun's method: the mean of the slopes at both ends; one Euler step to sigma = 0."""
     for s, t in levels.pairs():
@@ -64,7 +68,9 @@ def dpm_2(x: Expr, levels: Any, noise: Any) -> Trace:
     return x
 
 
-@solver(order=1, claimed=2, source="Heun++ 2, as in use in diffusion front ends")
+@solver(
+    order=1, claimed=2, source="Heun++ 2, as in use in diffusion front ends", from_pure_noise=True
+)
 def heunpp2(x: Expr, levels: Any, noise: Any) -> Trace:
     """Heun++ 2: Euler steps over two intervals, and the mean of the slopes on the way, weighted by
     their sigma; over one before the last interval, an Euler step in it.
@@ -95,7 +101,9 @@ def heunpp2(x: Expr, levels: Any, noise: Any) -> Trace:
     return x
 
 
-@solver(order=1, source="Permenter and Yuan 2023, arXiv:2306.04848, section 5")
+@solver(
+    order=1, source="Permenter and Yuan 2023, arXiv:2306.04848, section 5", from_pure_noise=True
+)
 def gradient_estimation(x: Expr, levels: Any, noise: Any, *, gamma: float = 2.0) -> Trace:
     """Gradient estimation: Euler's method with the slope gamma · this one + (1 - gamma) · the last.
 

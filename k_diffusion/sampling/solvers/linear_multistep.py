@@ -11,6 +11,7 @@ from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
+from k_diffusion.sampling.solvers.exponential import spaced
 from k_diffusion.sampling.solvers.linear import noise_in
 from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import lagrange_integrals
@@ -39,6 +40,7 @@ def adams_bashforth(nodes: Sequence[float], end: float) -> list[float]:
 @solver(
     order={1: 1, 2: 2, 3: 2, 4: 2},
     source="Adams-Bashforth on uneven steps: Hairer, Norsett, Wanner 1993, III.5",
+    from_pure_noise=True,
 )
 def lms(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
     """Linear multistep (Adams-Bashforth): the slope is a polynomial through the last ones.
@@ -48,7 +50,7 @@ def lms(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
     history: list[Point] = []
     for s, t in levels.pairs():
         d = yield x, s
-        history = [*history, (s, d, noise_in(x, d, s))][-order:]
+        history = [*spaced(history, levels, s, t), (s, d, noise_in(x, d, s))][-order:]
         x = _step(x, history, t, adams_bashforth)
     return x
 
@@ -109,6 +111,7 @@ def _checked(order: int) -> int:
 @solver(
     order={1: 1, 2: 1, 3: 1, 4: 1},
     source="Zhang and Chen 2022, arXiv:2204.13902, improved PNDM, appendix H",
+    from_pure_noise=True,
 )
 def ipndm(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
     """iPNDM: Adams-Bashforth with the coefficients of even steps, at every spacing of the levels.
@@ -126,6 +129,7 @@ def ipndm(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
 @solver(
     order={1: 1, 2: 2, 3: 2, 4: 2},
     source="Zhang and Chen 2022, arXiv:2204.13902, in the variable-step form in use",
+    from_pure_noise=True,
 )
 def ipndm_v(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
     """iPNDM-v: coefficients made for uneven steps, as they are in use; an Euler step to sigma = 0.
@@ -136,7 +140,8 @@ def ipndm_v(x: Expr, levels: Any, noise: Any, *, order: int = 4) -> Trace:
     history: list[Point] = []
     for s, t in levels.pairs():
         d = yield x, s
-        history = [*history, (s, d, noise_in(x, d, s))][-_checked(order) :]
+        kept = spaced(history, levels, s, t)
+        history = [*kept, (s, d, noise_in(x, d, s))][-_checked(order) :]
         used = history if t.sigma > 0 else history[-1:]
         x = _step(x, used, t, published_adams_bashforth)
     return x

@@ -4,6 +4,7 @@ and (3M), RES. `adams.py` holds those of any order."""
 from __future__ import annotations
 
 from math import expm1
+from operator import itemgetter
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
@@ -13,7 +14,9 @@ from k_diffusion.sampling.solvers.exponential import (
     Estimate,
     data_step,
     orders,
+    spaced,
     third_order_terms,
+    usable,
 )
 
 
@@ -27,7 +30,7 @@ def dpmpp_2m(x: Expr, levels: Any, noise: Any, *, end_order: int = 0) -> Trace:
     for (s, t), k in zip(levels.pairs(), orders(levels, 2, end_order, False), strict=True):
         d = yield x, s
         e = d
-        if last is not None and k > 1 and t.sigma > 0:
+        if last is not None and k > 1 and usable(levels, last[1], s, t):
             h = t.half_log_snr - s.half_log_snr
             e = d + h / (2 * (s.half_log_snr - last[1])) * (d - last[0])
         x = data_step(x, e, s, t)
@@ -43,7 +46,7 @@ def dpmpp_2m_heun(x: Expr, levels: Any, noise: Any, *, end_order: int = 0) -> Tr
     for (s, t), k in zip(levels.pairs(), orders(levels, 2, end_order, False), strict=True):
         d = yield x, s
         step = data_step(x, d, s, t)
-        if last is not None and k > 1 and t.sigma > 0:
+        if last is not None and k > 1 and usable(levels, last[1], s, t):
             h = t.half_log_snr - s.half_log_snr
             slope = (d - last[0]) / (s.half_log_snr - last[1])
             step = step + t.alpha * (h + expm1(-h)) * slope
@@ -63,6 +66,7 @@ def dpmpp_3m(x: Expr, levels: Any, noise: Any, *, end_order: int = 0) -> Trace:
     for (s, t), k in zip(levels.pairs(), orders(levels, 3, end_order, False), strict=True):
         d = yield x, s
         step = data_step(x, d, s, t)
+        past = spaced(past, levels, s, t, itemgetter(0))
         if past and k > 1 and t.sigma > 0:
             h = t.half_log_snr - s.half_log_snr
             phi2 = expm1(-h) / h + 1
@@ -84,6 +88,6 @@ def res_multistep(x: Expr, levels: Any, noise: Any) -> Trace:
     past: list[Estimate] = []
     for s, t in levels.pairs():
         d = yield x, s
-        past = [*past, (s, d)][-2:]
+        past = [*spaced(past, levels, s, t), (s, d)][-2:]
         x = DATA.step(x, past, s, t)
     return x

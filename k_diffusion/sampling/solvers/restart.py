@@ -42,6 +42,7 @@ def _inner(levels: Any, high: float, end: Level, n: int) -> list[Level]:
     order=2,
     source="Xu et al. 2023, arXiv:2306.14878, section 3.1, one restart interval",
     stochastic=True,
+    from_pure_noise=True,
 )
 def restart(
     x: Expr,

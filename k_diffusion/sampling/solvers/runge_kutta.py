@@ -142,7 +142,7 @@ def runge_kutta(name: str, tableau: Tableau, source: str, summary: str = "") -> 
     stages = f"{len(tableau.nodes)} evaluations a step; one Euler step to sigma = 0."
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"{summary or 'Explicit Runge-Kutta method in sigma'}: {stages}"
-    return solver(order=tableau.order, source=source)(function)
+    return solver(order=tableau.order, source=source, from_pure_noise=True)(function)
 
 
 BOOK = "Hairer, Norsett, Wanner 1993, Solving Ordinary Differential Equations I"

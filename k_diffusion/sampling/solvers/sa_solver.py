@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from functools import partial
 from math import exp, expm1
+from operator import itemgetter
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
+from k_diffusion.sampling.solvers.exponential import share, spaced
 from k_diffusion.sampling.solvers.sde import sde_scales
 from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import lagrange_integrals
@@ -74,6 +76,7 @@ class _Adams:
             raise ValueError(f"s_tmin must lie in [0, s_tmax], got {span[0]} and {span[1]}")
         self._noise, self._order, self._eta = noise, order, eta
         self._s_noise, self._span = s_noise, span
+        self._levels = levels
         self._left = len(levels)
         # By how much the last interval's order exceeds 1; large enough where it does not fall.
         falls = end_order or (0 if levels[-1].sigma > 0 else 1)
@@ -81,9 +84,10 @@ class _Adams:
         self._estimates: Estimates = []
         self._last: tuple[Level, Level, float, Estimates] | None = None
 
-    def remember(self, d: Expr, s: Level) -> None:
-        """Begins a step at s, where the estimate is d."""
-        self._estimates = [*self._estimates, (s.half_log_snr, d)][-max(self._order, self._known) :]
+    def remember(self, d: Expr, s: Level, t: Level) -> None:
+        """Begins a step from s, where the estimate is d, to t."""
+        kept = spaced(self._estimates, self._levels, s, t, itemgetter(0))
+        self._estimates = [*kept, (s.half_log_snr, d)][-max(self._order, self._known) :]
 
     def predict(self, x: Expr, s: Level, t: Level) -> Expr:
         """The step from s to t."""
@@ -107,6 +111,8 @@ class _Adams:
         if self._last is None:
             return x
         before, t, rate, used = self._last
+        if share(s, before, t) < 0.5:  # churn has led back to the old answer, or before it
+            return x
         known = min(self._known, self._left + self._more)
         estimates = [*self._estimates, (s.half_log_snr, d)][-known - 1 :]
         added = _integral(estimates, before, t, rate) - _integral(used, before, t, rate)
@@ -130,7 +136,7 @@ def sa_solver_predictor(
     adams = _Adams(levels, noise, order, eta, s_noise, (s_tmin, s_tmax), end_order=end_order)
     for s, t in levels.pairs():
         d = yield x, s
-        adams.remember(d, s)
+        adams.remember(d, s, t)
         x = adams.predict(x, s, t)
     return x
 
@@ -155,7 +161,7 @@ def sa_solver(
     for s, t in levels.pairs():
         d = yield x, s
         x = adams.correct(x, d, s)
-        adams.remember(d, s)
+        adams.remember(d, s, t)
         x = adams.predict(x, s, t)
     return x
 
@@ -181,6 +187,6 @@ def sa_solver_pece(
         if i > 0:
             x = adams.correct(x, d, s)
             d = yield x, s
-        adams.remember(d, s)
+        adams.remember(d, s, t)
         x = adams.predict(x, s, t)
     return x

@@ -11,12 +11,13 @@ the noise inside a step that later estimates feel is made up for to leading orde
 from __future__ import annotations
 
 from math import exp, expm1, sqrt
+from operator import itemgetter
 from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
 from k_diffusion.sampling.solvers.ancestral import ancestral
-from k_diffusion.sampling.solvers.exponential import data_step, third_order_terms
+from k_diffusion.sampling.solvers.exponential import data_step, spaced, third_order_terms, usable
 from k_diffusion.utils.levels import Level
 
 
@@ -87,7 +88,7 @@ def dpmpp_2m_sde(
     for s, t in levels.pairs():
         d = yield x, s
         e = d
-        if last is not None and t.sigma > 0:
+        if last is not None and usable(levels, last[1], s, t):
             h = t.half_log_snr - s.half_log_snr
             e = d + h / (2 * (s.half_log_snr - last[1])) * (d - last[0])
         x, up, _ = sde_step(x, e, s, t, eta)
@@ -111,7 +112,7 @@ def dpmpp_2m_sde_heun(
     for s, t in levels.pairs():
         d = yield x, s
         x, up, whole = sde_step(x, d, s, t, eta)
-        if last is not None and t.sigma > 0:
+        if last is not None and usable(levels, last[1], s, t):
             r = (s.half_log_snr - last[1]) / (t.half_log_snr - s.half_log_snr)
             x = x + (t.alpha * slope_weight(whole) / r) * (d - last[0])
         if up > 0:
@@ -134,6 +135,7 @@ def dpmpp_3m_sde(
     for s, t in levels.pairs():
         d = yield x, s
         x, up, whole = sde_step(x, d, s, t, eta)
+        past = spaced(past, levels, s, t, itemgetter(0))
         if past and t.sigma > 0:
             phi2 = slope_weight(whole)
             h = t.half_log_snr - s.half_log_snr

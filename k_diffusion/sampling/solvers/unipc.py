@@ -25,6 +25,7 @@ from k_diffusion.sampling.solvers.exponential import (
     LogSnrPrediction,
     orders,
     recent,
+    share,
 )
 from k_diffusion.utils.levels import Level
 
@@ -54,15 +55,10 @@ def _weights(
     if len(nodes) > 2 or b is None:
         return prediction.weights(nodes, s, t)
     h = t.half_log_snr - s.half_log_snr
-    share = _share(nodes[1 - origin], s, t)
+    along = share(nodes[1 - origin], s, t)
     z = prediction.exponent * h
-    change = prediction.gain(t) * b(z) / prediction.exponent / (2 * share)
+    change = prediction.gain(t) * b(z) / prediction.exponent / (2 * along)
     return [change, prediction.constant(s, t) - change][:: 1 if origin else -1]
-
-
-def _share(level: Level, s: Level, t: Level) -> float:
-    """How far along the step from s to t a level lies, in half log-SNR."""
-    return (level.half_log_snr - s.half_log_snr) / (t.half_log_snr - s.half_log_snr)
 
 
 def _predict(
@@ -71,7 +67,7 @@ def _predict(
     past: list[Estimate] = []
     for (s, t), k in zip(levels.pairs(), orders(levels, order, end_order), strict=True):
         d = yield x, s
-        past = [*recent(past, s, t, k - 1), (s, prediction.estimate(x, d, s))]
+        past = [*recent(past, levels, s, t, k - 1), (s, prediction.estimate(x, d, s))]
         weights = _weights(prediction, b, [p for p, _ in past], len(past) - 1, s, t)
         parts = (w * e for w, (_, e) in zip(weights, past, strict=True))
         x = prediction.scale(s, t) * x + sum(parts)
@@ -98,7 +94,7 @@ def predict_and_correct(
         e = prediction.estimate(x, d, s)
         # The answer may be at a noisier level than the prediction's (churn): it corrects where it
         # still lies in the latter half of the step, and is not needed nearer to the old answer.
-        if step is not None and _share(s, *step) >= 0.5:
+        if step is not None and share(s, *step) >= 0.5:
             skipped = max(len(past) - max(used + more - 1, 1), 0)
             nodes = [*(p for p, _ in past[skipped:]), s]
             better = _weights(prediction, b, nodes, len(nodes) - 2, *step)
@@ -108,7 +104,7 @@ def predict_and_correct(
             estimates = [*(q for _, q in past), e]
             parts = (c * q for c, q in zip(changes, estimates, strict=True))
             x = x + (s.alpha / step[1].alpha) * sum(parts)
-        past, used = [*recent(past, s, t, k - 1), (s, e)], k
+        past, used = [*recent(past, levels, s, t, k - 1), (s, e)], k
         predicted = _weights(prediction, b, [p for p, _ in past], len(past) - 1, s, t)
         parts = (w * q for w, (_, q) in zip(predicted, past, strict=True))
         x = prediction.scale(s, t) * x + sum(parts)
