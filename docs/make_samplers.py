@@ -27,9 +27,9 @@ value. *Calls* are calls of the model a step. *Live* is the most state-sized ten
 holds at once.
 
 Those named `_cfg_pp` take two estimates from the denoiser, the guided and the unconditional one.
-Every sampler takes levels on any path, ending at 0 or above it. From pure noise (alpha = 0) those that
-work in sigma (the Runge-Kutta methods, lms, ipndm...) keep their order; the others begin with a step of
-DDIM, and are of order 2 at most. What one cannot do it refuses by name.
+Every sampler takes levels on any path, ending at 0 or above it. From pure noise (alpha = 0) those
+that work in sigma (the Runge-Kutta methods, lms, ipndm...) keep their order; the others begin with
+a step of DDIM, and are of order 2 at most. What one cannot do it refuses by name.
 
 | sampler | claimed | measured | calls | noise | live | options | what it does | source |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |

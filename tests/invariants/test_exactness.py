@@ -126,7 +126,7 @@ def test_first_order_methods_are_one(levels):
     ("stochastic", "ode"),
     [
         ("dpmpp_2m_sde", "dpmpp_2m"),
-        ("dpmpp_3m_sde", "dpmpp_3m"),
+        ("dpmpp_2m_sde_heun", "dpmpp_2m_heun"),
         ("dpmpp_sde", "dpmpp_2s"),
         ("seeds_2", "dpmpp_2s"),
         ("dpm_2_ancestral", "dpm_2"),

@@ -198,7 +198,7 @@ def test_exp_abm_noise(order, sigmas):
     for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
         e = slope(x, s)
         if before is not None:
-            x = carried(*before, s, [*past[-max(used - 1, 1) :], (s, e)])
+            x = carried(*before, s, [*past[-max(min(order, used + 1) - 1, 1) :], (s, e)])
         used = order if sigmas[-1] else min(order, len(sigmas) - 1 - i)
         past = [*past, (s, e)][-used:]
         before = x, s

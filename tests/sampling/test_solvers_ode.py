@@ -119,6 +119,29 @@ def test_gradient_estimation(sigmas, gamma):
 
 
 @GRIDS
+def test_dpmpp_3m(sigmas):
+    """As published: D1 and D2 of the last three estimates, the second a step of 2M (midpoint)."""
+    x, old = X, []
+    for s, t in itertools.pairwise(sigmas):
+        d = model(x, s)
+        if t == 0:
+            x = d
+            continue
+        h, decay = math.log(s / t), -math.expm1(-math.log(s / t))
+        x = t / s * x + decay * d
+        if len(old) == 1:
+            x = x + 0.5 * decay * (d - old[0][0]) * h / math.log(old[0][1] / s)
+        elif old:
+            (d2, s2), (d1, s1) = old
+            r0, r1 = math.log(s1 / s) / h, math.log(s2 / s1) / h
+            one, two = (d - d1) / r0, (d1 - d2) / r1
+            first, second = one + r0 / (r0 + r1) * (one - two), (one - two) / (r0 + r1)
+            x = x + (1 - decay / h) * first - ((1 - decay / h) / h - 0.5) * second
+        old = [*old, (d, s)][-2:]
+    close(make_plan("dpmpp_3m", Levels.from_sigmas(sigmas)), x)
+
+
+@GRIDS
 @pytest.mark.parametrize("name", ["res_multistep", "dpmpp_2m_heun"])
 def test_res_multistep(sigmas, name):
     """φ-function form for RES; the Heun form of 2M is the same method."""

@@ -60,7 +60,8 @@ def dpmpp_3m(x: Expr, levels: Any, noise: Any, *, end_order: int = 0) -> Trace:
     """DPM-Solver++(3M) as it is in use: of order 2, since its second difference has half the
     weight that a Taylor expansion gives it; `exp_ab` has order 3.
 
-    With `end_order` the order falls to that in the last interval, by one in each before.
+    Steps of order 2, at the start say, are `dpmpp_2m`'s. With `end_order` the order falls to that
+    in the last interval, by one in each before.
     """
     past: list[tuple[float, Expr]] = []
     for (s, t), k in zip(levels.pairs(), orders(levels, 3, end_order, False), strict=True):
@@ -69,12 +70,12 @@ def dpmpp_3m(x: Expr, levels: Any, noise: Any, *, end_order: int = 0) -> Trace:
         past = spaced(past, levels, s, t, itemgetter(0))
         if past and k > 1 and t.sigma > 0:
             h = t.half_log_snr - s.half_log_snr
-            phi2 = expm1(-h) / h + 1
             if len(past) == 1 or k == 2:
                 r = (s.half_log_snr - past[-1][0]) / h
-                step = step + t.alpha * phi2 * (d - past[-1][1]) / r
+                step = step - t.alpha * expm1(-h) / 2 * (d - past[-1][1]) / r
             else:
                 first, second = third_order_terms(d, h, past, s.half_log_snr)
+                phi2 = expm1(-h) / h + 1
                 step = step + t.alpha * (phi2 * first - (phi2 / h - 0.5) * second)
         x = step
         past = [*past, (s.half_log_snr, d)][-2:]

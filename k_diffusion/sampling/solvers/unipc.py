@@ -84,7 +84,8 @@ def predict_and_correct(
     more: int = 1,
 ) -> Generator[tuple[Expr, Level], Any, Expr]:
     """Multistep PEC: predicts by the last `order` estimates, and corrects by `order + more` of
-    them, the last of which is the answer for the predicted state."""
+    them, the last of which is the answer for the predicted state; by one more than predicted where
+    the order falls."""
     past: list[Estimate] = []
     predicted: list[float] = []
     step: tuple[Level, Level] | None = None
@@ -95,7 +96,7 @@ def predict_and_correct(
         # The answer may be at a noisier level than the prediction's (churn): it corrects where it
         # still lies in the latter half of the step, and is not needed nearer to the old answer.
         if step is not None and share(s, *step) >= 0.5:
-            skipped = max(len(past) - max(used + more - 1, 1), 0)
+            skipped = max(len(past) - max(min(order + more, used + 1) - 1, 1), 0)
             nodes = [*(p for p, _ in past[skipped:]), s]
             better = _weights(prediction, b, nodes, len(nodes) - 2, *step)
             better = [0.0] * skipped + better
