@@ -137,7 +137,9 @@ __all__ = [
     "utils",
 ]
 
-globals().update(missing_functions(globals()))
+_missing = missing_functions(globals())
+globals().update(_missing)
+__all__ += sorted(_missing)
 
 
 def __getattr__(name: str) -> Any:

@@ -102,7 +102,11 @@ class Query:
             self._parked = x.detach()
         for row in rows:
             self.nfe[row] += 1
-        sigma = torch.tensor(sigmas, dtype=torch.float64).to(self._sigma_dtype).to(x.device)
+        sigma = (
+            torch.tensor(sigmas, dtype=torch.float64, device="cpu")
+            .to(self._sigma_dtype)
+            .to(x.device)
+        )
         d = self.denoiser(x, sigma, **condition)
         if not isinstance(d, Tensor):
             raise TypeError(f"the denoiser must return one tensor, got {type(d).__name__}")

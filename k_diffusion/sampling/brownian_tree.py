@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k_diffusion.sampling.compat_tools import as_time, face
+
 
 def _torchsde() -> Any:
     try:
-        import torchsde
+        return face().torchsde
     except ModuleNotFoundError as error:
         if error.name not in ("torchsde", "trampoline"):
             raise
@@ -24,7 +26,6 @@ def _torchsde() -> Any:
             "the noise of a Brownian tree needs torchsde: pip install 'k-diffusion[torchsde]', or "
             "pass a noise_sampler of your own, default_noise_sampler(x) say"
         ) from error
-    return torchsde
 
 
 def _finite(name: str, time: Any) -> Any:
@@ -78,14 +79,17 @@ class BatchedBrownianTree:
     @staticmethod
     def sort(a: Any, b: Any) -> tuple[Any, Any, int]:
         """The two in order, and -1 if they had to be exchanged, else 1."""
-        return (a, b, 1) if a < b else (b, a, -1)
+        if b <= a:
+            return b, a, -1
+        return a, b, 1
 
     def __call__(self, t0: Any, t1: Any) -> Tensor:
         """The path's increment from t0 to t1, shape (B, ...)."""
-        t0, t1 = (round(float(_finite("time", t)), self._digits) for t in (t0, t1))
-        t0, t1, sign = self.sort(t0, t1)
-        w = torch.stack([tree(t0, t1) for tree in self.trees]) * (self.sign * sign)
-        return w if self.batched else w[0]
+        times = (round(float(_finite("time", t)), self._digits) for t in (t0, t1))
+        start, end, direction = self.sort(*times)
+        increments = [tree(start, end) for tree in self.trees]
+        whole = torch.stack(increments) if self.batched else increments[0]
+        return whole * (direction * self.sign)
 
 
 class BrownianTreeNoiseSampler:
@@ -109,12 +113,13 @@ class BrownianTreeNoiseSampler:
         transform: Callable[[Tensor], Tensor] = lambda x: x,
     ) -> None:
         self.transform = transform
-        t0 = transform(torch.as_tensor(sigma_min))
-        t1 = transform(torch.as_tensor(sigma_max))
-        self.tree = BatchedBrownianTree(x, t0, t1, seed)
+        self.tree = face().BatchedBrownianTree(x, *self._times(sigma_min, sigma_max), seed)
+
+    def _times(self, *sigmas: Any) -> list[Tensor]:
+        return [self.transform(as_time(sigma)) for sigma in sigmas]
 
     def __call__(self, sigma: Any, sigma_next: Any) -> Tensor:
         """Unit noise for the interval from sigma to sigma_next, shape (B, ...)."""
-        t0 = self.transform(torch.as_tensor(sigma))
-        t1 = self.transform(torch.as_tensor(sigma_next))
-        return self.tree(t0, t1) / (t1 - t0).abs().sqrt()
+        start, end = self._times(sigma, sigma_next)
+        duration = (end - start).abs()
+        return self.tree(start, end) / duration.sqrt()

@@ -11,8 +11,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from k_diffusion.sampling.compat_checks import real_number
 from k_diffusion.sampling.compat_tools import NoiseSampler, face, number
 from k_diffusion.sampling.established import Callback, Grid, Model, Times, sample
 from k_diffusion.sampling.expr import Interval
@@ -20,8 +22,9 @@ from k_diffusion.sampling.plan import Churn
 from k_diffusion.sampling.registry import SOLVERS, Solver
 
 
-def _churn(s_churn: Any, s_tmin: Any, s_tmax: Any, s_noise: Any) -> Churn | None:
-    churn = Churn(*map(float, (s_churn, s_tmin, s_tmax, s_noise)))
+def _churn(name: str, s_churn: Any, s_tmin: Any, s_tmax: Any, s_noise: Any) -> Churn | None:
+    given = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
+    churn = Churn(**{key: real_number(name, key, value) for key, value in given.items()})
     return churn if churn.s_churn else None
 
 
@@ -35,6 +38,7 @@ def _tree(x: Tensor, grid: Grid) -> NoiseSampler:
     return face().BrownianTreeNoiseSampler(x, sigmas[sigmas > 0].min(), sigmas.max())
 
 
+@torch.no_grad()
 def sample_euler(
     model: Model,
     x: Tensor,
@@ -76,10 +80,11 @@ def sample_euler(
         "euler",
         *given,
         {},
-        churn=_churn(s_churn, s_tmin, s_tmax, s_noise),
+        churn=_churn("sample_euler", s_churn, s_tmin, s_tmax, s_noise),
     )
 
 
+@torch.no_grad()
 def sample_heun(
     model: Model,
     x: Tensor,
@@ -99,10 +104,12 @@ def sample_heun(
         "heun",
         *given,
         {},
-        churn=_churn(s_churn, s_tmin, s_tmax, s_noise),
+        churn=_churn("sample_heun", s_churn, s_tmin, s_tmax, s_noise),
+        copied=True,
     )
 
 
+@torch.no_grad()
 def sample_dpm_2(
     model: Model,
     x: Tensor,
@@ -122,10 +129,11 @@ def sample_dpm_2(
         "dpm_2",
         *given,
         {},
-        churn=_churn(s_churn, s_tmin, s_tmax, s_noise),
+        churn=_churn("sample_dpm_2", s_churn, s_tmin, s_tmax, s_noise),
     )
 
 
+@torch.no_grad()
 def sample_lms(
     model: Model,
     x: Tensor,
@@ -145,6 +153,7 @@ def sample_lms(
     )
 
 
+@torch.no_grad()
 def sample_dpmpp_2m(
     model: Model,
     x: Tensor,
@@ -163,6 +172,7 @@ def sample_dpmpp_2m(
     )
 
 
+@torch.no_grad()
 def sample_euler_ancestral(
     model: Model,
     x: Tensor,
@@ -193,6 +203,7 @@ def sample_euler_ancestral(
     )
 
 
+@torch.no_grad()
 def sample_dpm_2_ancestral(
     model: Model,
     x: Tensor,
@@ -216,6 +227,7 @@ def sample_dpm_2_ancestral(
     )
 
 
+@torch.no_grad()
 def sample_dpmpp_2s_ancestral(
     model: Model,
     x: Tensor,
@@ -239,6 +251,7 @@ def sample_dpmpp_2s_ancestral(
     )
 
 
+@torch.no_grad()
 def sample_dpmpp_sde(
     model: Model,
     x: Tensor,
@@ -291,6 +304,7 @@ def _log_times(grid: Grid, r: float) -> Times:
     return times
 
 
+@torch.no_grad()
 def sample_dpmpp_2m_sde(
     model: Model,
     x: Tensor,
@@ -305,7 +319,7 @@ def sample_dpmpp_2m_sde(
 ) -> Tensor:
     """SDE-DPM-Solver++(2M); see `dpmpp_2m_sde` ("midpoint") and `dpmpp_2m_sde_heun` ("heun")."""
     solvers = {"midpoint": "dpmpp_2m_sde", "heun": "dpmpp_2m_sde_heun"}
-    if solver_type not in solvers:
+    if not isinstance(solver_type, str) or solver_type not in solvers:
         raise ValueError(f"solver_type must be 'heun' or 'midpoint', got {solver_type!r}")
     given = model, x, sigmas, extra_args, callback, disable
     return sample(
@@ -318,6 +332,7 @@ def sample_dpmpp_2m_sde(
     )
 
 
+@torch.no_grad()
 def sample_dpmpp_3m_sde(
     model: Model,
     x: Tensor,
@@ -360,6 +375,7 @@ def make_function(chosen: Solver) -> Callable[..., Tensor]:
         [*leading, *(inspect.Parameter(key, kind, default=d) for key, d in defaults.items())]
     )
 
+    @torch.no_grad()
     def function(*args: Any, **kwargs: Any) -> Tensor:
         try:
             given = signature.bind(*args, **kwargs)
@@ -367,7 +383,7 @@ def make_function(chosen: Solver) -> Callable[..., Tensor]:
             raise TypeError(f"{name}: {error}") from None
         given.apply_defaults()
         values = given.arguments
-        churn = _churn(*(values[key] for key in extra)) if "s_churn" in extra else None
+        churn = _churn(name, *(values[key] for key in extra)) if "s_churn" in extra else None
         return sample(
             name,
             chosen.name,

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import FunctionDenoiser
-from k_diffusion.sampling.compat_tools import NoiseSampler, face
-from k_diffusion.sampling.dpm_solver import DPMSolver
+from k_diffusion.sampling.compat_checks import check_answer, check_input, warn_unless_finite
+from k_diffusion.sampling.compat_tools import NoiseSampler, as_time, face
 from k_diffusion.sampling.likelihood import log_density, probe_products
 from k_diffusion.sampling.stepping import StepControl
 from k_diffusion.utils.levels import VE, Level
@@ -53,24 +53,21 @@ def sample_dpm_adaptive(
         return_info: whether to return `(x, info)`.
 
     Raises:
-        ValueError: a sigma, x or option that cannot be; and see `DPMSolver.dpm_solver_adaptive`.
+        TypeError, ValueError: a sigma or x that cannot be; and see
+            `DPMSolver.dpm_solver_adaptive`.
 
     Source: Lu et al. 2022, arXiv:2206.00927, appendix C.
     """
-    sigmas = {"sigma_min": sigma_min, "sigma_max": sigma_max}
-    for name, value in sigmas.items():
+    name = "sample_dpm_adaptive"
+    check_input(name, model, x)
+    for key, value in {"sigma_min": sigma_min, "sigma_max": sigma_max}.items():
         if not 0 < float(value) < math.inf:
-            raise ValueError(f"{name} of sample_dpm_adaptive must be finite and above 0: {value}")
-    if not x.is_floating_point() or x.ndim < 1 or len(x) == 0:
-        raise ValueError(
-            f"x of sample_dpm_adaptive must be floating point, (B, ...): {x.dtype} {tuple(x.shape)}"
-        )
-    if not bool(x.isfinite().all()):
-        raise ValueError("x of sample_dpm_adaptive is not finite: check the initial noise")
+            raise ValueError(f"{key} of {name} must be finite and above 0, got {float(value)}")
     working = torch.promote_types(x.dtype, torch.float32)
 
     def widened(state: Tensor, sigma: Tensor, **keywords: Any) -> Tensor:
-        return model(state.to(x.dtype), sigma.to(x.dtype), **keywords).to(working)
+        answer = model(state.to(x.dtype), sigma.to(x.dtype), **keywords)
+        return check_answer(name, answer, x).to(working)
 
     def told(info: dict[str, Any]) -> None:
         assert callback is not None
@@ -79,12 +76,12 @@ def sample_dpm_adaptive(
         callback({"sigma": sigma, "sigma_hat": sigma_hat, **info, **narrow})
 
     with face().tqdm(disable=disable) as bar:
-        solver = DPMSolver(
+        solver = face().DPMSolver(
             model if working == x.dtype else widened, extra_args, eps_callback=bar.update
         )
         if callback is not None:
             solver.info_callback = told
-        first, last = (solver.t(torch.as_tensor(sigma)) for sigma in (sigma_max, sigma_min))
+        first, last = (solver.t(as_time(sigma)) for sigma in (sigma_max, sigma_min))
         result, info = solver.dpm_solver_adaptive(
             x.to(working),
             first,
@@ -101,6 +98,7 @@ def sample_dpm_adaptive(
             s_noise,
             noise_sampler or face().default_noise_sampler(x),
         )
+    warn_unless_finite(name, result, 3)
     result = result.to(x.dtype)
     return (result, info) if return_info else result
 
@@ -119,6 +117,7 @@ class _GivenProbes:
         return probe_products(d, x, own)
 
 
+@torch.no_grad()
 def log_likelihood(
     model: Any,
     x: Tensor,

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.sampling.compat_tools import NoiseSampler, face, number
+from k_diffusion.sampling.compat_checks import check_input
+from k_diffusion.sampling.compat_tools import NoiseSampler, as_time, face, number
 from k_diffusion.sampling.established import (
     Callback,
     EstablishedNoise,
     Model,
-    check_input,
     drive,
 )
 from k_diffusion.sampling.expr import Interval
@@ -70,7 +70,7 @@ def sample_dpm_fast(
     plan = make_plan("dpm_fast", laid, intervals=True, **options)
 
     # What programs are told of the levels is formed as ever.
-    first, last = (torch.as_tensor(end).log().neg() for end in (sigma_max, sigma_min))
+    first, last = (as_time(end).log().neg() for end in (sigma_max, sigma_min))
     ts = torch.linspace(float(first), float(last), count + 1, device=x.device).unbind()
     index = {level.sigma: i for i, level in enumerate(levels)}
 
@@ -109,5 +109,6 @@ def sample_dpm_fast(
             describe,
             asked=bar.update,
             passed=passed,
+            copied=True,
             stacklevel=4,
         )

@@ -33,6 +33,18 @@ def number(value: Any) -> Any:
     return value.item() if callable(getattr(value, "item", None)) else value
 
 
+def as_time(value: Any) -> Tensor:
+    """A number as a tensor on the CPU, whatever torch's default device; a tensor as it is."""
+    return value if isinstance(value, Tensor) else torch.as_tensor(value, device="cpu")
+
+
+def _check_sigmas(function: str, zero: bool, **sigmas: Any) -> None:
+    for name, sigma in sigmas.items():
+        if not (sigma > 0 or (zero and sigma == 0)):
+            wanted = "0 or more" if zero else "above 0"
+            raise ValueError(f"{name} of {function} must be {wanted}, got {float(sigma)}")
+
+
 def trange(*args: Any, disable: bool | None = None, **kwargs: Any) -> Any:
     """range() with a progress bar; see tqdm, which is imported here."""
     if disable and not kwargs:
@@ -54,26 +66,29 @@ def get_sigmas_karras(
 
     Source: Karras et al. 2022, arXiv:2206.00364, eq. 5.
     """
+    _check_sigmas("get_sigmas_karras", True, sigma_min=sigma_min, sigma_max=sigma_max)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    ramp = torch.linspace(0, 1, n)  # on the CPU, so that all devices get the same levels
-    return append_zero((high + ramp * (low - high)) ** rho).to(device)
+    ramp = torch.linspace(0, 1, n, device="cpu")  # so that all devices get the same levels
+    return face().append_zero((high + ramp * (low - high)) ** rho).to(device)
 
 
 def get_sigmas_exponential(
     n: int, sigma_min: float, sigma_max: float, device: Any = "cpu"
 ) -> Tensor:
     """n sigmas from sigma_max to sigma_min, evenly spaced in log sigma, and a zero."""
+    _check_sigmas("get_sigmas_exponential", False, sigma_min=sigma_min, sigma_max=sigma_max)
     logs = torch.linspace(math.log(sigma_max), math.log(sigma_min), n, device=device)
-    return append_zero(logs.exp())
+    return face().append_zero(logs.exp())
 
 
 def get_sigmas_polyexponential(
     n: int, sigma_min: float, sigma_max: float, rho: float = 1.0, device: Any = "cpu"
 ) -> Tensor:
     """n sigmas from sigma_max to sigma_min, log sigma a line to the power rho, and a zero."""
+    _check_sigmas("get_sigmas_polyexponential", False, sigma_min=sigma_min, sigma_max=sigma_max)
     low, high = math.log(sigma_min), math.log(sigma_max)
     ramp = torch.linspace(1, 0, n, device=device) ** rho
-    return append_zero(torch.exp(ramp * (high - low) + low))
+    return face().append_zero(torch.exp(ramp * (high - low) + low))
 
 
 def get_sigmas_vp(
@@ -88,7 +103,7 @@ def get_sigmas_vp(
     Source: Song et al. 2021, arXiv:2011.13456, as in Karras et al. 2022, arXiv:2206.00364, table 1.
     """
     t = torch.linspace(1, eps_s, n, device=device)
-    return append_zero(torch.sqrt(torch.exp(beta_d * t**2 / 2 + beta_min * t) - 1))
+    return face().append_zero(torch.sqrt(torch.exp(beta_d * t**2 / 2 + beta_min * t) - 1))
 
 
 def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
@@ -101,8 +116,16 @@ def to_d(x: Tensor, sigma: Tensor, denoised: Tensor) -> Tensor:
     Returns:
         Shape (B, ...), in x's dtype.
 
+    Raises:
+        ValueError: sigma has more dimensions than x.
+
     Source: Karras et al. 2022, arXiv:2206.00364, eq. 1.
     """
+    if sigma.ndim > x.ndim:
+        raise ValueError(
+            f"sigma of to_d must have shape () or (B,) for x of shape {tuple(x.shape)}, got "
+            f"{tuple(sigma.shape)}"
+        )
     slope = (x - denoised) / sigma[(..., *[None] * (x.ndim - sigma.ndim))]
     return slope.to(x.dtype)
 

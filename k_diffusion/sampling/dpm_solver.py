@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.sampling.compat_checks import check_answer, check_noise, finite_number
 from k_diffusion.sampling.compat_tools import NoiseSampler, face
 from k_diffusion.sampling.stepping import PIDStepSizeController
 
 Cache = dict[str, Tensor]
+LARGEST = 1 + math.pi / 2  # of what `PIDStepSizeController.limiter` gives
 
 
 class DPMSolver(nn.Module):
@@ -66,11 +68,8 @@ class DPMSolver(nn.Module):
             return eps_cache[key], eps_cache
         level = self.sigma(t).to(x)
         sigma = level.reshape(-1) * x.new_ones([x.shape[0]])
-        denoised = self.model(x, sigma, *args, **self.extra_args, **kwargs)
-        if denoised.shape != x.shape:
-            raise ValueError(
-                f"the model returned shape {tuple(denoised.shape)} for x of shape {tuple(x.shape)}"
-            )
+        answer = self.model(x, sigma, *args, **self.extra_args, **kwargs)
+        denoised = check_answer(type(self).__name__, answer, x).to(x.dtype)
         if self.eps_callback is not None:
             self.eps_callback()
         eps = (x - denoised) / level
@@ -135,6 +134,8 @@ class DPMSolver(nn.Module):
         noise_sampler: NoiseSampler | None = None,
     ) -> Tensor:
         """Even steps of order 3, with one or two lower at the end so that `nfe` calls are made."""
+        eta = finite_number("dpm_solver_fast", "eta", eta, 0.0)
+        s_noise = finite_number("dpm_solver_fast", "s_noise", s_noise, 0.0)
         if nfe < 1:
             raise ValueError(f"nfe, the calls of the model, must be 1 or more, got {nfe}")
         if eta and not t_end > t_start:
@@ -158,6 +159,7 @@ class DPMSolver(nn.Module):
                 self.info_callback({"x": x, "i": i, "t": t, "t_up": t, "denoised": denoised})
             x, _ = solve[order](x, t, aim, eps_cache=cache)
             noise = noise_sampler(self.sigma(t), self.sigma(t_next))  # with eta = 0 too, as ever
+            noise = check_noise("noise_sampler", noise, x)
             if eta:
                 x = x + (up * s_noise).to(x) * noise
         return x
@@ -210,18 +212,38 @@ class DPMSolver(nn.Module):
             of any sample).
 
         Raises:
+            TypeError, ValueError: an option, answer or noise that cannot be, by name.
             FloatingPointError: the model's answer for a sample isn't finite.
             RuntimeError: a sample's step has shrunk to nothing.
         """
+        name = "dpm_solver_adaptive"
         if order not in (2, 3):
             raise ValueError(f"order of dpm_solver_adaptive must be 2 or 3, got {order!r}")
+        above = {"rtol": rtol, "atol": atol, "accept_safety": accept_safety, "eta": eta}
+        above |= {"s_noise": s_noise}
+        rtol, atol, accept_safety, eta, s_noise = (
+            finite_number(name, key, value, 0.0) for key, value in above.items()
+        )
+        anywhere = {"pcoeff": pcoeff, "icoeff": icoeff, "dcoeff": dcoeff, "h_init": h_init}
+        pcoeff, icoeff, dcoeff, h_init = (
+            finite_number(name, key, value) for key, value in anywhere.items()
+        )
+        if rtol == atol == 0:
+            raise ValueError(f"rtol and atol of {name} are both 0, which no step can meet")
+        if h_init == 0:
+            raise ValueError(f"h_init of {name}, the first step, must not be 0")
+        if accept_safety > LARGEST:
+            raise ValueError(
+                f"accept_safety of {name} must be at most {LARGEST:.2f}, how much a step can grow, "
+                f"or none is accepted, got {accept_safety}"
+            )
         forward = bool(t_end > t_start)
         if eta and not forward:
             raise ValueError("eta must be 0 towards noise, where there is none to add")
         first = abs(h_init) * (1 if forward else -1)
         gains = pcoeff, icoeff, dcoeff, 1.5 if eta else order, accept_safety
         pids = [PIDStepSizeController(first, *gains) for _ in range(len(x))]
-        least, relative = torch.tensor(atol), torch.tensor(rtol)
+        least, relative = torch.tensor([atol, rtol], device=x.device).unbind()
         noise_sampler = noise_sampler or face().default_noise_sampler(x)
         column = (-1, *[1] * (x.ndim - 1))
         t_end = t_end.to(x.device)
@@ -234,7 +256,8 @@ class DPMSolver(nn.Module):
             active = (s < t_end - 1e-5 if forward else s > t_end + 1e-5).flatten().tolist()
             if not any(active):
                 return x, info
-            h = torch.tensor([pid.h for pid in pids], dtype=torch.float64).to(s).reshape(column)
+            h = torch.tensor([pid.h for pid in pids], dtype=torch.float64, device="cpu")
+            h = h.to(s.dtype).to(s.device).reshape(column)
             on = torch.tensor(active, device=x.device).reshape(column)
             # Those that have arrived are asked about a step back, which is then forgotten.
             t = torch.where(on, bound(t_end, s + h), s - first)
@@ -248,12 +271,10 @@ class DPMSolver(nn.Module):
             else:
                 low, cache = self.dpm_solver_2_step(x, s, aim, r1=1 / 3, eps_cache=cache)
                 high, cache = self.dpm_solver_3_step(x, s, aim, eps_cache=cache)
-            delta = torch.maximum(
-                least.to(x.device), relative.to(x.device) * torch.maximum(low.abs(), before.abs())
-            )
+            delta = torch.maximum(least, relative * torch.maximum(low.abs(), before.abs()))
             # With atol = 0 a value that is 0 twice is exact, not 0 / 0.
             scaled = torch.where(low == high, 0.0, (low - high) / delta)
-            norms = torch.stack([torch.linalg.norm(one) for one in scaled.flatten(1)])
+            norms = torch.stack([torch.linalg.norm(one) for one in scaled.reshape(len(x), -1)])
             errors = norms / scaled[0].numel() ** 0.5
             good = [
                 self._judge(i, pids[i], error, s, t, denoised) if active[i] else False
@@ -261,7 +282,7 @@ class DPMSolver(nn.Module):
             ]
             if any(good):
                 yes = torch.tensor(good, device=x.device).reshape(column)
-                noise = self._noise(noise_sampler, s, t, good, eta)
+                noise = self._noise(noise_sampler, x, s, t, good, eta)
                 if eta:
                     up = torch.where(yes, up, torch.zeros_like(up))
                     high = high + (up * s_noise).to(x) * noise.to(x)
@@ -305,7 +326,13 @@ class DPMSolver(nn.Module):
         return pid.propose_step(error) if math.isfinite(error) else pid.retreat()
 
     def _noise(
-        self, noise_sampler: NoiseSampler, s: Tensor, t: Tensor, good: list[bool], eta: float
+        self,
+        noise_sampler: NoiseSampler,
+        x: Tensor,
+        s: Tensor,
+        t: Tensor,
+        good: list[bool],
+        eta: float,
     ) -> Tensor:
         """Unit noise over each accepted sample's own interval; with eta = 0 drawn as ever."""
         rows = [i for i, well in enumerate(good) if well]
@@ -314,7 +341,8 @@ class DPMSolver(nn.Module):
         noise: dict[tuple[float, float], Tensor] = {}
         for i in rows:
             if spans[i] not in noise and (eta or not noise):
-                noise[spans[i]] = noise_sampler(starts[i], ends[i])
+                made = noise_sampler(starts[i], ends[i])
+                noise[spans[i]] = check_noise("noise_sampler", made, x)
         one = next(iter(noise.values()))
         if len(noise) == 1:
             return one

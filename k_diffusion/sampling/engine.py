@@ -160,7 +160,9 @@ class Run:
         sigma_dtype = sigma_dtype or self.dtype
         if x.device.type == "mps" and sigma_dtype == torch.float64:
             sigma_dtype = torch.float32
-        sigmas = torch.tensor([step.level.sigma for step in plan.steps], dtype=torch.float64)
+        sigmas = torch.tensor(
+            [step.level.sigma for step in plan.steps], dtype=torch.float64, device="cpu"
+        )
         sigmas = sigmas.to(sigma_dtype).to(x.device)
         self._sigmas = sigmas.unsqueeze(1).expand(-1, x.shape[0]).unbind()
         self._prepare()

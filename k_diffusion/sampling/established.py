@@ -11,17 +11,21 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from k_diffusion.sampling.compat_checks import (
+    check_answer,
+    check_input,
+    check_noise,
+    warn_unless_finite,
+)
 from k_diffusion.sampling.compat_tools import NoiseSampler, face
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.expr import Interval
-from k_diffusion.sampling.ksampler import _check_finite
 from k_diffusion.sampling.noise import NoiseSource
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
 from k_diffusion.utils.levels import VE, Level, Levels, Path
@@ -135,30 +139,7 @@ class EstablishedNoise:
             noise, source = face().torch.randn_like(self._x), "torch.randn_like"
         else:
             noise, source = self._sampler(*self._times(interval)), "noise_sampler"
-        if not isinstance(noise, Tensor) or noise.shape != self._x.shape:
-            got = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
-            raise ValueError(
-                f"{source} returned {got}: it must return unit noise of x's shape "
-                f"{tuple(self._x.shape)}"
-            )
-        return noise.to(self._dtype)
-
-
-def check_input(name: str, model: Any, x: Any) -> None:
-    """Refuses by name what no sampler can begin with.
-
-    Raises:
-        TypeError: the model is not callable, x no floating-point tensor.
-        ValueError: x holds no sample, or a value that is not finite.
-    """
-    if not callable(model):
-        raise TypeError(f"model of {name} must be callable, got {type(model).__name__}")
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"x of {name} must be a floating-point tensor, got {kind}")
-    if x.ndim == 0 or x.shape[0] == 0:
-        raise ValueError(f"x of {name} must have shape (B, ...) with B >= 1, got {tuple(x.shape)}")
-    _check_finite(x, f"x, the initial state of {name},")
+        return check_noise(source, noise, self._x).to(self._dtype)
 
 
 def _answers(name: str, plan: Plan, answer: Any, x: Tensor) -> tuple[Tensor, ...]:
@@ -173,23 +154,22 @@ def _answers(name: str, plan: Plan, answer: Any, x: Tensor) -> tuple[Tensor, ...
             f"{type(answer).__name__}"
         )
     for each in answers:
-        if not isinstance(each, Tensor) or not each.is_floating_point():
-            kind = each.dtype if isinstance(each, Tensor) else type(each).__name__
-            raise TypeError(
-                f"the model must return the denoised x for {name}, a floating-point tensor, got "
-                f"{kind}"
-            )
-        if each.shape != x.shape:
-            raise ValueError(
-                f"the model must return the denoised x for {name}, of x's shape {tuple(x.shape)}, "
-                f"got {tuple(each.shape)}"
-            )
+        check_answer(name, each, x)
     return answers
 
 
 def _edited(own: Tensor, shown: Tensor) -> Tensor:
     """Takes over what a callback has written into a copy that it was shown in a lower precision."""
     return torch.where(shown == own.to(shown.dtype), own, shown.to(own.dtype))
+
+
+def _outlives(plan: Plan, k: int) -> bool:
+    """Whether an answer to query k is needed after query k + 1."""
+    if k + 1 == len(plan.steps):
+        return False
+    operations = plan.steps[k + 1].operations
+    dead = {*plan.steps[k].drop, *(name for op in operations for name in op.drop)}
+    return not dead.issuperset(plan.steps[k].answers)
 
 
 def drive(
@@ -205,6 +185,7 @@ def drive(
     skipped: Sequence[int] = (),
     asked: Callable[[], Any] | None = None,
     passed: Callable[[int], Any] | None = None,
+    copied: bool = False,
     stacklevel: int = 5,
 ) -> Tensor:
     """Runs a plan interval by interval.
@@ -217,6 +198,8 @@ def drive(
         skipped: indices of intervals of no length.
         asked: called after each call of the model.
         passed: called at the end of each interval with its index.
+        copied: whether an answer that is needed after the next call of the model is copied, in
+            case the model writes each into the same buffer.
         stacklevel: how many calls up the program is that a warning is for.
 
     Returns:
@@ -225,9 +208,9 @@ def drive(
     extra_args = {} if extra_args is None else extra_args
     run = Run(plan, x, noise)
     steps, dtype = plan.steps, x.dtype
-    sigmas = torch.tensor([step.level.sigma for step in steps], dtype=torch.float64).to(dtype)
+    sigmas = torch.tensor([step.level.sigma for step in steps], dtype=torch.float64, device="cpu")
     # Rows of their own, since a model may write into its sigma.
-    rows = sigmas.to(x.device).unsqueeze(1).repeat(1, x.shape[0]).unbind()
+    rows = sigmas.to(dtype).to(x.device).unsqueeze(1).repeat(1, x.shape[0]).unbind()
     for i in intervals:
         if i in skipped or run.done:
             continue
@@ -248,6 +231,8 @@ def drive(
                 if denoised is not answers[0]:
                     answers = (_edited(answers[0], denoised), *answers[1:])
                 del denoised, info
+            if copied and _outlives(plan, k):
+                answers = tuple(a.clone() if a.dtype == run.dtype else a for a in answers)
             del shown, state
             run.advance(*answers)
             del answers
@@ -255,14 +240,10 @@ def drive(
         if passed is not None:
             passed(i)
     result = run.result if run.done else run.x
-    try:
-        _check_finite(result, f"the result of {name}")
-    except FloatingPointError as error:
-        warnings.warn(str(error), RuntimeWarning, stacklevel=stacklevel)
+    warn_unless_finite(name, result, stacklevel)
     return result.to(dtype)
 
 
-@torch.no_grad()
 def sample(
     name: str,
     solver: str,
@@ -280,6 +261,7 @@ def sample(
     make_times: Callable[[Grid], Times] | None = None,
     intervals: bool = True,
     idle: bool = False,
+    copied: bool = False,
 ) -> Tensor:
     """What every `sample_*` function with sigmas does.
 
@@ -295,6 +277,7 @@ def sample(
         intervals: whether noise is drawn once per interval in the solver's order, not on atoms.
         idle: whether the caller's noise sampler is called once per interval if the solver needs
             none of its noise, too, as it is established.
+        copied: see `drive`.
 
     Returns:
         The samples, shape and dtype of x.
@@ -341,5 +324,16 @@ def sample(
 
     bar = face().trange(n, disable=disable)
     return drive(
-        name, plan, model, x, extra_args, callback, noise, bar, describe, skipped, passed=passed
+        name,
+        plan,
+        model,
+        x,
+        extra_args,
+        callback,
+        noise,
+        bar,
+        describe,
+        skipped,
+        passed=passed,
+        copied=copied,
     )

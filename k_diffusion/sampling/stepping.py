@@ -120,7 +120,7 @@ class StepControl:
 
 def along(values: Sequence[float], like: Tensor) -> Tensor:
     """One number per sample, made to multiply a tensor of shape (B, ...)."""
-    column = torch.tensor(values, dtype=torch.float64).to(like.dtype)
+    column = torch.tensor(values, dtype=torch.float64, device="cpu").to(like.dtype)
     return column.reshape(-1, *[1] * (like.ndim - 1)).to(like.device)
 
 

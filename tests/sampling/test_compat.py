@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from k_diffusion import sampling
+from k_diffusion.denoiser import FunctionDenoiser
 from k_diffusion.sampling import SOLVERS, CallerNoise, Levels, Run, make_plan, solver
 from k_diffusion.sampling.compat import make_function
 from k_diffusion.sampling.established import EstablishedNoise
@@ -840,3 +841,92 @@ def test_nothing_heavy_is_imported_until_it_is_used():
     )
     brought = set(done.stdout.split())
     assert not brought & {"torchsde", "trampoline", "scipy", "tqdm", "torchdiffeq"}
+
+
+# --- the caller's surroundings -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sample_heun", "sample_dpm_fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_model_that_answers_in_one_buffer(name, dtype):
+    x = noise().to(dtype)
+    range_ = (0.4, 10.0, 7) if name == "sample_dpm_fast" else (SIGMAS,)
+    buffer = torch.empty_like(x)
+
+    def static(x, sigma):
+        return buffer.copy_(model(x, sigma))
+
+    function = getattr(sampling, name)
+    assert torch.equal(
+        function(static, x, *range_, disable=True), function(model, x, *range_, disable=True)
+    )
+
+
+@pytest.mark.parametrize("name", [*ESTABLISHED, "sample_dpm_fast", "sample_dpm_adaptive"])
+def test_a_default_device_of_another_kind(name):
+    x = noise()
+    range_ = {"sample_dpm_fast": (0.4, 10.0, 7), "sample_dpm_adaptive": (0.4, 10.0)}
+    levels = range_.get(name, (SIGMAS,))
+
+    def run():
+        torch.manual_seed(0)
+        options = {} if name in ODE else {"noise_sampler": lambda s, t: torch.randn_like(x)}
+        return getattr(sampling, name)(model, x, *levels, disable=True, **options)
+
+    plain = run()
+    with torch.device("meta"):
+        assert torch.equal(run(), plain)
+
+
+def test_levels_lie_where_they_are_asked_for_whatever_the_default_device():
+    plain = sampling.get_sigmas_karras(5, 0.1, 10.0)
+    with torch.device("meta"):
+        assert torch.equal(sampling.get_sigmas_karras(5, 0.1, 10.0), plain)
+
+
+def test_adaptive_pairs_under_a_default_device_of_another_kind():
+    x, ends = noise(), (sampling.Level(1.0, 10.0), sampling.Level(1.0, 0.4))
+    plain, _ = sampling.sample_adaptive(FunctionDenoiser(model), x, *ends)
+    with torch.device("meta"):
+        other, _ = sampling.sample_adaptive(FunctionDenoiser(model), x, *ends)
+    assert torch.equal(other, plain)
+
+
+@pytest.mark.parametrize("name", [*ESTABLISHED, "sample_ddim", "sample_unipc"])
+def test_the_wrapped_function_keeps_gradients(name):
+    # Programs differentiate through a sampler by its `__wrapped__`.
+    sigmas = SIGMAS[1:].double()
+
+    def run(function, x):
+        torch.manual_seed(0)
+        options = {} if name in ODE or name == "sample_unipc" else {"eta": 0.0}
+        return function(model, x, sigmas, disable=True, **options)
+
+    function = getattr(sampling, name)
+    x = noise(dtype=torch.float64).requires_grad_()
+    assert not run(function, x).requires_grad
+    y = run(function.__wrapped__, x)
+    assert torch.equal(y.detach(), run(function, x))
+    assert inspect.signature(function.__wrapped__) == inspect.signature(function)
+    way = noise(1, torch.float64)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    h = 1e-5
+    with torch.no_grad():
+        slope = (run(function, x + h * way) - run(function, x - h * way)).sum() / (2 * h)
+    assert (gradient * way).sum() == pytest.approx(float(slope), rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("name", ["sample_dpm_fast", "sample_dpm_adaptive"])
+def test_the_wrapped_functions_of_a_range_keep_gradients(name):
+    x = noise(dtype=torch.float64).requires_grad_()
+    count = (5,) if name == "sample_dpm_fast" else ()
+    function = getattr(sampling, name)
+    assert not function(model, x, 0.4, 4.0, *count, disable=True).requires_grad
+    assert function.__wrapped__(model, x, 0.4, 4.0, *count, disable=True).requires_grad
+    assert callable(sampling.log_likelihood.__wrapped__)
+
+
+def test_a_star_import_holds_every_function():
+    names: dict[str, object] = {}
+    exec("from k_diffusion.sampling import *", names)
+    assert {f"sample_{name}" for name in SOLVERS} <= names.keys()

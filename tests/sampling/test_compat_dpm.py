@@ -345,10 +345,36 @@ def broken(x, sigma):
         ({"sigma_max": math.inf}, ValueError, "sigma_max of sample_dpm_adaptive must be finite"),
         ({"order": 4}, ValueError, "order of dpm_solver_adaptive must be 2 or 3, got 4"),
         ({"sigma_min": 9.0, "eta": 1.0}, ValueError, "eta must be 0 towards noise"),
-        ({"x": torch.zeros(2, 2, 3, dtype=torch.long)}, ValueError, "floating point.*torch.int64"),
-        ({"x": torch.zeros(0, 2, 3)}, ValueError, "floating point"),
-        ({"x": torch.full((2, 2, 3), math.nan)}, ValueError, "x of .* is not finite"),
-        ({"model": lambda x, s: x[:, :1]}, ValueError, r"returned shape \(2, 1, 3\)"),
+        ({"x": torch.zeros(2, 2, 3, dtype=torch.long)}, TypeError, "x of sample_.*torch.int64"),
+        ({"x": torch.zeros(0, 2, 3)}, ValueError, "x of sample_dpm_adaptive .*B >= 1"),
+        ({"x": torch.full((2, 2, 3), math.nan)}, ValueError, "x, .* of sample_dpm_adaptive, is n"),
+        ({"model": "x"}, TypeError, "model of sample_dpm_adaptive must be callable, got str"),
+        ({"model": lambda x, s: x[:, :1]}, ValueError, r"DPMSolver.*\(2, 2, 3\), got \(2, 1, 3\)"),
+        ({"model": lambda x, s: None}, TypeError, "denoised x for DPMSolver.*got NoneType"),
+        ({"model": lambda x, s: (x, x)}, TypeError, "got tuple"),
+        ({"model": lambda x, s: x.long()}, TypeError, "got torch.int64"),
+        ({"model": lambda x, s: x + 0j}, TypeError, "got torch.complex128"),
+        ({"model": lambda x, s: x.to("meta")}, ValueError, "on x's device cpu, got meta: move the"),
+        ({"x": state(2.0, 2, torch.half), "model": lambda x, s: None}, TypeError,
+         "denoised x for sample_dpm_adaptive.*got NoneType"),
+        ({"eta": -1.0}, ValueError, "eta of dpm_solver_adaptive must be 0 or more, got -1.0"),
+        ({"eta": math.nan}, ValueError, "eta of dpm_solver_adaptive must be finite, got nan"),
+        ({"s_noise": math.inf}, ValueError, "s_noise of dpm_solver_adaptive must be finite"),
+        ({"s_noise": -1.0}, ValueError, "s_noise of dpm_solver_adaptive must be 0 or more"),
+        ({"rtol": math.nan}, ValueError, "rtol of dpm_solver_adaptive must be finite, got nan"),
+        ({"rtol": -1.0}, ValueError, "rtol of dpm_solver_adaptive must be 0 or more, got -1.0"),
+        ({"atol": -1.0}, ValueError, "atol of dpm_solver_adaptive must be 0 or more, got -1.0"),
+        ({"rtol": 0, "atol": 0}, ValueError, "rtol and atol of .* are both 0"),
+        ({"h_init": 0.0}, ValueError, "h_init of dpm_solver_adaptive, .* must not be 0"),
+        ({"h_init": None}, TypeError, "h_init of dpm_solver_adaptive must be a number, got None"),
+        ({"pcoeff": math.inf}, ValueError, "pcoeff of dpm_solver_adaptive must be finite"),
+        ({"icoeff": "a"}, TypeError, "icoeff of dpm_solver_adaptive must be a number, got 'a'"),
+        ({"dcoeff": math.nan}, ValueError, "dcoeff of dpm_solver_adaptive must be finite"),
+        ({"accept_safety": 3.0}, ValueError, "accept_safety of .* at most 2.57.*got 3.0"),
+        ({"eta": 1.0, "noise_sampler": lambda s, t: torch.ones(1)}, ValueError,
+         r"noise_sampler returned \(1,\): .* x's shape \(2, 2, 3\)"),
+        ({"eta": 1.0, "noise_sampler": lambda s, t: torch.ones(2, 2, 3, device="meta")}, ValueError,
+         "noise_sampler returned noise on meta for x on cpu"),
         ({"model": broken}, FloatingPointError, "answer for sample 1 at sigma 0.*not finite"),
         ({"model": lambda x, s: torch.where(s.reshape(-1, 1, 1) < 2, math.nan, x)}, RuntimeError,
          "sample 0 is stuck at sigma 2"),
@@ -378,3 +404,96 @@ def test_an_exact_zero_within_a_relative_tolerance():
     y = sample_dpm_adaptive(lambda x, s: x * 0, x, 0.1, 5.0, disable=True, atol=0.0)
     assert y[0, 1] == 0
     assert y[0, 0] == pytest.approx(0.02, rel=1e-3)
+
+
+def test_a_result_that_is_not_finite_is_told_once():
+    def noise(sigma, sigma_next):
+        return torch.full((1, 2, 3), math.nan, dtype=torch.float64)
+
+    # The last step's noise: no later answer of the model shows it.
+    with pytest.warns(RuntimeWarning, match="result of sample_dpm_adaptive is not fin") as warned:
+        y = sample_dpm_adaptive(
+            denoise, state(10.0), 9.9, 10.0, eta=1.0, noise_sampler=noise, disable=True
+        )
+    assert y.isnan().all()
+    assert [one.filename for one in warned] == [__file__]
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_states_of_any_number_of_dimensions(order):
+    x = torch.tensor([-20.0, 4.0, 30.0], dtype=torch.float64)
+
+    def run(x):
+        def one(x, sigma):
+            s = sigma.reshape(-1, *[1] * (x.ndim - 1))
+            return torch.tanh(x) / (1 + s**2)
+
+        return sample_dpm_adaptive(one, x, 0.03, 20.0, order=order, disable=True)
+
+    flat = run(x)
+    assert flat.shape == (3,)
+    for shape in ((3, 1), (3, 1, 1, 1)):
+        assert torch.equal(run(x.reshape(shape)).flatten(), flat)
+
+
+def test_the_dtype_of_x_stays_whatever_the_model_answers_in():
+    x = state(20.0, dtype=torch.float32)
+    y = sample_dpm_adaptive(lambda x, s: denoise(x, s).double(), x, 0.03, 20.0, disable=True)
+    assert y.dtype == torch.float32
+    assert (y - sample_dpm_adaptive(denoise, x, 0.03, 20.0, disable=True)).abs().max() < 1e-5
+
+
+def test_options_of_fast():
+    t0, t1 = torch.tensor(-1.0), torch.tensor(1.0)
+    solver = DPMSolver(denoise)
+    with pytest.raises(ValueError, match="eta of dpm_solver_fast must be finite, got nan"):
+        solver.dpm_solver_fast(state(1.0), t0, t1, 4, eta=math.nan)
+    with pytest.raises(ValueError, match="s_noise of dpm_solver_fast must be 0 or more, got -1.0"):
+        solver.dpm_solver_fast(state(1.0), t0, t1, 4, s_noise=-1)
+    with pytest.raises(ValueError, match=r"noise_sampler returned \(1,\)"):
+        solver.dpm_solver_fast(state(1.0), t0, t1, 4, noise_sampler=lambda s, t: torch.ones(1))
+
+
+def test_the_replaced_class_makes_the_steps(monkeypatch):
+    used = []
+
+    class Watched(DPMSolver):
+        def eps(self, *args, **kwargs):
+            used.append(1)
+            return super().eps(*args, **kwargs)
+
+    monkeypatch.setattr(sampling, "DPMSolver", Watched)
+    sample_dpm_adaptive(denoise, state(2.0), 0.5, 2.0, disable=True)
+    assert used
+
+
+def test_an_end_within_rounding_is_reached():
+    # A clock one rounding short of its end takes no step of that length.
+    t0 = torch.tensor(0.0, dtype=torch.float64)
+    for t1, steps in ((9e-6, 0), (1.1e-5, 1), (-9e-6, 0), (-1.1e-5, 1)):
+        end = torch.tensor(t1, dtype=torch.float64)
+        x, info = DPMSolver(denoise).dpm_solver_adaptive(state(1.0), t0, end)
+        assert info["steps"] == steps
+        assert torch.equal(x, state(1.0)) == (steps == 0)
+
+
+def test_the_tolerance_of_a_likelihood_has_a_floor():
+    calls = []
+
+    def model(x, sigma):
+        calls.append(len(x))
+        assert len(calls) < 20_000
+        return denoise(x, sigma)
+
+    x = state(1.0, dtype=torch.float32)
+    torch.manual_seed(5)
+    nats, _ = log_likelihood(model, x, 0.01, 5.0, atol=1e-12, rtol=1e-12)
+    least = len(calls)
+    torch.manual_seed(5)
+    exact, _ = log_likelihood(denoise, x.double(), 0.01, 5.0, atol=1e-9, rtol=1e-9)
+    assert abs(nats.double() - exact) < 1e-3
+    calls.clear()
+    floor = 500 * torch.finfo(torch.float32).eps
+    torch.manual_seed(5)
+    log_likelihood(model, x, 0.01, 5.0, atol=floor, rtol=floor)
+    assert len(calls) == least

@@ -103,6 +103,7 @@ BAD_ANSWERS = {
     "a tuple": (lambda x, s: (x, x), TypeError, "got tuple"),
     "integers": (lambda x, s: x.long(), TypeError, "got torch.int64"),
     "complex": (lambda x, s: x + 0j, TypeError, "got torch.complex64"),
+    "elsewhere": (lambda x, s: x.to("meta"), ValueError, "on x's device cpu, got meta"),
 }
 
 
@@ -142,6 +143,7 @@ def test_a_result_that_is_not_finite_is_told():
     [
         (torch.ones(2, 1, 4), r"noise_sampler returned \(2, 1, 4\).*\(2, 3, 4\)"),
         (None, "noise_sampler returned NoneType"),
+        (X.to("meta"), "noise_sampler returned noise on meta for x on cpu: draw it there"),
     ],
 )
 def test_a_noise_sampler_of_another_shape(name, made, text):
@@ -163,6 +165,9 @@ def test_a_replaced_randn_like_of_another_shape(monkeypatch):
 def test_options():
     text = r"solver_type must be 'heun' or 'midpoint', got 'euler'"
     refused("sample_dpmpp_2m_sde", ValueError, text, solver_type="euler")
+    refused("sample_dpmpp_2m_sde", ValueError, r"solver_type must be .* got \[\]", solver_type=[])
+    refused("sample_euler", TypeError, "s_churn of sample_euler must be a number", s_churn=None)
+    refused("sample_deis", TypeError, "s_tmin of sample_deis must be a number", s_tmin="a")
     refused("sample_lms", ValueError, "order must be 1 or more, got 0", order=0)
     refused("sample_lms", ValueError, "order must be of type int", order=1.5)
     refused("sample_euler", ValueError, "s_churn must be 0 or more, got -1.0", s_churn=-1)
@@ -207,3 +212,25 @@ def test_dpm_fast_of_other_kinds():
     for x, error in ((X.long(), TypeError), (X * math.nan, ValueError)):
         with pytest.raises(error, match="sample_dpm_fast"):
             sampling.sample_dpm_fast(model, x, 0.1, 10.0, 5, disable=True)
+
+
+@pytest.mark.parametrize("name", ["karras", "exponential", "polyexponential"])
+def test_levels_below_their_range(name):
+    function = getattr(sampling, f"get_sigmas_{name}")
+    wanted = "0 or more" if name == "karras" else "above 0"
+    with pytest.raises(
+        ValueError, match=f"sigma_min of get_sigmas_{name} must be {wanted}, got -1.0"
+    ):
+        function(3, -1.0, 10.0)
+    with pytest.raises(ValueError, match=f"sigma_max of get_sigmas_{name} .* got nan"):
+        function(3, 1.0, math.nan)
+    if name == "karras":
+        assert function(3, 0.0, 10.0).tolist() == pytest.approx([10.0, 10 / 128, 0, 0])
+    else:
+        with pytest.raises(ValueError, match=f"sigma_min of .*{name} must be above 0, got 0.0"):
+            function(3, 0.0, 10.0)
+
+
+def test_a_slope_of_more_sigmas_than_dimensions():
+    with pytest.raises(ValueError, match=r"sigma of to_d must .* \(2, 3, 4\), got \(2, 1, 1, 1\)"):
+        sampling.to_d(X, torch.ones(2, 1, 1, 1), X)

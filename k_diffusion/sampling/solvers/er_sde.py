@@ -66,7 +66,7 @@ def er_sde(
     middle of the last step, not to the present.
     """
     if order > 3:
-        raise ValueError(f"er_sde has orders 1 to 3, got {order}")
+        raise ValueError(f"order must be 1 to 3, got {order}")
     last: tuple[Expr, float] | None = None
     slope_last: tuple[Expr, float] | None = None
     for s, t in levels.pairs():

@@ -63,9 +63,9 @@ def restart(
     `high` and above sigma = 0; where there is none, nothing is restarted.
     """
     if not 0 < low < high:
-        raise ValueError(f"restart: low must lie above 0 and below high, got {low} and {high}")
+        raise ValueError(f"low must lie above 0 and below high, got {low} and {high}")
     if times < 0 or inner < 0:
-        raise ValueError(f"restart: times and inner must be 0 or more, got {times} and {inner}")
+        raise ValueError(f"times and inner must be 0 or more, got {times} and {inner}")
     every = list(levels)
     between = [level for level in every if 0 < level.ratio <= high * (1 + 1e-12)]
     place: Level | None = min(

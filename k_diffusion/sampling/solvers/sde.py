@@ -36,7 +36,7 @@ def dpmpp_sde(
     """SDE-DPM-Solver++(2S): ancestral steps with one more data estimate at the share r of a step;
     the noise of both belongs to one Brownian path. Of order 2 at eta 0 and 1, 1 between."""
     if not 0 < r <= 1:
-        raise ValueError(f"dpmpp_sde: r must lie in (0, 1], got {r}")
+        raise ValueError(f"r must lie in (0, 1], got {r}")
     for s, t in levels.pairs():
         d = yield x, s
         if not t.sigma > 0:

@@ -45,7 +45,7 @@ def seeds_2(
 ) -> Trace:
     """SEEDS-2: one more data estimate at the share r of a step, on the reverse SDE's own path."""
     if not 0 < r <= 1:
-        raise ValueError(f"seeds_2: r must lie in (0, 1], got {r}")
+        raise ValueError(f"r must lie in (0, 1], got {r}")
     for s, t in levels.pairs():
         d = yield x, s
         if not t.sigma > 0:
@@ -80,7 +80,7 @@ def seeds_3(
     path. Of order 3 at eta 0 only: with noise a third would need integrals of the path that no
     inner state carries."""
     if not 0 < r1 < r2 < 1:
-        raise ValueError(f"seeds_3: r1 and r2 must lie in (0, 1), r1 below r2: got {r1} and {r2}")
+        raise ValueError(f"r1 and r2 must lie in (0, 1), r1 below r2: got {r1} and {r2}")
     for s, t in levels.pairs():
         d = yield x, s
         if not t.sigma > 0:
