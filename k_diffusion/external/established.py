@@ -11,6 +11,7 @@ levels) and eq. 7 (the scalings).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,16 +27,57 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+_DEFAULTS = ("path", "alpha", "process")
+
+
+class _Default:
+    """What an object has by a name until it sets its own: a value, Parameter, buffer or Module.
+
+    Programs' subclasses of these wrappers have attributes of those names for purposes of theirs.
+    """
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self._make = make
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owned: Any, owner: type | None = None) -> Any:
+        if owned is None:
+            return self
+        for kind in ("_parameters", "_buffers", "_modules"):
+            held = owned.__dict__.get(kind, {})
+            if self._name in held:
+                return held[self._name]
+        return self._make(owned)
+
+
 class VarianceExploding(nn.Module):
     """What the established wrappers share; abstract. Makes them Denoisers with alpha = 1."""
 
-    path = VE
+    path: Any = _Default(lambda self: VE)
+    """The coordinates of x and sigma."""
+    alpha: Any = _Default(lambda self: VE.alpha)
+    """The signal scale at sigma, a float or a tensor: 1."""
     inner_model: Any
     get_scalings: Any
 
-    def alpha(self, sigma: Any) -> Any:
-        """The signal scale at sigma, a float or a tensor: 1."""
-        return VE.alpha(sigma)
+    # torch refuses to register what a class has by the same name, unless it is registered already.
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name in _DEFAULTS:
+            self._parameters.setdefault(name, None)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        if name in _DEFAULTS:
+            self._buffers.setdefault(name, None)
+        super().register_buffer(name, tensor, persistent)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        if name in _DEFAULTS:
+            self._modules.setdefault(name, None)
+        super().add_module(name, module)
 
     def _scalings(self, x: Tensor, sigma: Tensor) -> list[Tensor]:
         """`get_scalings` made to multiply x.
@@ -128,6 +170,12 @@ class VDenoiser(_PredictsV):
         return (at_least_float32(t) * math.pi / 2).tan().to(t.dtype)
 
 
+def _schedule(sigmas: Tensor) -> Scheduler:
+    """An infinite last sigma (zero terminal SNR) is left out: it is no level of this path."""
+    sigmas = sigmas.cpu().double()  # not every device has float64
+    return CustomScheduler(alphas_cumprod=(1 / (1 + sigmas[sigmas.isfinite()] ** 2)).tolist())
+
+
 class DiscreteSchedule(VarianceExploding):
     """Continuous noise levels for a network that knows a list of them.
 
@@ -143,6 +191,8 @@ class DiscreteSchedule(VarianceExploding):
 
     sigmas: Tensor
     log_sigmas: Tensor
+    process: Any = _Default(lambda self: _schedule(self.sigmas))
+    """The list as a schedule: KSampler takes from it what its scheduler leaves open."""
 
     def __init__(self, sigmas: Tensor, quantize: bool) -> None:
         super().__init__()
@@ -185,15 +235,6 @@ class DiscreteSchedule(VarianceExploding):
     def sigma_max(self) -> Tensor:
         """The greatest noise standard deviation, shape ()."""
         return self.sigmas[-1]
-
-    @property
-    def process(self) -> Scheduler:
-        """The list as a schedule: KSampler takes from it what its scheduler leaves open.
-
-        An infinite last sigma (zero terminal SNR) is left out, for it is no level of this path.
-        """
-        sigmas = self.sigmas.double()
-        return CustomScheduler(alphas_cumprod=(1 / (1 + sigmas[sigmas.isfinite()] ** 2)).tolist())
 
     def get_sigmas(self, n: int | None = None) -> Tensor:
         """Noise standard deviations from the greatest to the least, then 0.

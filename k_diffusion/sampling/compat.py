@@ -375,7 +375,6 @@ def make_function(chosen: Solver) -> Callable[..., Tensor]:
         [*leading, *(inspect.Parameter(key, kind, default=d) for key, d in defaults.items())]
     )
 
-    @torch.no_grad()
     def function(*args: Any, **kwargs: Any) -> Tensor:
         try:
             given = signature.bind(*args, **kwargs)
@@ -403,7 +402,7 @@ def make_function(chosen: Solver) -> Callable[..., Tensor]:
     function.__module__ = "k_diffusion.sampling"
     function.__doc__ = f"{chosen.summary}\n\nSource: {chosen.source}."
     function.__signature__ = signature  # type: ignore[attr-defined]
-    return function
+    return torch.no_grad()(function)
 
 
 def missing_functions(namespace: dict[str, Any]) -> dict[str, Callable[..., Tensor]]:

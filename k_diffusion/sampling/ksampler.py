@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.denoiser import DENOISERS, make_denoiser, model_device
+from k_diffusion.denoiser import DENOISERS, FunctionDenoiser, make_denoiser, model_device
 from k_diffusion.sampling.adaptive import ADAPTIVE, AdaptiveSolver
 from k_diffusion.sampling.brownian import PathNoise
 from k_diffusion.sampling.engine import Run
@@ -82,8 +82,12 @@ class KSampler:
         own = None if chosen is None else chosen.own_process
         if own is not None and (kind is None or own.path is not kind.path):
             own = None
-        self.denoiser = make_denoiser(model, own)
-        process = getattr(self.denoiser, "process", None)
+        made = make_denoiser(model, own)
+        process = getattr(made, "process", None)
+        if not isinstance(process, Scheduler):  # a program's own attribute of that name
+            process = None
+        ours = isinstance(made.path, Path) and callable(made.alpha)
+        self.denoiser = made if ours else FunctionDenoiser(made)
         usual = FlowScheduler() if self.denoiser.path is FLOW else KarrasScheduler()
         if chosen is None:
             chosen = process or usual
@@ -195,7 +199,7 @@ class KSampler:
         plan = None if adaptive else self.plan(steps, intervals=callable(noise))
         levels = self.levels(steps) if plan is None else plan.levels
         keywords = self._keywords(condition, x.shape[0])
-        home = model_device(self.denoiser)
+        home = model_device(self.model)
         if home is not None and home != x.device:
             raise ValueError(f"x is on {x.device} but the model on {home}: move one of them")
         _check_finite(x, "x, the initial noise,")

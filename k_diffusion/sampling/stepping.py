@@ -49,31 +49,28 @@ class PIDStepSizeController:
         accept_safety: float = 0.81,
         eps: float = 1e-8,
     ) -> None:
-        self.h = h
-        self.b1 = (pcoeff + icoeff + dcoeff) / order
-        self.b2 = -(pcoeff + 2 * dcoeff) / order
-        self.b3 = dcoeff / order
-        self.accept_safety = accept_safety
-        self.eps = eps
+        self.h, self.accept_safety, self.eps = h, accept_safety, eps
+        # Powers of the inverse errors of this step and the two accepted before it.
+        powers = (pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff)
+        self.b1, self.b2, self.b3 = (power / order for power in powers)
         self.errs: list[float] = []
 
     def limiter(self, x: float) -> float:
         """Keeps the change of a step between 0.21 and 2.57 times, smoothly."""
-        return 1 + math.atan(x - 1)
+        return math.atan(x - 1) + 1
 
     def propose_step(self, error: float) -> bool:
         """Whether to accept a step of this error, in units of the tolerance; sets the next `h`."""
         inverse = 1 / (float(error) + self.eps)
-        if not self.errs:
-            self.errs = [inverse] * 3
-        self.errs[0] = inverse
-        now, before, earlier = self.errs
-        factor = self.limiter(now**self.b1 * before**self.b2 * earlier**self.b3)
-        accept = factor >= self.accept_safety
-        if accept:
-            self.errs[1:] = now, before
-        self.h *= factor
-        return accept
+        _, *before = self.errs or [inverse] * 3
+        self.errs = [inverse, *before]
+        powers = (self.b1, self.b2, self.b3)
+        change = self.limiter(math.prod(e**b for e, b in zip(self.errs, powers, strict=True)))
+        self.h *= change
+        if not change >= self.accept_safety:  # nor where it is no number
+            return False
+        self.errs = [inverse, inverse, before[0]]
+        return True
 
     def retreat(self) -> bool:
         """Shrinks the next step as far as it may, after one without a finite error; False."""

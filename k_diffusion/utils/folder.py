@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,14 +35,16 @@ class FolderOfImages(Dataset):
         if not self.root.is_dir():
             raise NotADirectoryError(f"there is no folder of images {self.root}")
         self.transform = nn.Identity() if transform is None else transform
-        self.paths = sorted(
-            path
-            for path in self.root.rglob("*")
-            if path.suffix.lower() in self.IMG_EXTENSIONS and path.is_file()
-        )
+        self.paths = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+        self.paths = sorted(filter(self._holds_image, self.paths))
+
+    def _holds_image(self, path: Path) -> bool:
+        known = path.suffix.lower() in self.IMG_EXTENSIONS
+        return known and path.is_file()
 
     def __repr__(self) -> str:
-        return f'FolderOfImages(root="{self.root}", len: {len(self)})'
+        told = f'root="{self.root}", len: {len(self)}'
+        return f"FolderOfImages({told})"
 
     def __len__(self) -> int:
         return len(self.paths)

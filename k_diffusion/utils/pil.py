@@ -92,4 +92,8 @@ def hf_datasets_augs_helper(
         image_key: the column of Pillow images, the only one in the result.
         mode: Pillow's mode, to which each is converted first.
     """
-    return {image_key: [transform(image.convert(mode)) for image in examples[image_key]]}
+
+    def prepared(image: Any) -> Any:
+        return transform(image.convert(mode))
+
+    return {image_key: list(map(prepared, examples[image_key]))}

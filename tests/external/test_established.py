@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from k_diffusion import external
 from k_diffusion.denoiser import Denoiser, EpsDenoiser, VDenoiser, make_denoiser
-from k_diffusion.sampling import KSampler
+from k_diffusion.sampling import KSampler, sample_euler
 from k_diffusion.utils.levels import VE
 from k_diffusion.utils.scheduler import CustomScheduler, KarrasScheduler
 
@@ -424,3 +424,69 @@ def test_names() -> None:
     assert set(external.__all__) <= set(dir(external))
     with pytest.raises(AttributeError, match="no attribute 'CompVisDenoise'"):
         _ = external.CompVisDenoise
+
+
+class Owner(external.CompVisDenoiser):
+    """A program's wrapper with attributes of its own by the names that ours have."""
+
+    def __init__(self, **own: Any) -> None:
+        super().__init__(Network())
+        for name, value in own.items():
+            setattr(self, name, value)
+
+
+OWN = {
+    "a string": lambda: "a string",
+    "nothing": lambda: None,
+    "a module": lambda: nn.Linear(2, 2),
+    "a parameter": lambda: nn.Parameter(torch.arange(3.0)),
+}
+
+
+@pytest.mark.parametrize("name", ["process", "path", "alpha"])
+@pytest.mark.parametrize("kind", OWN)
+def test_a_subclass_keeps_its_own_attributes(name, kind):
+    value = OWN[kind]()
+    wrapper = Owner(**{name: value})
+    assert getattr(wrapper, name) is value
+    assert (f"{name}.weight" in wrapper.state_dict()) == (kind == "a module")
+    assert (name in wrapper.state_dict()) == (kind == "a parameter")
+    assert type(getattr(copy.deepcopy(wrapper), name)) is type(value)
+
+    if (name, kind) == ("alpha", "nothing"):
+        with pytest.raises(ValueError, match="wrap it in .* FunctionDenoiser"):
+            KSampler(wrapper)
+        return
+
+    # To sample with, such a wrapper is what it was.
+    x = torch.randn(2, 3, dtype=F64, generator=torch.Generator().manual_seed(0))
+    sampler, plain = KSampler(wrapper, "karras"), KSampler(Owner(), "karras")
+    if name == "process":  # which is then open, but for an explicit range
+        assert sampler.levels(3)[0].sigma == pytest.approx(80)
+    else:
+        assert sampler.levels(3) == plain.levels(3)
+        assert torch.equal(sampler.sample(x, 3), plain.sample(x, 3))
+    sigmas = torch.tensor([10.0, 1.0, 0.0])
+    assert torch.equal(
+        sample_euler(wrapper, x, sigmas, disable=True),
+        sample_euler(Owner(), x, sigmas, disable=True),
+    )
+
+
+@pytest.mark.parametrize("name", ["process", "path", "alpha"])
+def test_a_subclass_registers_by_those_names(name):
+    wrapper = Owner()
+    wrapper.register_buffer(name, torch.arange(3.0), persistent=False)
+    assert getattr(wrapper, name).tolist() == [0, 1, 2]
+    wrapper = Owner()
+    wrapper.add_module(name, linear := nn.Linear(2, 2))
+    assert getattr(wrapper, name) is linear
+    wrapper = Owner()
+    wrapper.register_parameter(name, weight := nn.Parameter(torch.ones(2)))
+    assert getattr(wrapper, name) is weight
+    plain = Owner()
+    assert plain.path is VE
+    assert plain.alpha(3.0) == 1
+    assert isinstance(plain.process, CustomScheduler)
+    with pytest.raises(KeyError, match="already exists"):
+        plain.register_buffer("get_eps", torch.ones(1))
