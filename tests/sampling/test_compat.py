@@ -290,6 +290,41 @@ def test_half_precision_keeps_what_a_callback_leaves_alone():
     assert not torch.equal(states[1][0], states[5][0])
 
 
+@pytest.mark.parametrize("name", ODE)
+def test_a_callback_that_only_looks_changes_no_bit(name):
+    """The answer, finer than x, is shown rounded, but taken as it is."""
+    run = getattr(sampling, name)
+
+    def precise(x, sigma):
+        return model(x.float(), sigma.float())
+
+    x = noise().half()
+    watched = run(precise, x, SIGMAS[:4], callback=lambda info: None, disable=True)
+    assert torch.equal(watched, run(precise, x, SIGMAS[:4], disable=True))
+
+
+def test_a_prediction_is_shown_to_a_callback_but_not_taken_back():
+    @solver(order=1, source="this test", predictor=True)
+    def foresees(x, levels, noise):
+        """Euler's method, as if its states were predictions."""
+        for s, t in levels.pairs():
+            d = yield x, s
+            x = (t.sigma / s.sigma) * x + (1 - t.sigma / s.sigma) * d
+        return x
+
+    def paint(info):
+        info["x"].zero_()
+
+    try:
+        x = noise().half()
+        plain = sampling.sample_foresees(model, x, SIGMAS, disable=True)
+        painted = sampling.sample_foresees(model, x, SIGMAS, callback=paint, disable=True)
+        assert torch.equal(plain, painted)
+    finally:
+        del SOLVERS["foresees"]
+        vars(sampling).pop("sample_foresees", None)
+
+
 def test_a_callback_may_end_it():
     class Interrupted(Exception):
         pass
@@ -629,6 +664,45 @@ def test_a_trange_that_ends_early_gives_the_state_so_far(name, monkeypatch):
     monkeypatch.setattr(sampling, "trange", lambda n, disable=None: range(2))
     result = getattr(sampling, name)(model, noise(), SIGMAS, **keywords)
     assert torch.equal(result, third)
+
+
+@pytest.mark.parametrize("name", ESTABLISHED)
+def test_a_trange_that_goes_on_changes_nothing(name, monkeypatch):
+    options = {} if name in ODE else {"noise_sampler": lambda s, t: torch.ones(2, 3, 4)}
+    plain = getattr(sampling, name)(model, noise(), SIGMAS, disable=True, **options)
+    monkeypatch.setattr(sampling, "trange", lambda n, disable=None: range(n + 3))
+    result = getattr(sampling, name)(model, noise(), SIGMAS, disable=True, **options)
+    assert torch.equal(result, plain)
+
+
+def test_replaced_tools_are_used_by_the_other_tools(monkeypatch):
+    used = []
+
+    class Tree(sampling.BatchedBrownianTree):
+        def __init__(self, *args, **kwargs):
+            used.append("tree")
+            super().__init__(*args, **kwargs)
+
+    class Torchsde:
+        @staticmethod
+        def BrownianTree(*args, **kwargs):
+            used.append("torchsde")
+            return lambda t0, t1: torch.ones(2, 3, 4)
+
+    def append_zero(x):
+        used.append("zero")
+        return torch.cat([x, x.new_zeros(1)])
+
+    monkeypatch.setattr(sampling, "BatchedBrownianTree", Tree)
+    monkeypatch.setattr(sampling, "torchsde", Torchsde, raising=False)
+    monkeypatch.setattr(sampling, "append_zero", append_zero)
+    tree = sampling.BrownianTreeNoiseSampler(noise(), 0.1, 10.0, seed=1)
+    assert used == ["tree", "torchsde"]
+    assert torch.equal(tree(4.0, 0.0 + 3.0), -torch.ones(2, 3, 4))
+    for kind in ("karras", "exponential", "polyexponential"):
+        getattr(sampling, f"get_sigmas_{kind}")(3, 0.1, 10.0)
+    sampling.get_sigmas_vp(3)
+    assert used[2:] == ["zero"] * 4
 
 
 def test_a_replaced_function_is_called(monkeypatch):
