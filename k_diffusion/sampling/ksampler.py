@@ -86,8 +86,7 @@ class KSampler:
         process = getattr(made, "process", None)
         if not isinstance(process, Scheduler):  # a program's own attribute of that name
             process = None
-        ours = isinstance(made.path, Path) and callable(made.alpha)
-        self.denoiser = made if ours else FunctionDenoiser(made)
+        self.denoiser = made if isinstance(made.path, Path) else FunctionDenoiser(made)
         usual = FlowScheduler() if self.denoiser.path is FLOW else KarrasScheduler()
         if chosen is None:
             chosen = process or usual

@@ -490,3 +490,9 @@ def test_a_subclass_registers_by_those_names(name):
     assert isinstance(plain.process, CustomScheduler)
     with pytest.raises(KeyError, match="already exists"):
         plain.register_buffer("get_eps", torch.ones(1))
+
+
+def test_a_path_that_is_none_leaves_the_model_its_device():
+    wrapper = Owner(path="a file", weight=nn.Parameter(torch.ones(1, device="meta")))
+    with pytest.raises(ValueError, match="x is on cpu but the model on meta"):
+        KSampler(wrapper, "karras").sample(torch.ones(1, 3), 2)

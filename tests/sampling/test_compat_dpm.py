@@ -163,6 +163,7 @@ def test_controller_by_hand():
     factor *= 1 + math.atan(0.0625**0.5 * 4**-0.25 - 1)
     assert pid.h == pytest.approx(0.5 * factor, rel=1e-6)
     assert pid.errs == pytest.approx([0.0625, 4.0, 1.0], rel=1e-6)  # history of accepted steps
+    assert not PIDStepSizeController(0.5, 0.1, 0.7, 0.2).propose_step(math.nan)
     before = pid.h
     assert pid.retreat() is False
     assert pid.h == pytest.approx(before * (1 + math.atan(-1)))
