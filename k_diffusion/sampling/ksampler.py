@@ -375,7 +375,7 @@ def _check_finite(x: Tensor, what: str) -> None:
         error = ValueError if what.startswith("x,") else FloatingPointError
         raise error(
             f"{what} is not finite in {share:.1%} of its values: "
-            "check the model's output and the input for overflow or NaN"
+            "check the model's output, the noise and the input for overflow or NaN"
         )
 
 
