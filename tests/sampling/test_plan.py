@@ -350,7 +350,7 @@ def test_fresh_noise_is_not_asked_of_a_caller_s_path():
     assert len(asked) == 3
     assert all(a > b for a, b in asked)
     source = CallerNoise(lambda a, b: torch.zeros(3), x)
-    with pytest.raises(ValueError, match=r"noise sampler returned shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"noise_sampler returned shape \(3,\)"):
         source.draw(plan.draws[1].interval)
 
 
