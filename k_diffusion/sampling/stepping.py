@@ -118,7 +118,7 @@ class StepControl:
             value = getattr(self, name)
             if not value > 0 and not (name in ("rtol", "atol") and value == 0):
                 raise ValueError(f"{name} must be above 0, got {value!r}")
-        if self.max_steps != int(self.max_steps):
+        if self.max_steps % 1 != 0:
             raise ValueError(f"max_steps must be a whole number, got {self.max_steps!r}")
         self.controller(1, 1)  # refuses what it cannot take
         if self.rtol == self.atol == 0:

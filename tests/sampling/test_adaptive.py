@@ -442,8 +442,9 @@ def test_bad_step_control():
     for name in ("rtol", "atol", "h_init", "accept_safety", "max_steps"):
         with pytest.raises(ValueError, match=f"{name} must be above 0, got -1"):
             StepControl(**{name: -1})
-    with pytest.raises(ValueError, match="max_steps must be a whole number, got 2.5"):
-        StepControl(max_steps=2.5)
+    for most in (2.5, math.inf):
+        with pytest.raises(ValueError, match=f"max_steps must be a whole number, got {most}"):
+            StepControl(max_steps=most)
     for safety in (2.5, 2.57, 3.0, math.nan):
         with pytest.raises(ValueError, match=r"accept_safety must be .*, got (2.5|2.57|3.0|nan)"):
             StepControl(accept_safety=safety)
