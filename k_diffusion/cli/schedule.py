@@ -75,7 +75,7 @@ class Schedule:
             found = {name: [asdict(line) for line in lines(*one)] for name, one in laid.items()}
             print(json.dumps(_finite(found), indent=2))
         else:
-            print("\n\n".join(table(name, *one) for name, one in laid.items()))
+            print("\n\n".join(table(name, *one, self.steps) for name, one in laid.items()))
         if self.plot is not None:
             draw({name: levels for name, (_, levels) in laid.items()}, self.plot)
 
@@ -145,15 +145,20 @@ def lines(scheduler: Scheduler, levels: Levels) -> list[Line]:
     ]
 
 
-def table(name: str, scheduler: Scheduler, levels: Levels) -> str:
-    """The levels as aligned plain text with a header."""
+def table(name: str, scheduler: Scheduler, levels: Levels, asked: int) -> str:
+    """The levels as aligned plain text with a header, which says if there are other than `asked`
+    steps."""
     rows: list[tuple[str, ...]] = [("step", "sigma", "alpha", "half log-SNR", "time")]
     for line in lines(scheduler, levels):
         numbers = line.sigma, line.alpha, line.half_log_snr, line.time
         rows.append((str(line.index), *(f"{number:.6g}" for number in numbers)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     text = ["  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([f"{name}: {len(levels) - 1} steps on the {levels.path} path", *text])
+    laid = len(levels) - 1
+    head = f"{name}: {laid} step{'s' * (laid != 1)} on the {levels.path} path"
+    if laid != asked:
+        head += f", not the {asked} asked for: that is what its rule lays"
+    return "\n".join([head, *text])
 
 
 def _finite(value: Any) -> Any:

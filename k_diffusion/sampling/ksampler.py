@@ -187,8 +187,13 @@ class KSampler:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a floating-point tensor of unit noise, got {kind}")
-        if x.ndim < 2 or x.shape[0] == 0:
-            raise ValueError(f"x must have shape (B, C, ...) with B >= 1, got {tuple(x.shape)}")
+        if x.itemsize < 2:
+            raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        if x.ndim < 2 or x.numel() == 0:
+            raise ValueError(
+                f"x must have shape (B, C, ...) with B >= 1 and no length of 0, got "
+                f"{tuple(x.shape)}"
+            )
         make_noise = _noise_maker(noise, noise_on_cpu)
         adaptive = isinstance(self.solver, AdaptiveSolver)
         if adaptive and noise != "independent":
@@ -297,7 +302,7 @@ class KSampler:
             return [one + i for i in range(batch)]
         if isinstance(seed, Sequence):
             seeds = [_whole(s) for s in seed]
-            if all(isinstance(s, int) for s in seeds):
+            if all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
                 if len(seeds) != batch:
                     raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
                 return seeds
@@ -378,7 +383,7 @@ def _check_finite(x: Tensor, what: str) -> None:
         error = ValueError if what.startswith("x,") else FloatingPointError
         raise error(
             f"{what} is not finite in {share:.1%} of its values: "
-            "check the model's output and the input for overflow or NaN"
+            "check the model's output, the noise and the input for overflow or NaN"
         )
 
 

@@ -92,7 +92,9 @@ class CallerNoise:
     """A caller's own `noise_sampler(sigma, sigma_next)`, for plans made with `intervals=True`.
 
     Args:
-        noise_sampler: given two numbers, returns unit noise of the state's shape.
+        noise_sampler: given two numbers, returns unit noise of the state's shape and device, in any
+            floating-point dtype. It may be one buffer, which is copied: a plan can hold noise over
+            the next call.
         like: a tensor of the state's shape, dtype and device.
         fresh: makes the noise that belongs to no path (churn), of which the caller's sampler knows
             nothing. None: from torch's global generator.
@@ -115,12 +117,22 @@ class CallerNoise:
                 return self._fresh.draw(interval)
             return torch.randn_like(self._like.new_empty(self._shape))
         noise = self._sampler(interval.start.sigma, interval.end.sigma)
+        if not isinstance(noise, Tensor) or not noise.is_floating_point():
+            kind = noise.dtype if isinstance(noise, Tensor) else type(noise).__name__
+            raise TypeError(
+                f"noise_sampler must return unit noise, a floating-point tensor, got {kind}"
+            )
         if noise.shape != self._shape:
             raise ValueError(
-                f"the noise sampler returned shape {tuple(noise.shape)} for a state of shape "
+                f"noise_sampler returned shape {tuple(noise.shape)} for a state of shape "
                 f"{tuple(self._shape)}"
             )
-        return noise
+        if noise.device != self._like.device:
+            raise ValueError(
+                f"noise_sampler returned a tensor on {noise.device} for a state on "
+                f"{self._like.device}: make its noise there"
+            )
+        return noise.to(self._like.dtype, copy=True)
 
 
 def unit_noise(

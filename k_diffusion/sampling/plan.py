@@ -20,6 +20,7 @@ from typing import Any
 
 from k_diffusion.sampling.expr import Assignment, Expr, Interval, Node, Tracer
 from k_diffusion.sampling.registry import Answers, Solver, get_solver
+from k_diffusion.utils import maths
 from k_diffusion.utils.levels import Level, Levels
 
 
@@ -173,8 +174,17 @@ class Churn:
 
     def __post_init__(self) -> None:
         for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not maths.is_number(value):
+                raise TypeError(f"{name} must be a number, got {value!r}")
+            if not value >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {value!r}")
+            if name != "s_tmax" and value == math.inf:
+                raise ValueError(f"{name} must be finite, got {value!r}")
+        if self.s_tmin > self.s_tmax:
+            raise ValueError(
+                f"s_tmin {self.s_tmin!r} lies above s_tmax {self.s_tmax!r}: churn would act nowhere"
+            )
 
 
 def make_plan(

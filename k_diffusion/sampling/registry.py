@@ -30,7 +30,9 @@ class Solver:
         source: authors, year, arXiv id, place.
         claimed: the order that its name or its authors give it.
         from_pure_noise: whether it can begin at alpha = 0; the others begin after a step of DDIM.
-        orders: for a method with an option `order`: its true order for each value.
+        orders: for a method with an option `order`: its true order for each value; no others are
+            taken, unless
+        any_order: it has a formula for any order, of which `orders` tells the first.
         stochastic: whether it draws noise with its default options.
         outputs: answers that it takes from the denoiser for each query.
         predictor: whether a state that it queries may be a mere prediction, corrected later.
@@ -47,6 +49,7 @@ class Solver:
     claimed: int = 0
     from_pure_noise: bool = False
     orders: Mapping[int, int] = field(default_factory=dict, hash=False, compare=False)
+    any_order: bool = False
 
     @property
     def variants(self) -> tuple[tuple[Mapping[str, Any], int, int], ...]:
@@ -71,15 +74,27 @@ class Solver:
             good = maths.is_number(value) if kind is float else isinstance(value, kind)
             if not good or isinstance(value, bool) != isinstance(default, bool):
                 raise ValueError(f"{self.name}'s {key} must be of type {kind.__name__}: {value!r}")
+            kinds = tuple(map(type, default)) if isinstance(default, tuple) else ()
+            if kinds and not all(type(item) in kinds for item in value):
+                raise ValueError(
+                    f"{self.name}'s {key} must hold values of type {kinds[0].__name__}: {value!r}"
+                )
             if key == "order" and value < 1:
                 raise ValueError(f"{self.name}'s order must be 1 or more, got {value}")
+            if key == "order" and self.orders and value not in self.orders and not self.any_order:
+                known = ", ".join(map(str, self.orders))
+                raise ValueError(f"{self.name}'s order must be one of {known}, got {value}")
             if maths.is_number(value) and not math.isfinite(value):
                 raise ValueError(f"{self.name}'s {key} must be finite, got {value!r}")
             if key in ("eta", "s_noise") and value < 0:  # scales of noise, in every solver
                 raise ValueError(f"{self.name}'s {key} must be 0 or more, got {value!r}")
+            if key in ("eta", "s_noise") and value > MOST_NOISE:
+                raise ValueError(f"{self.name}'s {key} must be {MOST_NOISE:g} at most: {value!r}")
 
 
 SOLVERS: dict[str, Solver] = {}
+MOST_NOISE = 1e12
+"""The largest eta and s_noise that are taken: beyond it is a mistake, and squares overflow."""
 
 
 def solver(
@@ -91,6 +106,7 @@ def solver(
     outputs: int = 1,
     predictor: bool = False,
     from_pure_noise: bool = False,
+    any_order: bool = False,
 ) -> Callable[[SolverFunction], Solver]:
     """Registers a generator as a solver under its own name; see `Solver` for the arguments.
 
@@ -124,6 +140,7 @@ def solver(
             claimed=named,
             from_pure_noise=from_pure_noise,
             orders=orders,
+            any_order=any_order,
         )
         return SOLVERS[name]
 

@@ -25,6 +25,10 @@ Slope = Callable[[Sequence[int], State, Sequence[float]], State]
 """Slopes of a state whose rows are the samples `rows`, each at its own clock."""
 
 
+MOST_SAFETY = 2.5
+"""A bound on `accept_safety`: below what the limiter lets a step grow by, 1 + pi / 2."""
+
+
 class PIDStepSizeController:
     """A PID controller for one sample's step size.
 
@@ -49,6 +53,11 @@ class PIDStepSizeController:
         accept_safety: float = 0.81,
         eps: float = 1e-8,
     ) -> None:
+        if not accept_safety < MOST_SAFETY:
+            raise ValueError(
+                f"accept_safety must be below {MOST_SAFETY}, got {accept_safety!r}: the next step "
+                "is never longer than 2.57 times, so none would be accepted"
+            )
         self.h, self.accept_safety, self.eps = h, accept_safety, eps
         # Powers of the inverse errors of this step and the two accepted before it.
         powers = (pcoeff + icoeff + dcoeff, -(pcoeff + 2 * dcoeff), dcoeff)
@@ -106,6 +115,9 @@ class StepControl:
             value = getattr(self, name)
             if not value > 0 and not (name in ("rtol", "atol") and value == 0):
                 raise ValueError(f"{name} must be above 0, got {value!r}")
+        if self.max_steps % 1 != 0:
+            raise ValueError(f"max_steps must be a whole number, got {self.max_steps!r}")
+        self.controller(1, 1)  # refuses what it cannot take
         if self.rtol == self.atol == 0:
             raise ValueError("rtol and atol are both 0, which no step can meet: set either")
 

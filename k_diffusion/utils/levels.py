@@ -131,7 +131,7 @@ def make_path(name: str | Path) -> Path:
     """
     if isinstance(name, Path):
         return name
-    if name not in PATHS:
+    if not isinstance(name, str) or name not in PATHS:
         raise ValueError(maths.unknown("path", name, PATHS))
     return PATHS[name]
 
@@ -146,7 +146,8 @@ class Levels(Sequence[Level]):
         inverted: they go strictly from clean to noisy instead; see `flipped`.
 
     Raises:
-        ValueError: a level is not finite, negative or off its path, or the order is not strict.
+        ValueError: a level is not finite, negative or off its path, the order is not strict, or
+            two levels have one sigma.
     """
 
     __slots__ = ("_hash", "_levels", "inverted", "path")
@@ -175,10 +176,16 @@ class Levels(Sequence[Level]):
                     f"levels must go strictly from {way[0]}, but level {i + 1} {t} is not "
                     f"{way[1]} than level {i} {s}: sort them and drop repeated ones"
                 )
+            if s.sigma == t.sigma:  # which is all that a denoiser is told of a level
+                raise ValueError(
+                    f"levels {i} and {i + 1} share sigma = {s.sigma} on the {path} path, as levels "
+                    "too near to pure noise do: begin at less noise, or lower the shift"
+                )
 
     @classmethod
-    def from_sigmas(cls, sigmas: Iterable[float], path: Path = VE) -> Levels:
-        """Levels at the given noise standard deviations of a path."""
+    def from_sigmas(cls, sigmas: Iterable[float], path: Path | str = VE) -> Levels:
+        """Levels at the given noise standard deviations of a path, which may be given by name."""
+        path = make_path(path)
         sigmas = [float(sigma) for sigma in sigmas]
         for i, sigma in enumerate(sigmas):
             if not 0 <= sigma < math.inf or (path is not VE and sigma > 1):

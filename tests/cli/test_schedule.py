@@ -37,6 +37,22 @@ def test_the_table_holds_the_levels(capsys) -> None:
     assert len({len(line) for line in lines[1:]}) == 1
 
 
+def test_the_head_counts_the_steps(capsys) -> None:
+    def head(*argv: str) -> str:
+        assert main(["schedule", *argv]) == 0
+        return capsys.readouterr().out.splitlines()[0]
+
+    assert head("karras", "--steps", "1") == "karras: 1 step on the ve path"
+    why = "asked for: that is what its rule lays"
+    assert (
+        head("ddim_uniform", "--steps", "7")
+        == f"ddim_uniform: 8 steps on the vp path, not the 7 {why}"
+    )
+    options = "alpha=0.01"
+    beta = head("beta", "--steps", "5", "--scheduler-options", options)
+    assert beta == f"beta: 2 steps on the vp path, not the 5 {why}"
+
+
 def test_several_schedules_and_another_path(capsys) -> None:
     argv = ["schedule", "simple", "karras", "--steps", "3", "--path", "flow", "--json"]
     assert main([*argv, "--scheduler-options", "process=cosine,rho=5"]) == 0
@@ -59,6 +75,7 @@ def test_several_schedules_and_another_path(capsys) -> None:
         (["karras", "--steps", "0"], "--steps is 0; give a whole number of at least 1"),
         (["karras", "--scheduler-options", "roh=1"], "option of karras, 'roh'; did you mean 'rho'"),
         (["karras", "--scheduler-options", "rho=-1"], "rho must be above 0, got -1.0"),
+        (["karras", "--scheduler-options", "rho=1e-3"], "rho 0.001 is too small"),
         (["simple", "--scheduler-options", "process=nope"], "unknown scheduler 'nope'"),
         (["karras", "--path", "vq"], "unknown path 'vq'"),
         (["flow", "--path", "ve"], "pure noise (alpha = 0) has no place"),

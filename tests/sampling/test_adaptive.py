@@ -25,6 +25,7 @@ from k_diffusion.sampling import (
 from k_diffusion.sampling import pairs as pairs_module
 from k_diffusion.sampling.adaptive import ADAPTIVE
 from k_diffusion.sampling.noise import SampleNoise
+from k_diffusion.sampling.stepping import PIDStepSizeController
 from k_diffusion.utils.scheduler import CustomScheduler, KarrasScheduler
 
 _spec = importlib.util.spec_from_file_location("exact", Path(__file__).with_name("exact.py"))
@@ -441,6 +442,15 @@ def test_bad_step_control():
     for name in ("rtol", "atol", "h_init", "accept_safety", "max_steps"):
         with pytest.raises(ValueError, match=f"{name} must be above 0, got -1"):
             StepControl(**{name: -1})
+    for most in (2.5, math.inf):
+        with pytest.raises(ValueError, match=f"max_steps must be a whole number, got {most}"):
+            StepControl(max_steps=most)
+    for safety in (2.5, 2.57, 3.0, math.nan):
+        with pytest.raises(ValueError, match=r"accept_safety must be .*, got (2.5|2.57|3.0|nan)"):
+            StepControl(accept_safety=safety)
+    with pytest.raises(ValueError, match="accept_safety must be below 2.5, got 2.6"):
+        PIDStepSizeController(0.1, 0.0, 1.0, 0.0, accept_safety=2.6)
+    assert PIDStepSizeController(0.1, 0, 1, 0, order=5, accept_safety=2.49).propose_step(0.0)
     with pytest.raises(ValueError, match="rtol and atol are both 0"):
         StepControl(0.0, 0.0)
 

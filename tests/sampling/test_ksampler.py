@@ -231,6 +231,21 @@ def test_churn_changes_samples_and_keeps_their_deviation():
             Churn(**{name: -1.0})
 
 
+def test_bad_churn_is_named():
+    for name in ("s_churn", "s_tmin", "s_tmax", "s_noise"):
+        for value in ("1", True, None, [1.0]):
+            with pytest.raises(TypeError, match=f"{name} must be a number, got "):
+                Churn(**{name: value})
+        with pytest.raises(ValueError, match=f"{name} must be 0 or more, got nan"):
+            Churn(**{name: math.nan})
+        if name != "s_tmax":
+            with pytest.raises(ValueError, match=f"{name} must be finite, got inf"):
+                Churn(**{name: math.inf})
+    with pytest.raises(ValueError, match="s_tmin 2.0 lies above s_tmax 1: churn would act nowhere"):
+        Churn(1.0, s_tmin=2.0, s_tmax=1)
+    assert Churn(1.0, s_tmin=1, s_tmax=1.0, s_noise=0) == Churn(1.0, 1.0, 1.0, 0.0)
+
+
 CASES = [
     ({"solver": "hein"}, {}, "unknown sampler 'hein'; did you mean 'heun'"),
     ({"scheduler": "kara"}, {}, "unknown scheduler 'kara'; did you mean 'karras'"),
@@ -239,7 +254,21 @@ CASES = [
     ({"solver": "ddim", "eta": math.nan}, {}, "ddim's eta must be finite"),
     ({"solver": "lms", "order": 0}, {}, "lms's order must be 1 or more, got 0"),
     ({"solver": "lms", "order": 2.5}, {}, "lms's order must be of type int"),
-    ({"solver": "dpmpp_sde", "r": 0.0}, {}, r"r must lie in \(0, 1\]"),
+    ({"solver": "dpmpp_sde", "r": 0.0}, {}, r"dpmpp_sde: r must lie in \[0.001, 1\]"),
+    ({"solver": "dpmpp_sde", "r": 1e-12}, {}, r"r must lie in \[0.001, 1\], got 1e-12"),
+    ({"solver": "sa_solver", "eta": 1e200}, {}, r"sa_solver's eta must be 1e\+12 at most: 1e\+200"),
+    ({"solver": "ddpm", "s_noise": 1e13}, {}, r"ddpm's s_noise must be 1e\+12 at most"),
+    ({"solver": "dpm_fast", "tail": ([1],)}, {}, r"dpm_fast's tail must hold .* int: \(\[1\],\)"),
+    ({"solver": "dpm_fast", "tail": (True,)}, {}, r"dpm_fast's tail must hold .* \(True,\)"),
+    ({"solver": "dpm_fast", "tail": (1.0,)}, {}, r"dpm_fast's tail must hold .* \(1.0,\)"),
+    ({"solver": "dpm_adaptive", "max_steps": 2.5}, {}, "max_steps must be a whole number, got 2.5"),
+    ({}, {"seed": [True]}, r"seed must be a whole number or one per sample, got \[True\]"),
+    ({}, {"x": torch.zeros(4, 0)}, r"no length of 0, got \(4, 0\)"),
+    (
+        {},
+        {"x": torch.zeros(1, 2).to(torch.float8_e4m3fn)},
+        "x must be float16.*torch.float8_e4m3fn",
+    ),
     ({}, {"steps": 0}, "steps must be a whole number of at least 1, got 0"),
     ({}, {"steps": -1}, "steps must be a whole number of at least 1, got -1"),
     ({}, {"steps": "x"}, "steps must be a whole number of at least 1, got 'x'"),

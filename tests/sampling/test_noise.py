@@ -398,7 +398,12 @@ def test_noise_on_the_cpu_is_asked_for_through_ksampler(monkeypatch):
         ("", "unknown noise ''; known: independent, path"),
         (3, r"noise must be 'independent' or 'path', or a function noise_sampler\(.*got 3"),
         (None, "noise must be .* got None"),
-        (lambda s, t: torch.zeros(1), r"returned shape \(1,\) for a state of shape \(2, 3\)"),
+        (lambda s, t: torch.zeros(1), r"noise_sampler returned shape \(1,\) for a .* \(2, 3\)"),
+        (lambda s, t: None, "noise_sampler must return unit noise, .* got NoneType"),
+        (lambda s, t: [[0.0] * 3] * 2, "noise_sampler must return .* got list"),
+        (lambda s, t: torch.zeros(2, 3, dtype=torch.complex64), "noise_sampler .*complex64"),
+        (lambda s, t: torch.zeros(2, 3, dtype=torch.long), "noise_sampler .* got torch.int64"),
+        (lambda s, t: torch.zeros(2, 3, device="meta"), "noise_sampler .* on meta .* on cpu"),
     ],
 )
 def test_wrong_noise_is_named(noise, message):
@@ -409,6 +414,31 @@ def test_wrong_noise_is_named(noise, message):
         with pytest.raises((ValueError, TypeError), match=message) as caught:
             KSampler(shrink, "karras", solver).sample(torch.randn(2, 3), 4, noise=noise)
         assert "\n" not in str(caught.value)
+
+
+def test_noise_that_is_not_finite_is_named_at_the_end():
+    """The loop does not look at the noise, which would wait for the device: the end does."""
+    nan = torch.full((2, 3), math.nan)
+    with pytest.raises(FloatingPointError, match="check the model's output, the noise and the"):
+        KSampler(shrink, "karras", "ddpm").sample(torch.randn(2, 3), 4, noise=lambda s, t: nan)
+
+
+@pytest.mark.parametrize("name", ["seeds_2", "seeds_3", "dpmpp_sde", "euler_ancestral"])
+def test_a_noise_sampler_may_return_one_buffer_and_any_float_dtype(name):
+    """A plan can hold noise over a query and the draws after it."""
+    x = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
+    results = []
+    for dtype, reused in ((torch.float32, False), (torch.float32, True), (torch.float64, True)):
+        generator, buffer = torch.Generator().manual_seed(0), torch.empty(2, 3, dtype=dtype)
+
+        def noise(s, t, reused=reused, generator=generator, buffer=buffer):
+            new = torch.randn(2, 3, generator=generator)
+            return buffer.copy_(new) if reused else new
+
+        results.append(KSampler(shrink, "karras", name).sample(x, 5, noise=noise))
+        assert CallerNoise(noise, x).draw(interval(-1, 1)).dtype == torch.float32
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_a_caller_s_fresh_noise_is_the_global_generator_s_unless_it_is_given():

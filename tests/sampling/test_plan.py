@@ -20,6 +20,7 @@ from k_diffusion.sampling import (
     Solver,
     make_plan,
 )  # fmt: skip
+from k_diffusion.sampling.compat import make_function
 from k_diffusion.sampling.plan_file import load_plan, save_plan
 from k_diffusion.sampling.registry import solver
 from k_diffusion.utils.levels import CLEAN
@@ -174,6 +175,33 @@ def test_a_solver_of_mere_predictions_takes_no_churn_and_no_edit():
     run = Run(make_plan(chosen, LEVELS), torch.ones(1, 1))
     with pytest.raises(ValueError, match="reads_ahead queries predictions .* would be undone"):
         run.x = torch.zeros(1, 1)
+
+
+@pytest.fixture
+def guessing():
+    """A registered solver that is said to query mere predictions."""
+    yield solver(order=1, source=NO_SOURCE, predictor=True)(reads_ahead)
+    del SOLVERS["reads_ahead"]
+
+
+def test_a_registered_solver_of_mere_predictions(guessing, tmp_path):
+    """Its flag goes with the plan, into a file and back; a callback's edit of x has no effect."""
+    plan = make_plan("reads_ahead", LEVELS)
+    save_plan(plan, tmp_path / "plan.json")
+    with pytest.raises(ValueError, match="reads_ahead queries predictions .* no place"):
+        KSampler(lambda x, sigma: x, "karras", "reads_ahead", churn=Churn(1.0)).plan(3)
+    for made in (plan, load_plan(tmp_path / "plan.json")):
+        run = Run(made, torch.ones(1, 1))
+        with pytest.raises(ValueError, match="reads_ahead queries .* would be undone"):
+            run.x = torch.zeros(1, 1)
+    x = torch.ones(1, 2, dtype=torch.float16)  # the state is float32: the callback is shown a copy
+    sample, sigmas = make_function(guessing), torch.tensor(LEVELS.sigmas)
+    results = [
+        sample(lambda x, sigma: 0 * x, x, sigmas, disable=True, callback=each)
+        for each in (None, lambda told: told["x"].zero_())
+    ]
+    assert torch.equal(*results)
+    assert results[0].abs().max() > 0
 
 
 def bad_division(x, levels, noise):
@@ -350,7 +378,7 @@ def test_fresh_noise_is_not_asked_of_a_caller_s_path():
     assert len(asked) == 3
     assert all(a > b for a, b in asked)
     source = CallerNoise(lambda a, b: torch.zeros(3), x)
-    with pytest.raises(ValueError, match=r"noise sampler returned shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"noise_sampler returned shape \(3,\)"):
         source.draw(plan.draws[1].interval)
 
 

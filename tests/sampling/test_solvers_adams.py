@@ -282,3 +282,21 @@ def test_an_estimate_near_the_raised_level_is_forgotten(name, raised):
     churn = Churn(s_churn=9.0, s_tmax=1.9)
     plan = make_plan(name, levels, churn=churn, order=2)
     assert max(abs(c) for op in plan.operations for _, c in getattr(op, "terms", ())) < 4
+
+
+@pytest.mark.parametrize(("second", "corrected"), [(2.2, False), (1.95, True)])
+@pytest.mark.parametrize("order", [1, 2])
+def test_an_answer_from_the_former_half_of_a_step_corrects_nothing(order, second, corrected):
+    """Churn raises the level by sqrt(2): to 0.42 and 0.52 of the step from sigma = 4. From 0.42 the
+    run goes on as the predictor alone does."""
+    levels = Levels.from_sigmas([4.0, second, 1.0])
+    churn = Churn(s_churn=9.0, s_tmax=3.0)
+    z = np.array([0.3, -0.4, 0.1, 1.0])
+    both, alone = (
+        run(make_plan(name, levels, churn=churn, order=order), noise=[z])
+        for name in ("unipc", "unip")
+    )
+    if corrected:
+        assert np.abs(both - alone).max() > 1e-3
+    else:
+        assert np.array_equal(both, alone)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from formulas import EVEN_RATIO, GRIDS, UNEVEN, X, close, model, run, slope
 
-from k_diffusion.sampling import Levels, make_plan
+from k_diffusion.sampling import SOLVERS, Levels, make_plan
 from k_diffusion.sampling.plan_file import load_plan, save_plan
 
 
@@ -164,13 +164,23 @@ def test_res_multistep(sigmas, name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("exp_ab", {"order": 5}, "exp_ab: order must be 1 to 4, got 5"),
-        ("exp_ab_noise", {"order": 9}, "exp_ab_noise: order must be 1 to 4, got 9"),
-        ("ipndm", {"order": 5}, "ipndm: order must be 1 to 4, got 5"),
-        ("ipndm_v", {"order": 5}, "ipndm_v: order must be 1 to 4, got 5"),
-        ("res_2s", {"c2": 0.0}, r"c2 must lie in \(0, 1\], got 0.0"),
-        ("res_3s", {"c3": 0.5}, "c2 and c3 must lie in .* and differ, got 0.5 and 0.5"),
-        ("res_3s", {"c2": 2 / 3}, "no method with c2 = 0.666"),
+        ("exp_ab", {"order": 5}, "exp_ab's order must be one of 1, 2, 3, 4, got 5"),
+        ("exp_ab_noise", {"order": 9}, "exp_ab_noise's order must be one of 1, 2, 3, 4, got 9"),
+        ("ipndm", {"order": 5}, "ipndm's order must be one of 1, 2, 3, 4, got 5"),
+        ("ipndm_v", {"order": 5}, "ipndm_v's order must be one of 1, 2, 3, 4, got 5"),
+        ("unipc", {"order": 4}, "unipc's order must be one of 1, 2, 3, got 4"),
+        ("deis", {"order": 5}, "deis's order must be one of 1, 2, 3, 4, got 5"),
+        ("res_2s", {"c2": 0.0}, r"c2 must lie in \[0.001, 1\], got 0.0"),
+        ("res_2s", {"c2": 1e-9}, r"res_2s: c2 must lie in \[0.001, 1\], got 1e-09"),
+        ("res_3s", {"c3": 0.5}, "c2 and c3 must lie in .* apart or more: got 0.5 and 0.5"),
+        (
+            "res_3s",
+            {"c3": 0.5 + 1e-10},
+            "c2 and c3 must lie in .* apart or more: got 0.5 and 0.5000",
+        ),
+        ("res_3s", {"c3": 1e-10}, "res_3s: c2 and c3 must lie in .*: got 0.5 and 1e-10"),
+        ("res_3s", {"c2": 2 / 3}, "no method with c2 = 2/3, and c2 = 0.666"),
+        ("res_3s", {"c2": 2 / 3 + 1e-6}, "no method with c2 = 2/3, and c2 = 0.66666"),
         ("dpm_fast", {"tail": (4,)}, r"tail must hold orders of 1 to 3, got \(4,\)"),
         ("dpm_fast", {"tail": (1,) * 9}, r"more orders than there are intervals \(7\)"),
     ],
@@ -178,6 +188,31 @@ def test_res_multistep(sigmas, name):
 def test_options_that_cannot_be(name, options, message):
     with pytest.raises(ValueError, match=message):
         make_plan(name, Levels.from_sigmas(UNEVEN), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("res_2s", {"c2": 1e-3}),
+        ("res_3s", {"c2": 1e-3}),
+        ("res_3s", {"c3": 0.5011}),
+        ("res_3s", {"c2": 0.6678}),
+        ("seeds_2", {"r": 1e-3}),
+        ("dpmpp_sde", {"r": 1e-3}),
+    ],
+)
+def test_inner_stages_may_lie_as_near_as_a_thousandth(name, options):
+    """There rounding is magnified by some thousands; nothing else is lost."""
+    plan = make_plan(name, Levels.from_sigmas(UNEVEN), **options)
+    terms = [abs(c) for op in plan.operations for _, c in getattr(op, "terms", ())]
+    assert 100 < max(terms) < 1e5
+
+
+def test_lms_takes_any_order():
+    assert SOLVERS["lms"].any_order
+    levels = Levels.from_sigmas(UNEVEN)
+    orders = [make_plan("lms", levels, order=k).operations for k in (4, 6)]
+    assert list(orders[0]) != list(orders[1])
 
 
 def dpm_step(x, s, t, order):

@@ -561,13 +561,15 @@ def test_a_correction_after_churn_is_scaled_with_the_state():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dpmpp_sde", {"r": 0.0}, r"dpmpp_sde: r must lie in \(0, 1\], got 0.0"),
-        ("seeds_2", {"r": 0.0}, r"seeds_2: r must lie in \(0, 1\], got 0.0"),
+        ("dpmpp_sde", {"r": 0.0}, r"dpmpp_sde: r must lie in \[0.001, 1\], got 0.0"),
+        ("seeds_2", {"r": 0.0}, r"seeds_2: r must lie in \[0.001, 1\], got 0.0"),
+        ("seeds_2", {"r": 1e-12}, r"seeds_2: r must lie in \[0.001, 1\], got 1e-12"),
+        ("seeds_3", {"r1": 1e-12}, r"seeds_3: r1 and r2 must lie in \[0.001, 1\), .* got 1e-12"),
         ("seeds_3", {"r1": 0.7}, "seeds_3: r1 and r2 must lie in"),
         ("restart", {"low": 3.0}, "restart: low must lie above 0 and below high, got 3.0 and 2.0"),
         ("restart", {"low": 0.0}, "restart: low must lie above 0"),
         ("restart", {"times": -1}, "restart: times and inner must be 0 or more, got -1"),
-        ("er_sde", {"order": 4}, "er_sde: order must be 1 to 3, got 4"),
+        ("er_sde", {"order": 4}, "er_sde's order must be one of 1, 2, 3, got 4"),
         ("sa_solver", {"s_tmin": 2.0, "s_tmax": 1.0}, "sa_solver: s_tmin .* got 2.0 and 1.0"),
     ],
 )

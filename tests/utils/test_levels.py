@@ -78,6 +78,20 @@ def test_levels_off_their_path_are_refused():
         Levels.from_sigmas([1.5, 0.5], VP)
     with pytest.raises(ValueError, match="unknown path 'fow'; did you mean 'flow'"):
         make_path("fow")
+    with pytest.raises(ValueError, match=r"unknown path \['ve'\]"):
+        make_path(["ve"])
+
+
+def test_a_path_may_be_given_by_name():
+    assert Levels.from_sigmas([1, 0], "ve") == Levels.from_sigmas([1, 0])
+    assert Levels.from_sigmas([0.5, 0], "flow").path is FLOW
+
+
+def test_two_levels_that_a_denoiser_cannot_tell_apart_are_refused():
+    near = [VP.at(-40.0), VP.at(-39.0)]
+    assert near[0].sigma == near[1].sigma
+    with pytest.raises(ValueError, match=r"levels 0 and 1 share sigma = 1.0 on the vp path"):
+        Levels(near, VP)
 
 
 def test_levels_are_values():

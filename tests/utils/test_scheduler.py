@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from k_diffusion.utils.levels import VE, Level
+from k_diffusion.utils.levels import VE, VP, Level
 from k_diffusion.utils.scheduler import (
     SCHEDULERS,
     AlignYourStepsScheduler,
@@ -26,6 +26,7 @@ from k_diffusion.utils.scheduler import (
     Scheduler,
     ShiftedCosineScheduler,
     SigmoidScheduler,
+    SimpleScheduler,
     Spacing,
     SquaredCosScheduler,
     VPScheduler,
@@ -297,11 +298,41 @@ def test_bad_steps(steps):
         (lambda: CustomScheduler(alphas_cumprod=(0.5, 0.9)), "must decrease"),
         (lambda: CustomScheduler(function=lambda t: 1 - t), "function must increase"),
         (lambda: CustomScheduler(function=lambda t: t, path_name="x"), "unknown path"),
+        (lambda: CustomScheduler(function=5), "function must be a function of the time, got 5"),
+        (lambda: CustomScheduler(function=0), "function must be a function of the time, got 0"),
+        (lambda: CustomScheduler(sigmas="10"), "sigmas must be a sequence of numbers, got '10'"),
+        (lambda: CustomScheduler(sigmas=["1", "0"]), "sigmas must be a sequence of numbers"),
+        (lambda: CustomScheduler(betas=3.0), "betas must be a sequence of numbers, got 3.0"),
+        (lambda: AlignYourStepsScheduler(["a"]), r"unknown align_your_steps table \['a'\]"),
+        (lambda: make_scheduler(["a"]), r"unknown scheduler \['a'\]"),
+        (lambda: KarrasScheduler(rho=1e-3), "rho 0.001 is too small: .* from 0.002 to 80.0"),
+        (lambda: KarrasScheduler(sigma_min=1e-9, rho=0.025), "rho 0.025 is too small"),
+        (lambda: KarrasScheduler(rho=1e9), r"rho 1e\+09 leaves .* too few digits: .* exponential"),
+        (
+            lambda: FlowScheduler(shift=1e17).levels(5),
+            "levels 0 and 1 share sigma = 1.0 on the flow",
+        ),
+        (lambda: SimpleScheduler(FlowScheduler(1e17)).levels(5), "levels 0 and 1 share sigma"),
+        (lambda: KarrasScheduler(1.0, 1e20).levels(9).on(VP), "levels 0 and 1 share sigma .* vp"),
     ],
 )
 def test_bad_schedules_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [KarrasScheduler, ExponentialScheduler, KLOptimalScheduler])
+def test_a_range_s_ends_are_exact(kind):
+    """To the last digit, for rules that would lose some: 80 came out as 80.00000000000004, say."""
+    made = [kind(0.002, 80.0), kind(0.03, 14.6)]
+    if kind is KarrasScheduler:
+        made += [kind(rho=rho) for rho in (0.02, 1e4, 1e6)]
+    for scheduler in made:
+        low, high = scheduler.sigma_min or 0.002, scheduler.sigma_max or 80.0
+        assert scheduler.levels(7).sigmas[0] == high
+        assert scheduler.levels(7).sigmas[-2:] == (low, 0.0)
+        assert scheduler.levels(2).sigmas == (high, low, 0.0)
+        assert scheduler.levels(1).sigmas == (high, 0.0)
 
 
 def test_a_scheduler_of_one_s_own():

@@ -401,6 +401,7 @@ def test_linear_quadratic_is_a_line_and_a_parabola():
     ("make", "message"),
     [
         (lambda: BetaScheduler(alpha=0), "alpha and beta must be above 0, got 0.0 and 0.6"),
+        (lambda: BetaScheduler(alpha=1e-6).levels(5), "with alpha 1e-06 and beta 0.6 are beyond"),
         (lambda: LeadingScheduler(steps_offset=-1), "steps_offset must be a whole number of at"),
         (lambda: LeadingScheduler(steps_offset=1).levels(1000), "timestep 1000, beyond 999"),
         (lambda: LinearQuadraticScheduler(threshold_noise=1.0), r"must lie in \(0, 1\), got 1.0"),
@@ -440,3 +441,6 @@ def test_a_strength_lays_as_many_steps_over_a_part():
     for strength in (0.0, 1.1, math.nan, "half"):
         with pytest.raises(ValueError, match=r"strength must lie in \(0, 1\], got"):
             KarrasScheduler().levels(7, strength=strength)
+    with pytest.raises(ValueError, match=r"strength 1e-09 lays 5e\+09 steps .* raise it to 5e-05"):
+        KarrasScheduler().levels(5, strength=1e-9)
+    assert len(KarrasScheduler().levels(5, strength=1e-4)) == 6

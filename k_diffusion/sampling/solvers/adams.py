@@ -45,8 +45,6 @@ def _low(prediction: Prediction, x: Expr, levels: Any, order: int) -> Queries:
 
 
 def _full(prediction: Prediction, x: Expr, levels: Any, order: int) -> Queries:
-    if order not in START:
-        raise ValueError(f"order must be 1 to {max(START)}, got {order}")
     past: list[Estimate] = []
     for k, (s, t) in enumerate(levels.pairs()):
         d = yield x, s

@@ -65,8 +65,6 @@ def er_sde(
     corrections. Order 3 has order 2 in the ODE limit too: its first difference belongs to the
     middle of the last step, not to the present.
     """
-    if order > 3:
-        raise ValueError(f"order must be 1 to 3, got {order}")
     last: tuple[Expr, float] | None = None
     slope_last: tuple[Expr, float] | None = None
     for s, t in levels.pairs():

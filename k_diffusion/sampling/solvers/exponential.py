@@ -20,6 +20,10 @@ from k_diffusion.sampling.solvers.linear import noise_in
 from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import lagrange_integrals, phi_weights
 
+LEAST_SHARE = 1e-3
+"""Where an inner stage may lie at least, as a share of its step: the method divides by it, which
+magnifies the rounding of a model's answers."""
+
 
 def data_step(x: Expr, d: Expr, s: Level, t: Level) -> Expr:
     """The exact step for a constant data estimate; also DDIM, and Euler in sigma."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Solver, Trace, solver
-from k_diffusion.sampling.solvers.exponential import DATA, LogSnrPrediction
+from k_diffusion.sampling.solvers.exponential import DATA, LEAST_SHARE, LogSnrPrediction
 from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import phi
 
@@ -209,8 +209,8 @@ HOCHBRUCK_OSTERMANN = ExponentialTableau(
 def res_2s(x: Expr, levels: Any, noise: Any, *, c2: float = 0.5) -> Trace:
     """RES, the refined exponential solver, single-step, of order 2: one more data estimate at the
     share c2 of a step in log-SNR."""
-    if not 0 < c2 <= 1:
-        raise ValueError(f"c2 must lie in (0, 1], got {c2}")
+    if not LEAST_SHARE <= c2 <= 1:
+        raise ValueError(f"c2 must lie in [{LEAST_SHARE}, 1], got {c2}")
     return (yield from exponential_steps(two_stages(c2), DATA, x, levels))
 
 
@@ -218,10 +218,16 @@ def res_2s(x: Expr, levels: Any, noise: Any, *, c2: float = 0.5) -> Trace:
 def res_3s(x: Expr, levels: Any, noise: Any, *, c2: float = 0.5, c3: float = 1.0) -> Trace:
     """RES, the refined exponential solver, single-step, of order 3: two more data estimates at the
     shares c2 and c3 of a step in log-SNR."""
-    if not (0 < c2 <= 1 and 0 < c3 <= 1) or c2 == c3:
-        raise ValueError(f"c2 and c3 must lie in (0, 1] and differ, got {c2} and {c3}")
-    if abs(2 - 3 * c2) < 1e-9:
-        raise ValueError(f"there is no method with c2 = {c2}: take another")
+    if not (min(c2, c3) >= LEAST_SHARE and max(c2, c3) <= 1 and abs(c2 - c3) >= LEAST_SHARE):
+        raise ValueError(
+            f"c2 and c3 must lie in [{LEAST_SHARE}, 1], {LEAST_SHARE} apart or more: got {c2} and "
+            f"{c3}"
+        )
+    if abs(c2 - 2 / 3) < LEAST_SHARE:
+        raise ValueError(
+            f"there is no method with c2 = 2/3, and c2 = {c2} is too near: take one {LEAST_SHARE} "
+            "away or more"
+        )
     return (yield from exponential_steps(three_stages(c2, c3), DATA, x, levels))
 
 

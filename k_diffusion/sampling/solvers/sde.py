@@ -17,7 +17,13 @@ from typing import Any
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
 from k_diffusion.sampling.solvers.ancestral import ancestral
-from k_diffusion.sampling.solvers.exponential import data_step, spaced, third_order_terms, usable
+from k_diffusion.sampling.solvers.exponential import (
+    LEAST_SHARE,
+    data_step,
+    spaced,
+    third_order_terms,
+    usable,
+)
 from k_diffusion.utils.levels import Level
 
 
@@ -35,8 +41,8 @@ def dpmpp_sde(
 ) -> Trace:
     """SDE-DPM-Solver++(2S): ancestral steps with one more data estimate at the share r of a step;
     the noise of both belongs to one Brownian path. Of order 2 at eta 0 and 1, 1 between."""
-    if not 0 < r <= 1:
-        raise ValueError(f"r must lie in (0, 1], got {r}")
+    if not LEAST_SHARE <= r <= 1:
+        raise ValueError(f"r must lie in [{LEAST_SHARE}, 1], got {r}")
     for s, t in levels.pairs():
         d = yield x, s
         if not t.sigma > 0:

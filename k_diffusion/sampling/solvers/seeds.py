@@ -11,6 +11,7 @@ from typing import Any
 
 from k_diffusion.sampling.expr import Expr
 from k_diffusion.sampling.registry import Trace, solver
+from k_diffusion.sampling.solvers.exponential import LEAST_SHARE
 from k_diffusion.sampling.solvers.sde import sde_scales, sde_step, slope_weight
 from k_diffusion.utils.levels import Level
 
@@ -44,8 +45,8 @@ def seeds_2(
     r: float = 0.5,
 ) -> Trace:
     """SEEDS-2: one more data estimate at the share r of a step, on the reverse SDE's own path."""
-    if not 0 < r <= 1:
-        raise ValueError(f"r must lie in (0, 1], got {r}")
+    if not LEAST_SHARE <= r <= 1:
+        raise ValueError(f"r must lie in [{LEAST_SHARE}, 1], got {r}")
     for s, t in levels.pairs():
         d = yield x, s
         if not t.sigma > 0:
@@ -79,8 +80,10 @@ def seeds_3(
     """SEEDS-3: two more data estimates, at the shares r1 and r2 of a step, on the reverse SDE's own
     path. Of order 3 at eta 0 only: with noise a third would need integrals of the path that no
     inner state carries."""
-    if not 0 < r1 < r2 < 1:
-        raise ValueError(f"r1 and r2 must lie in (0, 1), r1 below r2: got {r1} and {r2}")
+    if not LEAST_SHARE <= r1 < r2 < 1:
+        raise ValueError(
+            f"r1 and r2 must lie in [{LEAST_SHARE}, 1), r1 below r2: got {r1} and {r2}"
+        )
     for s, t in levels.pairs():
         d = yield x, s
         if not t.sigma > 0:

@@ -12,6 +12,8 @@ from k_diffusion.utils import maths
 from k_diffusion.utils.levels import CLEAN, VP, Level, Levels, Path
 
 SCHEDULERS: dict[str, type[Scheduler]] = {}
+MOST_DROPPED = 100_000
+"""How many levels a strength may lay that are not kept."""
 
 
 class Scheduler:
@@ -67,7 +69,8 @@ class Scheduler:
                 `Levels.start_at` is the other convention, with fewer steps.
 
         Raises:
-            ValueError: steps is not a whole number of at least 1; strength is not in (0, 1].
+            ValueError: steps is not a whole number of at least 1; strength is not in (0, 1], or so
+                small that it would lay 100 000 levels in vain.
         """
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a whole number of at least 1, got {steps!r}")
@@ -75,7 +78,14 @@ class Scheduler:
             raise ValueError(f"strength must lie in (0, 1], got {strength!r}")
         if strength == 1:
             return Levels(self._lay(steps), self.path)
-        return Levels(self._lay(round(steps / strength)), self.path)[-steps - 1 :]
+        laid = steps / strength
+        if laid - steps > MOST_DROPPED:
+            raise ValueError(
+                f"strength {strength!r} lays {laid:.6g} steps to keep the last {steps}: raise it "
+                f"to {steps / (steps + MOST_DROPPED):.2g} or more, or begin at a level of your own "
+                "with Levels.split"
+            )
+        return Levels(self._lay(round(laid)), self.path)[-steps - 1 :]
 
     def _lay(self, steps: int) -> list[Level]:
         times = maths.linspace(self.time_max, self.time_min, steps + (not self.adds_clean))
@@ -160,7 +170,7 @@ def make_scheduler(name: str | Scheduler, **options: Any) -> Scheduler:
     """
     if isinstance(name, Scheduler):
         return name
-    if name not in SCHEDULERS:
+    if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(maths.unknown("scheduler", name, SCHEDULERS))
     kind = SCHEDULERS[name]
     for option in options:

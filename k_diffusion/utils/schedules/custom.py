@@ -46,8 +46,10 @@ class CustomScheduler(Scheduler):
                 "CustomScheduler takes exactly one of betas, alphas_cumprod, sigmas and function, "
                 f"got {' and '.join(given) or 'none'}"
             )
-        if not self.function:
-            numbers = tuple(float(v) for v in getattr(self, given[0]))
+        if self.function is not None and not callable(self.function):
+            raise ValueError(f"function must be a function of the time, got {self.function!r}")
+        if self.function is None:
+            numbers = _numbers(given[0], getattr(self, given[0]))
             if len(numbers) < 2:
                 raise ValueError(f"{given[0]} needs at least 2 numbers, got {len(numbers)}")
             object.__setattr__(self, given[0], numbers)
@@ -132,3 +134,14 @@ class CustomScheduler(Scheduler):
                 "a CustomScheduler made from a function cannot be saved: give its sigmas instead"
             )
         return super().to_config()
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    """The values as plain floats; text is none, though it can be gone through."""
+    try:
+        plain = [] if isinstance(values, (str, bytes)) else list(values)
+        if not plain or any(isinstance(value, (str, bool)) for value in plain):
+            raise TypeError
+        return tuple(float(value) for value in plain)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name} must be a sequence of numbers, got {values!r}") from None

@@ -49,6 +49,11 @@ class SigmaRange(Scheduler):
             changes["sigma_max"] = high
         return dataclasses.replace(self, **changes)
 
+    def _lay(self, steps: int) -> list[Level]:
+        (low, high), levels = self._ends, super()._lay(steps)
+        levels[0] = Level(1.0, high)  # both to the last digit, whatever the rule between them
+        return levels if steps == 1 else [*levels[:-2], Level(1.0, low), CLEAN]
+
 
 @dataclass(frozen=True)
 class KarrasScheduler(SigmaRange):
@@ -68,6 +73,17 @@ class KarrasScheduler(SigmaRange):
         super().__post_init__()
         if not self.rho > 0:
             raise ValueError(f"rho must be above 0, got {self.rho}")
+        low, high = self._ends
+        if self.rho > 1e6:
+            raise ValueError(
+                f"rho {self.rho:g} leaves sigma^(1/rho) too few digits: give 1e6 at most, or use "
+                "the exponential schedule, which is the limit"
+            )
+        if max(abs(math.log(low)), abs(math.log(high))) > 700 * self.rho:
+            raise ValueError(
+                f"rho {self.rho:g} is too small: sigma^(1/rho) is beyond floating point for sigma "
+                f"from {low} to {high}"
+            )
 
     def half_log_snr(self, time: Any) -> Any:
         low, high = (sigma ** (1 / self.rho) for sigma in self._ends)
@@ -274,7 +290,7 @@ class AlignYourStepsScheduler(Scheduler):
     path = VE
 
     def __post_init__(self) -> None:
-        if self.table not in ALIGN_YOUR_STEPS:
+        if not isinstance(self.table, str) or self.table not in ALIGN_YOUR_STEPS:
             raise ValueError(maths.unknown("align_your_steps table", self.table, ALIGN_YOUR_STEPS))
 
     @property

@@ -174,7 +174,13 @@ class BetaScheduler(Spacing):
 
     def picked(self, steps: int, timesteps: int) -> Sequence[float]:
         shares = (1 - i / steps for i in range(steps))
-        quantiles = (inverse_incomplete_beta(self.alpha, self.beta, share) for share in shares)
+        try:
+            quantiles = [inverse_incomplete_beta(self.alpha, self.beta, share) for share in shares]
+        except ArithmeticError:
+            raise ValueError(
+                f"the quantiles of a Beta distribution with alpha {self.alpha} and beta "
+                f"{self.beta} are beyond floating point: bring them nearer to 1"
+            ) from None
         return [round(quantile * (timesteps - 1)) for quantile in quantiles]
 
 
