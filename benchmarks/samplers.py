@@ -170,13 +170,13 @@ def shared(workers: Sequence[Worker]) -> list[tuple[str, list[tuple[Worker, dict
     groups: dict[str, list[tuple[Worker, dict[str, Any]]]] = {}
     for worker in workers:
         for method in worker.about["methods"]:
-            name = method["like"]
+            name = summary.as_called(method["like"])
             if method["quick"] and name:
                 groups.setdefault(name, []).append((worker, method))
     return [
         (name, members)
         for name, members in sorted(groups.items())
-        if {w.name for w, _ in members} > {"ours"}
+        if {w.name for w, _ in members} > {"ours"}  # and a peer
     ]
 
 

@@ -232,7 +232,7 @@ def library(folder: Path) -> Library:
     add("DPMSolverMultistep++ SDE", None, "DPMSolverMultistep", "dpmpp_2m_sde", noisy=True,
         algorithm_type="sde-dpmsolver++")  # fmt: skip
     add("DPMSolverSDE", None, "DPMSolverSDE", "dpmpp_sde", noisy=True)
-    add("SASolver order 3", None, "SASolver", "sa_solver", noisy=True,
+    add("SASolver order 3", None, "SASolver", "sa_solver order=3 corrector_order=0", noisy=True,
         predictor_order=3, corrector_order=3)  # fmt: skip
     add("DDPM", None, "DDPM", "ddpm", noisy=True, clip_sample=False)
 
