@@ -8,7 +8,7 @@ import pytest
 from formulas import GRIDS, UNEVEN, X, close, integral, lagrange, model, run, slope
 from scipy.integrate import quad
 
-from k_diffusion.sampling import FLOW, VE, VP, Churn, Levels, make_plan
+from k_diffusion.sampling import FLOW, SOLVERS, VE, VP, Churn, Levels, make_plan
 from k_diffusion.sampling.solvers.exponential import DATA, NOISE, VELOCITY
 
 
@@ -137,13 +137,15 @@ def test_a_thousand_steps_keep_their_digits(name, path):
 
 @GRIDS
 @pytest.mark.parametrize("end_order", [0, 1, 2])
-@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("name", "estimate", "sign"),
     [("unipc", model, -1), ("unipc_bh1", model, -1), ("unipc_noise", slope, 1)],
 )
 def test_unipc(name, estimate, sign, order, end_order, sigmas):
     """Algorithms 1 and 2 of the authors, who hold the old state."""
+    if order not in SOLVERS[name].orders:
+        return
     x, past, before = X, [], None
     for i, (s, t) in enumerate(itertools.pairwise(sigmas)):
         e = estimate(x, s)

@@ -130,7 +130,7 @@ def unipc_bh1(x: Expr, levels: Any, noise: Any, *, order: int = 3, end_order: in
     return (yield from predict_and_correct(DATA, b1, x, levels, order, end_order))
 
 
-@solver(order={1: 2, 2: 3, 3: 3}, source=f"{SOURCE}, B2(h), noise prediction")
+@solver(order={1: 2, 2: 3, 3: 3, 4: 3}, source=f"{SOURCE}, B2(h), noise prediction")
 def unipc_noise(x: Expr, levels: Any, noise: Any, *, order: int = 3, end_order: int = 0) -> Trace:
     """UniPC on noise estimates: a multistep predictor, corrected by the next step's answer."""
     return (yield from predict_and_correct(NOISE, b2, x, levels, order, end_order))
