@@ -71,7 +71,7 @@ class Sample:
         self._check()
         import torch
 
-        from k_diffusion.sampling import NOISES, KSampler, find_solver
+        from k_diffusion.sampling import NOISES, KSampler, Solver, find_solver
         from k_diffusion.training.checkpoint import load_denoiser
         from k_diffusion.utils.maths import unknown
         from k_diffusion.utils.scheduler import make_scheduler
@@ -90,7 +90,11 @@ class Sample:
         labels = self._labels(getattr(denoiser.network, "num_classes", 0))
         with as_usage():
             sampler = KSampler(denoiser, scheduler, solver, churn=churn, **options)
-            calls = sampler.plan(self.steps).evaluations
+            calls = None  # adaptive steps are not known beforehand
+            if isinstance(solver, Solver):
+                calls = sampler.plan(self.steps).evaluations * -(-self.number // self.batch_size)
+            else:
+                sampler.levels(self.steps)
         names = [
             f"seed{seed:06d}" + (f"_class{label}" if labels else "") + ".png"
             for seed, label in zip(seeds, labels or seeds, strict=True)
@@ -106,7 +110,7 @@ class Sample:
         written = 0
         try:
             with tqdm(
-                total=calls * -(-self.number // self.batch_size),
+                total=calls,
                 unit="call",
                 desc="sampling",
                 disable=None,  # where nobody looks on

@@ -62,6 +62,16 @@ def test_writes_images_and_a_grid_that_say_how_they_were_made(trained, tmp_path,
     assert (text["seed"], text["images"], text["class"]) == ("7", "4", "3,5")
 
 
+def test_a_sampler_of_adaptive_steps(trained, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    argv = ["sample", str(trained), "--sampler", "dpm_adaptive", "-n", "2", "--out", str(out)]
+    assert main([*argv, "--noise", "path"]) != 0
+    assert "dpm_adaptive draws noise for the steps it finds" in one_line(capsys)
+    assert main([*argv, "--sampler-options", "rtol=0.2"]) == 0
+    assert capsys.readouterr().out == f"2 images and grid.png are in {out}\n"
+    assert len(names(out)) == 3
+
+
 @pytest.mark.parametrize("noise", [[], ["--noise", "path", "--noise-on-cpu"]])
 def test_the_command_in_the_text_makes_the_image_again(trained, tmp_path, noise) -> None:
     first = tmp_path / "first"
