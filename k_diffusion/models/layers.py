@@ -1,30 +1,15 @@
-"""Layers that the models share: norms, the time and condition embedding, attention, blocks.
+"""Layers that the models share: norms, attention, blocks.
 
 Letters in shapes: B samples, C channels, H height, W width, E the width of the embedding.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from k_diffusion.utils.maths import unknown
-
-TIME_SCALES = {
-    "timestep": 1.0,
-    # A unit time seen a thousandfold has the angles of a network that counts a thousand timesteps.
-    "unit": 1000.0,
-    # ln(sigma / alpha) / 4 lies in about [-2, 2]: sigma / alpha from e^-8 to e^8 holds every
-    # schedule in use. The sinusoids are laid for times that span a thousand; on a span of four all
-    # but the fastest few would be constants, and near levels would look alike. So it is stretched.
-    "log_sigma": 250.0,
-}
-"""Time convention -> the factor that makes a network's time span about a thousand."""
 
 
 def norm_groups(channels: int) -> int:
@@ -43,173 +28,6 @@ def zeroed(layer: nn.Conv2d | nn.Linear) -> Any:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
-
-
-def sinusoids(t: Tensor, count: int) -> Tensor:
-    """Cosines and sines of t at `count` frequencies from 1 down to about 1/10,000.
-
-    Args:
-        t: times, shape (B,).
-        count: frequencies.
-
-    Returns:
-        Features of unit mean square, shape (B, 2 count), float32 or better.
-
-    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5; Ho et al. 2020, arXiv:2006.11239.
-    """
-    # Angles reach a thousand: below float32 they would be noise, whatever the network computes in.
-    t = t.to(torch.promote_types(t.dtype, torch.float32))
-    powers = torch.arange(count, device=t.device, dtype=t.dtype)
-    angles = t[:, None] * torch.exp(powers * (-math.log(10_000) / count))
-    return torch.cat([angles.cos(), angles.sin()], 1) * math.sqrt(2)
-
-
-class Conditioning(nn.Module):
-    """From time and condition to one embedding: a mapping network of two layers.
-
-    What is known of a sample meets in the hidden layer, so that the second layer can mix it.
-
-    Args:
-        features: frequencies of the time features, twice over (cosine and sine).
-        width: E.
-        time_scale: what times are multiplied by, see TIME_SCALES.
-        num_classes: classes; row `num_classes` of the table is the learned "no label".
-        embedding_dim: width of embedding vectors; `null_embedding` is the learned "none".
-    """
-
-    def __init__(
-        self,
-        features: int,
-        width: int,
-        time_scale: float = 1.0,
-        num_classes: int = 0,
-        embedding_dim: int = 0,
-    ) -> None:
-        super().__init__()
-        self.time_scale = time_scale
-        self.features = features
-        self.num_classes = num_classes
-        self.embedding_dim = embedding_dim
-        self.time = nn.Linear(2 * features, width)
-        self.mapping = nn.Linear(width, width)
-        if num_classes:
-            self.classes = nn.Embedding(num_classes + 1, width)
-            # About the size that the time features have here, so that neither drowns the other.
-            nn.init.normal_(self.classes.weight, std=0.5)
-        if embedding_dim:
-            self.vector = nn.Linear(embedding_dim, width, bias=False)
-            self.null_embedding = nn.Parameter(torch.zeros(embedding_dim))
-
-    def forward(
-        self, t: Tensor, class_label: Tensor | None = None, embedding: Tensor | None = None
-    ) -> Tensor:
-        """The embedding, shape (B, E).
-
-        Args:
-            t: times in the network's convention, shape (B,).
-            class_label: shape (B,), integers from 0 to num_classes (that one: no label); None: no
-                labels.
-            embedding: shape (B, embedding_dim); None: the learned null for every sample.
-        """
-        hidden = self.time(sinusoids(t * self.time_scale, self.features).to(self.time.weight.dtype))
-        if self.num_classes:
-            if class_label is None:
-                hidden = hidden + self.classes.weight[self.num_classes]
-            else:
-                hidden = hidden + self.classes(class_label.long())
-        if self.embedding_dim:
-            vector = self.null_embedding[None] if embedding is None else embedding
-            hidden = hidden + self.vector(vector.to(self.vector.weight.dtype))
-        # The blocks' modulations begin with this non-linearity: once here instead of in each.
-        return F.silu(self.mapping(F.silu(hidden)))
-
-    def check_shapes(
-        self, batch: int, class_label: Tensor | None = None, embedding: Tensor | None = None
-    ) -> None:
-        """Refuse what the shapes and dtypes alone show to be wrong; reads no value.
-
-        Raises:
-            ValueError: names the condition, what it is, and the way out.
-        """
-        if class_label is not None:
-            if not self.num_classes:
-                raise ValueError(
-                    "class_label was given, but this model has no classes: leave it out, or build "
-                    "the model with num_classes"
-                )
-            _check_tensor("class_label", class_label)
-            if class_label.dtype not in _INTEGERS:
-                raise ValueError(
-                    f"class_label is of {class_label.dtype}; class indices are integers: "
-                    "convert it with .long()"
-                )
-            if class_label.shape != (batch,):
-                raise ValueError(
-                    f"class_label has shape {tuple(class_label.shape)}, but the batch has {batch} "
-                    f"samples: give one label a sample, shape ({batch},){_repeat(class_label)}"
-                )
-        if embedding is not None:
-            if not self.embedding_dim:
-                raise ValueError(
-                    "embedding was given, but this model takes none: leave it out, or build the "
-                    "model with embedding_dim"
-                )
-            _check_tensor("embedding", embedding)
-            if not embedding.is_floating_point():
-                raise ValueError(
-                    f"embedding is of {embedding.dtype}; its values are real numbers: "
-                    "convert it with .float()"
-                )
-            if embedding.shape != (batch, self.embedding_dim):
-                raise ValueError(
-                    f"embedding has shape {tuple(embedding.shape)}; this model and a batch of "
-                    f"{batch} take ({batch}, {self.embedding_dim})"
-                )
-
-    def check(self, batch: int, condition: Mapping[str, Any]) -> None:
-        """Refuse a condition that `forward` cannot take; reads values, so it may wait for a device.
-
-        Args:
-            batch: samples, B.
-            condition: keyword arguments of `forward`, without the time.
-
-        Raises:
-            ValueError: an unknown name, a wrong shape, or a value out of range.
-        """
-        accepted = ("class_label", "embedding")
-        for name in condition:
-            if name not in accepted:
-                raise ValueError(unknown("condition", name, accepted))
-        self.check_shapes(batch, **condition)
-        label, embedding = condition.get("class_label"), condition.get("embedding")
-        if label is not None and label.device.type != "meta":
-            label = label.long()
-            wrong = label[(label < 0) | (label > self.num_classes)]
-            if wrong.numel():
-                raise ValueError(
-                    f"class_label holds {wrong[0].item()}; this model knows classes 0 to "
-                    f"{self.num_classes - 1} ({self.num_classes} stands for no label)"
-                )
-        if (
-            embedding is not None
-            and embedding.device.type != "meta"
-            and not bool(torch.isfinite(embedding).all())
-        ):
-            raise ValueError("embedding holds values that are not finite: check what made it")
-
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"{name} must be a tensor, got {type(value).__name__}: wrap it in torch.tensor()"
-        )
-
-
-def _repeat(label: Tensor) -> str:
-    return "; to use one for all, .expand(batch) it" if label.numel() == 1 else ""
 
 
 class AdaptiveGroupNorm(nn.Module):

@@ -1,17 +1,23 @@
 """Models by name: from plain data to a network, with every mistake named.
 
-A model is an `nn.Module` with a frozen dataclass as its `config` and a `from_config` that takes the
-same fields as plain data:
+Any `nn.Module` that is built from a dataclass can be registered, and is trained, saved, loaded and
+sampled by its name from then on:
+
+    @dataclass(frozen=True)
+    class MineConfig:
+        width: int = 64
 
     @register_model("mine")
     class Mine(nn.Module):
-        def __init__(self, width: int = 64) -> None: ...   # sets self.config = MineConfig(width)
+        Config = MineConfig
+        prediction = "eps"      # what makes it a Denoiser, see `denoiser.make_denoiser`
 
-        @classmethod
-        def from_config(cls, config: Mapping[str, Any]) -> Mine:
-            return cls(**known_fields(MineConfig, config))
+        def __init__(self, config: MineConfig) -> None: ...
 
     make_model({"type": "mine", "width": 32})
+
+It keeps the config as `self.config` (which is done for it where it does not). A class that is built
+otherwise has a `from_config`, which takes the fields as plain data.
 """
 
 from __future__ import annotations
@@ -40,14 +46,19 @@ def register_model(name: str) -> Callable[[Model], Model]:
 
     Raises:
         ValueError: another class has the name.
-        TypeError: the class is no `nn.Module`, or has no `from_config`.
+        TypeError: the class is no `nn.Module`, or has neither `Config` nor `from_config`.
     """
 
     def add(cls: Model) -> Model:
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             raise TypeError(f"model {name!r} must be a class derived from nn.Module, got {cls!r}")
-        if not callable(getattr(cls, "from_config", None)):
-            raise TypeError(f"model {name!r}: {cls.__name__} needs a from_config(dict) classmethod")
+        if not callable(getattr(cls, "from_config", None)) and not dataclasses.is_dataclass(
+            getattr(cls, "Config", None)
+        ):
+            raise TypeError(
+                f"model {name!r}: {cls.__name__} needs a dataclass as its `Config`, from which it "
+                "is built, or a from_config(dict) classmethod"
+            )
         if name in MODELS:
             taken = MODELS[name]
             raise ValueError(
@@ -78,7 +89,15 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
     if not isinstance(name, str) or name not in MODELS:
         raise ValueError(unknown("model type", name, MODELS))
     options = {key: value for key, value in config.items() if key != "type"}
-    return MODELS[name].from_config(options)  # type: ignore[attr-defined]
+    cls: Any = MODELS[name]
+    if hasattr(cls, "from_config"):
+        return cls.from_config(options)
+    settings = cls.Config(**known_fields(cls.Config, options))
+    check_types(settings)
+    model = cls(settings)
+    if getattr(model, "config", None) is None:
+        model.config = settings
+    return model
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:

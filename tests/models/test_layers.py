@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from k_diffusion.models.layers import (
-    TIME_SCALES,
-    AdaptiveGroupNorm,
-    Conditioning,
-    SelfAttention,
-    norm_groups,
+from k_diffusion.models.layers import AdaptiveGroupNorm, SelfAttention, norm_groups
+from k_diffusion.models.mapping import (
+    FourierFeatures,
+    MappingNetwork,
+    TimeFeatures,
     sinusoids,
 )
+from k_diffusion.models.network import TIME_SCALES
 
 
 def test_norm_groups() -> None:
@@ -60,32 +62,64 @@ def test_time_features_tell_levels_apart(convention: str, low: float, high: floa
     assert distance.min() > 0.2
 
 
-@pytest.mark.parametrize("scale", [1.0, 1000.0])
-def test_conditioning_scales_the_time(scale: float) -> None:
+def mapping(count: int, width: int, convention: str = "timestep", **options: Any) -> MappingNetwork:
     torch.manual_seed(0)
-    scaled, plain = Conditioning(16, 8, scale), Conditioning(16, 8, 1.0)
-    plain.load_state_dict(scaled.state_dict())
+    return MappingNetwork(TimeFeatures("sinusoidal", count, convention), width, **options)
+
+
+def test_the_mapping_scales_the_time() -> None:
     t = torch.tensor([0.25, 0.5])
-    assert torch.equal(scaled(t), plain(t * scale))
+    plain = mapping(16, 8)(t)
+    assert torch.equal(mapping(16, 8, "unit")(t / 1000), plain)
+    assert (mapping(16, 8, "log_sigma")(t / 250) - plain).abs().max() < 1e-5
 
 
-def test_conditioning_against_the_formula() -> None:
-    torch.manual_seed(0)
-    conditioning = Conditioning(16, 8, 2.0, num_classes=3, embedding_dim=5)
-    state = {name: p.detach() for name, p in conditioning.named_parameters()}
-    t, label, embedding = torch.tensor([3.0, 7.0]), torch.tensor([1, 3]), torch.randn(2, 5)
-    hidden = sinusoids(2 * t, 16) @ state["time.weight"].T + state["time.bias"]
-    hidden = hidden + state["classes.weight"][label] + embedding @ state["vector.weight"].T
+def test_the_mapping_against_the_formula() -> None:
+    network = mapping(16, 8, "unit", num_classes=3, vectors={"embedding": 5, "augmentation": 2})
+    state = {name: p.detach() for name, p in network.named_parameters()}
+    t, label = torch.tensor([0.3, 0.7]), torch.tensor([1, 3])
+    vectors = {"embedding": torch.randn(2, 5), "augmentation": torch.randn(2, 2)}
+    hidden = sinusoids(1000 * t, 16) @ state["time.weight"].T + state["time.bias"]
+    hidden = hidden + state["classes.weight"][label]
+    for name, vector in vectors.items():
+        hidden = hidden + vector @ state[f"vectors.{name}.weight"].T
     mapped = (hidden * hidden.sigmoid()) @ state["mapping.weight"].T + state["mapping.bias"]
     expected = mapped * mapped.sigmoid()
-    assert (conditioning(t, label, embedding) - expected).abs().max() < 1e-5
+    assert (network(t, label, **vectors) - expected).abs().max() < 1e-5
 
 
 def test_time_and_class_begin_at_like_sizes() -> None:
+    network = mapping(32, 256, num_classes=100)
+    time = network.time(sinusoids(torch.linspace(0, 1000, 100), 32)).std()
+    assert 0.5 < network.classes.weight.std() / time < 2
+
+
+def test_fourier_features() -> None:
     torch.manual_seed(0)
-    conditioning = Conditioning(32, 256, num_classes=100)
-    time = conditioning.time(sinusoids(torch.linspace(0, 1000, 100), 32)).std()
-    assert 0.5 < conditioning.classes.weight.std() / time < 2
+    features = FourierFeatures(2, 500, std=3.0)
+    assert features.weight.std().item() == pytest.approx(3, rel=0.1)
+    assert "weight" in features.state_dict()
+    assert not list(features.parameters())
+    x = torch.randn(4, 2)
+    angles = 2 * torch.pi * (x.double() @ features.weight.double().T)
+    expected = torch.cat([angles.cos(), angles.sin()], 1) * 2**0.5
+    assert (features(x) - expected).abs().max() < 1e-4
+    assert (features(x).square().mean(1) - 1).abs().max() < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (
+            torch.equal(features(x), features(x.double()).float())
+            or (features(x) - expected).abs().max() < 1e-4
+        )
+
+
+@pytest.mark.parametrize("convention", ["timestep", "unit", "log_sigma"])
+def test_fourier_times_span_four(convention: str) -> None:
+    torch.manual_seed(0)
+    features = TimeFeatures("fourier", 8, convention)
+    span = 1000 / TIME_SCALES[convention]
+    assert features.fourier is not None
+    expected = features.fourier(torch.tensor([[0.0], [1.0], [4.0]]))
+    assert (features(torch.tensor([0, span / 4, span])) - expected).abs().max() < 1e-5
 
 
 def test_adaptive_group_norm() -> None:

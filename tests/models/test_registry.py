@@ -75,10 +75,29 @@ def test_register(registry: None) -> None:
         register_model("mine")(Mine)
 
 
+def test_a_class_with_a_config_needs_no_more(registry: None) -> None:
+    @register_model("plain")
+    class Plain(nn.Module):
+        Config = MineConfig
+
+        def __init__(self, config: MineConfig) -> None:
+            super().__init__()
+            self.layer = nn.Linear(config.width, 1)
+
+    model = make_model({"type": "plain", "width": 7})
+    assert isinstance(model, Plain)
+    assert model.layer.in_features == 7
+    assert model_config(model) == {"type": "plain", "width": 7}
+    with pytest.raises(ValueError, match="widht = 7 is no option"):
+        make_model({"type": "plain", "widht": 7})
+    with pytest.raises(ValueError, match="width = '7' does not fit; give a whole number"):
+        make_model({"type": "plain", "width": "7"})
+
+
 def test_register_refuses(registry: None) -> None:
     with pytest.raises(TypeError, match=r"model 'a' must be a class derived from nn\.Module"):
         register_model("a")(MineConfig)  # type: ignore[type-var]
-    with pytest.raises(TypeError, match="model 'b': Linear needs a from_config"):
+    with pytest.raises(TypeError, match="model 'b': Linear needs a dataclass as its `Config`"):
         register_model("b")(nn.Linear)
     assert list(MODELS) == ["unet"]
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from k_diffusion.denoiser import DENOISERS, make_denoiser
-from k_diffusion.models import UNet, UNetConfig, unet
-from k_diffusion.models.unet import PREDICTIONS
+from k_diffusion.models import UNet, UNetConfig, checkpointing
+from k_diffusion.models.network import PREDICTIONS
 
 
 def tiny(awake: bool = True, **options: Any) -> UNet:
@@ -80,8 +80,8 @@ def test_the_defaults_work() -> None:
 
 def test_a_narrow_network_still_tells_times_apart() -> None:
     model = tiny(channels=2, head_channels=2)
-    assert model.conditioning.features == 16
-    assert tiny(channels=64).conditioning.features == 32
+    assert model.mapping.features.count == 16
+    assert tiny(channels=64).mapping.features.count == 32
 
 
 def test_the_signature_and_the_config_are_one() -> None:
@@ -127,7 +127,7 @@ def test_every_convention_of_the_denoisers_is_known() -> None:
                 embedding_dim=5,
                 sigma_data=0.7,
             )
-            assert (model.num_classes, model.embedding_dim) == (3, 5)
+            assert model.num_classes == 3
             denoiser = make_denoiser(model)
             assert type(denoiser) is DENOISERS[prediction]
             assert denoiser.time_convention == convention
@@ -146,10 +146,10 @@ def test_a_sample_does_not_depend_on_its_neighbours() -> None:
     model = tiny(num_classes=4, embedding_dim=3).eval()
     x, t = inputs(4)
     label, embedding = torch.tensor([0, 3, 4, 1]), torch.randn(4, 3)
-    together = model(x, t, label, embedding)
+    together = model(x, t, class_label=label, embedding=embedding)
     for i in range(4):
         one = slice(i, i + 1)
-        alone = model(x[one], t[one], label[one], embedding[one])
+        alone = model(x[one], t[one], class_label=label[one], embedding=embedding[one])
         assert (alone - together[one]).abs().max() < 1e-5
     assert together.std() > 0.1
 
@@ -179,9 +179,9 @@ def test_bf16_autocast_is_finite_and_near() -> None:
     model = tiny(num_classes=4, embedding_dim=3)
     x, t = inputs()
     label, embedding = torch.tensor([0, 3, 4]), torch.randn(3, 3)
-    plain = model(x, t, label, embedding)
+    plain = model(x, t, class_label=label, embedding=embedding)
     with torch.autocast("cpu", torch.bfloat16):
-        y = model(x, t, label, embedding)
+        y = model(x, t, class_label=label, embedding=embedding)
         null = model(x, t)
     (y.float().square().mean() + null.float().square().mean()).backward()
     assert y.dtype == torch.bfloat16
@@ -209,7 +209,7 @@ def test_gradcheck() -> None:
     label = torch.tensor([0, 2])
 
     def function(x: Tensor, t: Tensor, embedding: Tensor) -> Tensor:
-        return model(x, t, label, embedding)
+        return model(x, t, class_label=label, embedding=embedding)
 
     assert torch.autograd.gradcheck(function, (x, t, embedding))
 
@@ -222,8 +222,9 @@ def test_every_parameter_gets_a_gradient() -> None:
         num_classes=4, embedding_dim=3, channels=8, head_channels=8, attention=(True, True)
     )
     x, t = inputs()
-    model(x, t, torch.tensor([0, 1, 2]), torch.randn(3, 3)).square().sum().backward()
-    model(x, t).square().sum().backward()  # for the null embedding
+    model(
+        x, t, class_label=torch.tensor([0, 1, 2]), embedding=torch.randn(3, 3)
+    ).square().sum().backward()
     missing = [
         name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0
     ]
@@ -236,10 +237,10 @@ def test_conditions_change_the_output() -> None:
     outputs = [
         model(x, t),
         model(x, t + 1),
-        model(x, t, torch.tensor([0])),
-        model(x, t, torch.tensor([1])),
-        model(x, t, None, torch.ones(1, 3)),
-        model(x, t, torch.tensor([0]), torch.ones(1, 3)),
+        model(x, t, class_label=torch.tensor([0])),
+        model(x, t, class_label=torch.tensor([1])),
+        model(x, t, embedding=torch.ones(1, 3)),
+        model(x, t, class_label=torch.tensor([0]), embedding=torch.ones(1, 3)),
     ]
     for i, first in enumerate(outputs):
         for second in outputs[:i]:
@@ -250,22 +251,20 @@ def test_conditions_change_the_output() -> None:
 def test_the_null_class_is_no_label_exactly(dtype: torch.dtype) -> None:
     model = tiny(num_classes=4)
     x, t = inputs()
-    assert torch.equal(model(x, t), model(x, t, torch.full((3,), 4, dtype=dtype)))
+    assert torch.equal(model(x, t), model(x, t, class_label=torch.full((3,), 4, dtype=dtype)))
 
 
 def test_the_null_embedding_is_no_embedding_exactly() -> None:
     model = tiny(embedding_dim=3)
     x, t = inputs()
-    null = model.conditioning.null_embedding
-    assert null.abs().max() > 0
-    assert torch.equal(model(x, t), model(x, t, None, null.expand(3, -1)))
+    assert torch.equal(model(x, t), model(x, t, embedding=torch.zeros(3, 3)))
 
 
 def test_only_the_rows_in_use_get_gradients() -> None:
     model = tiny(num_classes=6)
     x, t = inputs(4)
-    model(x, t, torch.tensor([1, 4, 4, 6])).square().sum().backward()
-    gradient = model.conditioning.classes.weight.grad
+    model(x, t, class_label=torch.tensor([1, 4, 4, 6])).square().sum().backward()
+    gradient = model.mapping.classes.weight.grad
     assert gradient is not None
     used = gradient.abs().amax(1) > 0
     assert used.tolist() == [False, True, False, False, True, False, True]
@@ -302,7 +301,7 @@ def test_forward_waits_for_no_device_and_copies_nothing_to_it() -> None:
     x, t = inputs()
     label = torch.tensor([0, 1, 4])
     with Operations() as operations:
-        model(x, t, label, torch.zeros(3, 3))
+        model(x, t, class_label=label, embedding=torch.zeros(3, 3))
     assert "aten::convolution" in operations.names
     waiting = {"_local_scalar_dense", "lift_fresh", "_to_copy", "nonzero", "is_nonzero", "equal"}
     assert not operations.names & {f"aten::{name}" for name in waiting}
@@ -339,8 +338,8 @@ def saved_bytes(model: UNet, x: Tensor, t: Tensor) -> tuple[int, Tensor]:
 def test_checkpointing_saves_memory_and_changes_no_gradient() -> None:
     x, t = inputs(4, 2, 16, 16)
     results = []
-    for checkpointing in (False, True):
-        model = tiny(checkpointing=checkpointing, dropout=0.1, blocks=2).train()
+    for policy in (False, True):
+        model = tiny(checkpointing=policy, dropout=0.1, blocks=2).train()
         torch.manual_seed(5)
         kept, out = saved_bytes(model, x, t)
         out.square().mean().backward()
@@ -358,7 +357,7 @@ def test_checkpointing_rests_where_no_gradient_is_asked_for(
     model = tiny(checkpointing=True)
     x, t = inputs()
     expected = model(x, t)
-    monkeypatch.setattr(unet, "checkpoint", None)
+    monkeypatch.setattr(checkpointing, "checkpoint", None)
     with torch.no_grad():
         assert torch.equal(model(x, t), expected)
 
@@ -387,7 +386,7 @@ def test_overfits_sixteen_images() -> None:
         angle = (0.2 + time * 1.2).reshape(-1, 1, 1, 1)
         noise = torch.randn_like(x0)
         x = angle.cos() * x0 + angle.sin() * noise
-        return (model(x, time * 1000, label.repeat(repeats)) - noise).square().mean()
+        return (model(x, time * 1000, class_label=label.repeat(repeats)) - noise).square().mean()
 
     first = loss(8).item()
     for _ in range(300):

@@ -1,0 +1,76 @@
+"""Gradient checkpointing: which blocks keep only their inputs and are computed twice.
+
+Source: Chen et al. 2016, arXiv:1604.06174.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+Policy = bool | int | tuple[int, ...]
+"""False: no block; True: every block; a number n: every n-th; several: all blocks of these levels,
+the finest being 0."""
+
+
+def check_policy(policy: Policy, levels: int) -> None:
+    """Refuse a policy that means nothing.
+
+    Args:
+        policy: of a model's config.
+        levels: of the model; 1 where it has none.
+
+    Raises:
+        ValueError: names the policy and the way out.
+    """
+    if isinstance(policy, tuple):
+        for level in policy:
+            if not 0 <= level < levels:
+                raise ValueError(
+                    f"checkpointing = {policy} names level {level}, but the model has levels 0 to "
+                    f"{levels - 1}; give some of them, or true for every block"
+                )
+    elif not isinstance(policy, bool) and policy < 1:
+        raise ValueError(
+            f"checkpointing = {policy} is too small; give n for every n-th block, true or false"
+        )
+
+
+class Checkpointing:
+    """Runs a model's blocks as a policy says.
+
+    Args:
+        policy: see `Policy`.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def chooses(self, index: int, level: int = 0) -> bool:
+        """Whether the block is one that keeps only its inputs.
+
+        Args:
+            index: its place among all blocks, in the order in which they run, from 0.
+            level: its level, the finest being 0.
+        """
+        if isinstance(self.policy, tuple):
+            return level in self.policy
+        if isinstance(self.policy, bool):
+            return self.policy
+        return index % self.policy == self.policy - 1
+
+    def run(self, block: nn.Module, *args: Any, index: int, level: int = 0) -> Any:
+        """The block's output; its gradients are the same either way.
+
+        Args:
+            block: called with args; it draws nothing at random but from torch's own generators.
+            args: tensors or None.
+            index, level: see `chooses`.
+        """
+        # Without gradients nothing is kept anyhow, and the random state would be read for nothing.
+        if torch.is_grad_enabled() and self.chooses(index, level):
+            return checkpoint(block, *args, use_reentrant=False)
+        return block(*args)
