@@ -1,6 +1,22 @@
 """Networks to train and sample with, and the registry that makes them from configs by name."""
 
-from k_diffusion.models.registry import MODELS, make_model, model_config, register_model
+from k_diffusion.models.registry import (
+    MODELS,
+    PRESETS,
+    make_model,
+    model_config,
+    register_model,
+    register_preset,
+)
 from k_diffusion.models.unet import UNet, UNetConfig
 
-__all__ = ["MODELS", "UNet", "UNetConfig", "make_model", "model_config", "register_model"]
+__all__ = [
+    "MODELS",
+    "PRESETS",
+    "UNet",
+    "UNetConfig",
+    "make_model",
+    "model_config",
+    "register_model",
+    "register_preset",
+]

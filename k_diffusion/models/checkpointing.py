@@ -5,10 +5,11 @@ Source: Chen et al. 2016, arXiv:1604.06174.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Policy = bool | int | tuple[int, ...]
@@ -74,3 +75,30 @@ class Checkpointing:
         if torch.is_grad_enabled() and self.chooses(index, level):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
+
+
+SMALL = 2**17
+"""Numbers below which `recomputed` keeps all: its bookkeeping, some 100 µs, would take longer than
+to fill the memory that it spares."""
+
+
+def recomputed(
+    function: Callable[..., Tensor], x: Tensor, *args: Tensor, random: bool = False
+) -> Tensor:
+    """function(x, *args); its backward pass keeps x and args, and nothing between them and the end.
+
+    For what is cheap before something dear: of norm, activation and convolution, the backward
+    pass computes norm and activation again, and stops at the convolution, whose result nobody
+    needs. Compiled, the compiler decides what to keep.
+
+    Args:
+        function: nothing in it but its end is costly. What it reads beside its arguments are
+            parameters.
+        x, args: tensors.
+        random: whether it draws from torch's own generators, whose state is kept then.
+    """
+    wanted = torch.is_grad_enabled() and x.numel() >= SMALL
+    # Transforms such as torch.func.grad take no hooks on what is saved.
+    if not wanted or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function(x, *args)
+    return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=random)
