@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from k_diffusion.models.attention import CrossAttention, SelfAttention
 from k_diffusion.models.checkpointing import recomputed
-from k_diffusion.models.layers import AdaptiveGroupNorm, convolution, group_norm, zeroed
+from k_diffusion.models.layers import AdaptiveGroupNorm, Pointwise, convolution, group_norm, zeroed
 
 
 class ResidualBlock(nn.Module):
     """Two convolutions beside a skip, then attention where it is asked for.
 
-    At first it passes its input (through the 1x1 convolution where the channels change).
+    At first it passes its input (through a linear layer where the channels change).
 
     Args:
         dims: dimensions, 1 to 3.
@@ -50,7 +50,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = AdaptiveGroupNorm(out_channels, width)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zeroed(convolution(dims, out_channels, out_channels))
-        self.skip = convolution(dims, in_channels, out_channels, 1) if changes else None
+        self.skip = Pointwise(in_channels, out_channels) if changes else None
         self.attention = SelfAttention(out_channels, head_channels) if attention else None
         self.cross_attention = (
             CrossAttention(out_channels, head_channels, context_dim) if context_dim else None

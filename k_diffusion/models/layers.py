@@ -32,6 +32,28 @@ def convolution(dims: int, inputs: int, outputs: int, size: int = 3, stride: int
     return CONVOLUTIONS[dims](inputs, outputs, size, stride=stride, padding=size // 2)
 
 
+class Pointwise(nn.Linear):
+    """A linear layer over the channels of (B, C, ...), as a convolution of size 1 is.
+
+    As a matrix product it needs no copy of channels_last data, and torch's convolution of this
+    size is slow on a single thread.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (B, inputs, ...) to (B, outputs, ...), in channels_last."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Dimensions, B and C among them -> the memory format."""
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x, shape (B, C, ...), in the memory format in which convolutions and norms are fastest."""
+    known = x.ndim in CHANNELS_LAST
+    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if known else x
+
+
 def norm_groups(channels: int) -> int:
     """Groups for a group norm: the largest divisor up to 32 that leaves 4 channels in a group.
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from k_diffusion.models.attention import hide_masked
 from k_diffusion.models.blocks import ResidualBlock
 from k_diffusion.models.checkpointing import recomputed
-from k_diffusion.models.layers import convolution, group_norm, zeroed
+from k_diffusion.models.layers import channels_last, convolution, group_norm, zeroed
 from k_diffusion.models.mapping import TIME_FEATURES, MappingNetwork, TimeFeatures
 from k_diffusion.models.network import Network, NetworkConfig
 from k_diffusion.models.registry import register_model, register_preset
@@ -232,7 +232,7 @@ class UNet(Network):
             told = (embedding, mirrored, context, mask)
             return self.checkpointing.run(block, h, *told, index=next(index), level=level)
 
-        h = self.conv_in(h)
+        h = self.conv_in(channels_last(h))
         skips = []
         last = len(self.down) - 1
         for level, blocks in enumerate(self.down):
