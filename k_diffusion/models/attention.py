@@ -6,10 +6,13 @@ dimensions.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from k_diffusion.models.layers import group_norm, zeroed
+from k_diffusion.models.layers import GroupNorm, transforming, zeroed
 
 
 def as_tokens(x: Tensor) -> Tensor:
@@ -35,7 +38,10 @@ def attend(
     """
     q, k, v = (part.unflatten(2, (-1, head_channels)).transpose(1, 2) for part in (q, k, v))
     allowed = None if mask is None else mask[:, None, None, :]
-    return F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).flatten(2)
+    # Of torch's implementations this one alone has a forward derivative.
+    with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
+        mixed = F.scaled_dot_product_attention(q, k, v, allowed)
+    return mixed.transpose(1, 2).flatten(2)
 
 
 class SelfAttention(nn.Module):
@@ -49,7 +55,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
         self.head_channels = head_channels
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
@@ -75,7 +81,7 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int, context_dim: int) -> None:
         super().__init__()
         self.head_channels = head_channels
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.norm_context = nn.LayerNorm(context_dim)
         self.query = nn.Linear(channels, channels)
         self.key_value = nn.Linear(context_dim, 2 * channels)

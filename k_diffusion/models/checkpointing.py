@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from k_diffusion.models.layers import transforming
+
 Policy = bool | int | tuple[int, ...]
 """False: no block; True: every block; a number n: every n-th; several: all blocks of these levels,
 the finest being 0."""
@@ -99,6 +101,6 @@ def recomputed(
     """
     wanted = torch.is_grad_enabled() and x.numel() >= SMALL
     # Transforms such as torch.func.grad take no hooks on what is saved.
-    if not wanted or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not wanted or torch.compiler.is_compiling() or transforming():
         return function(x, *args)
     return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=random)
