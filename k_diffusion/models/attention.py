@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -107,7 +108,7 @@ class CrossAttention(nn.Module):
         return x + added.transpose(1, 2).reshape(x.shape)
 
 
-def hide_masked(context: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def hide_masked(context: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The context with zeros where it is masked; None if it holds no token.
 
     A weight of zero alone would not do: zero times a masked infinity is no number.
@@ -115,7 +116,9 @@ def hide_masked(context: Tensor | None, mask: Tensor | None) -> Tensor | None:
     Args:
         context: shape (B, L, D), or None.
         mask: true where a token counts, shape (B, L), or None: everywhere.
+        dtype: of the result.
     """
     if context is None or context.shape[1] == 0:
         return None
+    context = context.to(dtype)
     return context if mask is None else context.masked_fill(~mask[:, :, None], 0.0)

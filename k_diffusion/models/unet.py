@@ -224,7 +224,7 @@ class UNet(Network):
         self._check_size(x)
         h = pad_to_multiple(self.join(x, t, condition), self.config.factor)
         mask = condition.get("context_mask")
-        context = hide_masked(condition.get("context"), mask)
+        context = hide_masked(condition.get("context"), mask, x.dtype)
         embedding = self.mapping(t, **condition)
         index = itertools.count()
 
