@@ -365,7 +365,8 @@ def test_no_convolution_is_computed_again_by_default(monkeypatch: pytest.MonkeyP
         assert operations.names.count("native_group_norm") >= 13
 
 
-def test_transforms_and_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+def test_transforms_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpointing, "SMALL", 0)
     model = tiny().double()
     x, t = inputs()
@@ -396,7 +397,7 @@ def test_checkpointing_rests_where_no_gradient_is_asked_for(
 
 
 def test_training_compiles_as_one_graph() -> None:
-    """With every condition, an odd size and checkpointing. (With the compiler's own code: test_backbones.)"""
+    """With every condition, an odd size, checkpointing. With the CPU's code: test_backbones.py."""
     every: dict[str, Any] = {"num_classes": 4, "context_dim": 6, "image_channels": 1}
     model = tiny(checkpointing=True, resampling="antialiased", **every)
     x, t = inputs(3, 2, 7, 5)
