@@ -43,7 +43,7 @@ class Backbone:
 UNET: dict[str, Any] = {"channels": 16, "channel_mults": (1, 2), "blocks": 1, "head_channels": 8}
 BACKBONES = {
     "unet": Backbone(
-        {**UNET, "attention": (False, True)},
+        {**UNET, "attention": (False, True), "resampling": "antialiased"},
         {"channels": 4, "head_channels": 4},
     ),
 }

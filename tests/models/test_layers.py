@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from k_diffusion.models.attention import CrossAttention, SelfAttention
@@ -179,7 +179,25 @@ def test_cross_attention_against_the_formula() -> None:
         assert (found[i] - x[i] - added).abs().max() < 1e-5
         assert added.std() > 0.1
     assert torch.equal(found[2], x[2])
+    found.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in attention.parameters())
     assert (attention(x, context) - attention(x, context, mask | True)).abs().max() < 1e-5
+
+
+def test_no_softmax_is_over_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which some kernels, not all, answer with NaN."""
+    masks = []
+
+    def look(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        masks.append(mask)
+        return v[:, :, :1].expand_as(q)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", look)
+    mask = torch.tensor([[True, True], [False, True], [False, False]])
+    CrossAttention(4, 4, 3)(torch.randn(3, 4, 5), torch.randn(3, 2, 3), mask)
+    assert masks[0].shape == (3, 1, 1, 2)
+    assert masks[0][:2, 0, 0].equal(mask[:2])
+    assert masks[0].any(-1).all()
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

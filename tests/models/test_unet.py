@@ -322,17 +322,18 @@ def saved_bytes(model: UNet, x: Tensor, t: Tensor) -> int:
     return sum(storages.values())
 
 
-def test_bytes_at_the_size_that_is_benchmarked() -> None:
-    """Plainly 3 MB per GFLOP of the forward pass; and full checkpointing in 0.40 of it."""
+@pytest.mark.parametrize("resampling", ["strided", "antialiased"])
+def test_bytes_at_the_size_that_is_benchmarked(resampling: str) -> None:
+    """Plainly 2.94 MB per GFLOP of the forward pass; and full checkpointing in 0.36 of it."""
     x, t = torch.randn(8, 3, 32, 32), torch.linspace(0, 900, 8)
-    model = make_model({"type": "unet_small"})
+    model = make_model({"type": "unet_small", "resampling": resampling})
     assert isinstance(model, UNet)
     plain = saved_bytes(model, x, t)
     model.checkpointing = checkpointing.Checkpointing(True)
     assert saved_bytes(model, x, t) < 0.4 * plain
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, t)
-    assert plain / counter.get_total_flops() < 3.2e6 / 1e9
+    assert plain / counter.get_total_flops() < 2.95e6 / 1e9
 
 
 def test_what_is_computed_again_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
