@@ -226,8 +226,10 @@ def test_channels_last_throughout(
         if name:  # the output itself may be cropped
             module.register_forward_hook(look(name))
     plain = model(x, t, context=context)
+    assert plain.is_contiguous()
     model = model.to(memory_format=layout)  # type: ignore[call-overload]
     last = model(x.to(memory_format=layout), t, context=context)
+    assert last.stride(1) == 1
     assert not wrong
     assert (last - plain).abs().max() < 1e-5
 
