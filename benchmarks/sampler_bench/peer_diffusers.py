@@ -215,7 +215,7 @@ def library(folder: Path) -> Library:
                         predict_x0=predict)  # fmt: skip
         for order in (1, 2, 3, 4):
             for data in ("data", "noise"):
-                like = f"sa_solver order={order} corrector_order={order}"
+                like = f"sa_solver_midpoint order={order} corrector_order={order}"
                 if data == "noise":  # ours corrects by two estimates at least
                     like = f"exp_abm_noise order={order}" if order > 1 else ""
                 add(f"SASolver order {order} {data}, tau 0", preserving, "SASolver", like,
@@ -232,8 +232,8 @@ def library(folder: Path) -> Library:
     add("DPMSolverMultistep++ SDE", None, "DPMSolverMultistep", "dpmpp_2m_sde", noisy=True,
         algorithm_type="sde-dpmsolver++")  # fmt: skip
     add("DPMSolverSDE", None, "DPMSolverSDE", "dpmpp_sde", noisy=True)
-    add("SASolver order 3", None, "SASolver", "sa_solver order=3 corrector_order=0", noisy=True,
-        predictor_order=3, corrector_order=3)  # fmt: skip
+    add("SASolver order 3", None, "SASolver", "sa_solver_midpoint order=3 corrector_order=3",
+        noisy=True, predictor_order=3, corrector_order=3)  # fmt: skip
     add("DDPM", None, "DDPM", "ddpm", noisy=True, clip_sample=False)
 
     for name, kind, like, extra in (

@@ -155,6 +155,7 @@ def test_eta_0_is_the_ode_method(stochastic, ode):
         ("sa_solver", 3, {"order": 2}),
         ("sa_solver", 3, {"order": 4}),
         ("sa_solver_pece", 3, {"order": 2}),
+        ("sa_solver_midpoint", 2, {"order": 2}),
     ],
 )
 def test_order_of_the_ode_limit(method, order, options, grid):

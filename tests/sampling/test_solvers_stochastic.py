@@ -184,7 +184,22 @@ def adams(nodes, values, s, t, rate):
     return total
 
 
-def sa_by_hand(order, eta, corrected, again, sigmas, corrector=0, end=0):
+def midpoint_adams(nodes, values, s, t, rate):
+    """The same, but a line's slope weighs h² / 2 (1 + rate)."""
+    if len(nodes) != 2:
+        return adams(nodes, values, s, t, rate)
+    start, end = -math.log(s), -math.log(t)
+
+    def weight(u):
+        return (1 + rate) * math.exp((1 + rate) * (u - end)) * (u - start)
+
+    h = end - start
+    slope = (values[1] - values[0]) / (nodes[1] - nodes[0])
+    more = (1 + rate) * h * h / 2 - quad(weight, start, end, epsabs=1e-13, epsrel=1e-13)[0]
+    return adams(nodes, values, s, t, rate) + more * slope
+
+
+def sa_by_hand(order, eta, corrected, again, sigmas, corrector=0, end=0, adams=adams):
     """Predictor and corrector each from the old state; the corrector uses the same noise."""
     x, predicted, past, n, old = X, X, [], len(sigmas) - 1, None
     end = end or (99 if sigmas[-1] else 1)
@@ -216,6 +231,7 @@ def sa_by_hand(order, eta, corrected, again, sigmas, corrector=0, end=0):
 SA = {  # corrected, and its estimate made again
     "sa_solver_predictor": (False, False),
     "sa_solver": (True, False),
+    "sa_solver_midpoint": (True, False),
     "sa_solver_pece": (True, True),
 }
 
@@ -229,11 +245,14 @@ def test_sa_solver_by_hand(name, order, eta, last, corrector):
     if corrector and not SA[name][0]:
         return
     sigmas = SIGMAS[:last]
-    expected = sa_by_hand(order, eta, *SA[name], sigmas, corrector)
+    rule = adams
+    if name == "sa_solver_midpoint":
+        rule, corrector = midpoint_adams, corrector or order
+    expected = sa_by_hand(order, eta, *SA[name], sigmas, corrector, adams=rule)
     options = {"corrector_order": corrector} if corrector else {}
     if order == 4:  # falls on any levels
         options["end_order"] = 1
-        expected = sa_by_hand(order, eta, *SA[name], sigmas, corrector, end=1)
+        expected = sa_by_hand(order, eta, *SA[name], sigmas, corrector, end=1, adams=rule)
     found = ours(name, Levels.from_sigmas(sigmas), order=order, eta=eta, s_noise=0.9, **options)
     assert np.abs(found - expected).max() <= 1e-10
 
@@ -403,7 +422,8 @@ def test_the_adams_predictor_of_order_2_is_the_2m_sde_method_in_heun_s_form():
 # All but dpm_2_ancestral and restart, whose steps in sigma depend on the path.
 UNITS = [
     "ddpm", "dpmpp_2s_ancestral", "dpmpp_2m_sde_heun", "er_sde", "lcm", "sa_solver", "seeds_2",
-    "sa_solver_pece", "sa_solver_predictor", "seeds_3", "euler_cfg_pp", "euler_ancestral_cfg_pp",
+    "sa_solver_midpoint", "sa_solver_pece", "sa_solver_predictor", "seeds_3",
+    "euler_cfg_pp", "euler_ancestral_cfg_pp",
     "dpmpp_2m_cfg_pp", "dpmpp_2s_ancestral_cfg_pp", "res_multistep_cfg_pp",
 ]  # fmt: skip
 
@@ -464,7 +484,8 @@ def asked(name, levels, **options):
 
 ONCE = [
     "ddpm", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2m_sde_heun", "er_sde", "lcm",
-    "sa_solver", "sa_solver_pece", "sa_solver_predictor", "euler_ancestral_cfg_pp",
+    "sa_solver", "sa_solver_midpoint", "sa_solver_pece", "sa_solver_predictor",
+    "euler_ancestral_cfg_pp",
     "dpmpp_2s_ancestral_cfg_pp",
 ]  # fmt: skip
 
