@@ -189,7 +189,7 @@ class CrossAttention(nn.Module):
         # its own, and nothing is made of it.
         some = mask.any(1, keepdim=True)
         mixed = self.attention(self.norm(x), context, mask | ~some)
-        return x + torch.where(some[:, :, None], mixed, 0.0)
+        return x + mixed.masked_fill(~some[:, :, None], 0.0)
 
 
 class DiTBlock(nn.Module):

@@ -33,7 +33,7 @@ def unit_magnitude(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
     # Squares are summed in float32 or better, whatever the network computes in.
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype)
-    count = math.prod(x.shape[d] for d in ((dim,) if isinstance(dim, int) else dim))
+    count = x.numel() // norm.numel()
     return x * (1 / (norm * count**-0.5).clamp(min=LEAST)).to(x.dtype)
 
 

@@ -212,7 +212,8 @@ class MPUNet(Network):
         own = self.config.in_channels
         square = x[:, own:].square().mean((1, 2, 3), keepdim=True)
         total = own + 1 + self.config.image_channels
-        return h * (total / (own + 1 + self.config.image_channels * square)).sqrt()
+        scale = (total / (own + 1 + self.config.image_channels * square)).sqrt()
+        return h * scale.to(h.dtype)
 
     def uncertainty(self, t: Tensor) -> Tensor:
         """The log variance u that it expects of its weighted squared error, for training.
