@@ -86,7 +86,7 @@ class DiTConfig(NetworkConfig):
             )
         if self.hidden < 1:
             raise ValueError(
-                f"mlp_ratio = {self.mlp_ratio} leaves an MLP no hidden layer; give a number such as 4"
+                f"mlp_ratio = {self.mlp_ratio} leaves MLPs no hidden layer; give a number such as 4"
             )
 
     @property
@@ -148,7 +148,9 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(head_channels, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(head_channels, eps=1e-6) if qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Any:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Shape (B, N, E) of x (B, N, E).
 
         Args:

@@ -90,9 +90,9 @@ class MPFourier(nn.Module):
 class UnitRows(nn.Module):
     """Weights of which only each output's direction counts; abstract.
 
-    The gradient is orthogonal to them (eq. 47), so every step of an optimiser makes them longer,
-    and would make the steps ever smaller against them. Hence `force`, after each step (eq. 66): then
-    a learning rate is a rate of rotation.
+    The gradient is orthogonal to them, so every step of an optimiser makes them longer, and the
+    next step smaller against them (eq. 47). Hence `force`, after each step (eq. 66): a learning
+    rate then is a rate of rotation.
 
     Args:
         shape: outputs, then all over which one output is a sum.
@@ -140,7 +140,7 @@ class MPConv(UnitRows):
 
 
 class MPEmbedding(UnitRows):
-    """A vector for each of `count` indices: the linear map of a one-hot vector of unit magnitude."""
+    """A vector for each of `count` indices: a linear map of one-hot vectors of unit magnitude."""
 
     def __init__(self, count: int, width: int) -> None:
         super().__init__(width, count)

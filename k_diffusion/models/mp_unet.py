@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from k_diffusion.models.mp_layers import (
     DecoderBlock,
     EncoderBlock,
+    MPBlock,
     MPConv,
     MPMapping,
     Uncertainty,
@@ -136,7 +137,9 @@ class MPUNet(Network):
         outputs = [widths[0]]  # channels of all that goes across, in the order of the way down
         here = widths[0]
 
-        def make(kind: Any, channels: int, attends: bool, across: int = 0, **options: Any) -> Any:
+        def make(
+            kind: type[MPBlock], channels: int, attends: bool, across: int = 0, **options: Any
+        ) -> MPBlock:
             nonlocal here
             heads = config.head_channels if attends else None
             inputs, here = here + across, channels
