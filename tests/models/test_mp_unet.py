@@ -107,8 +107,8 @@ def test_unit_magnitude_of_nothing_is_nothing_with_a_finite_gradient() -> None:
     assert x.grad.isfinite().all()
 
 
-def test_unit_magnitude_sums_squares_in_float32() -> None:
-    x = torch.full((1, 4096), 3e2, dtype=torch.float16)  # 3e2² is out of float16's range
+def test_unit_magnitude_measures_in_float32() -> None:
+    x = torch.full((1, 4096), 3e3, dtype=torch.float16)  # 64 · 3e3 is out of float16's range
     assert (unit_magnitude(x, 1) - 1).abs().max() < 2e-3
 
 
@@ -420,6 +420,14 @@ def test_without_a_head_there_is_no_uncertainty() -> None:
         ({"channel_mults": [1, 0, 2]}, ["channel_mults = (1, 0, 2)", "at least 1"]),
         ({"channel_mults": [1, 2]}, ["has 3 entries", "makes 2 levels", "such as (False, True)"]),
         ({"channels": 40}, ["= 64 does not divide the 120 channels", "head_channels = 60 works"]),
+        (
+            {"channels": 40, "attention": [True, False, False]},
+            ["= 64 does not divide the 40 channels", "head_channels = 40 works"],
+        ),
+        (
+            {"channels": 40, "attention": [False] * 3},
+            ["= 64 does not divide the 120 channels", "head_channels = 60 works"],
+        ),
         ({"dropout": 1}, ["dropout = 1 is outside [0, 1)"]),
         ({"has_uncertainty": 1}, ["has_uncertainty = 1", "give true or false"]),
         ({"checkpointing": [3]}, ["names level 3", "levels 0 to 2"]),
@@ -439,6 +447,7 @@ def test_sizes_that_cannot_be_halved() -> None:
     model = MPUNet(**SMALL)
     for shape, wanted in (
         ((1, 2, 7, 8), "x has height 7, .* works: 6 or 8 .a multiple of 2"),
+        ((1, 2, 0, 8), "x has height 0, .* works: 2 "),
         ((1, 2, 8, 1), "x has width 1, .* works: 2 "),
         ((1, 2, 8), r"x has shape \(1, 2, 8\); this model takes \(batch, 2, height, width"),
         ((1, 3, 8, 8), "x has shape"),
