@@ -121,6 +121,14 @@ def grid_positions(height: int, width: int, channels: int, like: Tensor) -> Tens
     return torch.cat(halves, 2).flatten(0, 1).to(like.dtype)
 
 
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer that begins as the paper's do: Xavier's uniform weights, and no bias."""
+    layer = nn.Linear(inputs, outputs)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x (B, N, E) normalised token by token, scaled and shifted by the sample's (B, E)."""
     normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
@@ -142,9 +150,9 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_channels = head_channels
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width if context_dim is None else context_dim, 2 * width)
-        self.out = nn.Linear(width, width)
+        self.q = linear(width, width)
+        self.kv = linear(width if context_dim is None else context_dim, 2 * width)
+        self.out = linear(width, width)
         self.norm_q = nn.RMSNorm(head_channels, eps=1e-6) if qk_norm else nn.Identity()
         self.norm_k = nn.RMSNorm(head_channels, eps=1e-6) if qk_norm else nn.Identity()
 
@@ -210,9 +218,9 @@ class DiTBlock(nn.Module):
         self.modulation = zeroed(nn.Linear(width, 6 * width))
         self.attention = Attention(width, heads, config.qk_norm)
         self.mlp = nn.Sequential(
-            nn.Linear(width, config.hidden),
+            linear(width, config.hidden),
             nn.GELU("tanh"),
-            nn.Linear(config.hidden, width),
+            linear(config.hidden, width),
         )
         self.cross = (
             CrossAttention(width, heads, config.context_dim, config.qk_norm)
@@ -260,7 +268,7 @@ class DiT(Network):
         width, area = config.width, config.patch_size**2
         features = TimeFeatures(config.time_features, TIME_COUNT, self.time_convention)
         self.mapping = MappingNetwork(features, width, config.num_classes, config.vectors)
-        self.patch_in = nn.Linear(config.joined_channels * area, width)
+        self.patch_in = linear(config.joined_channels * area, width)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.modulation_out = zeroed(nn.Linear(width, 2 * width))
         self.patch_out = zeroed(nn.Linear(width, config.predicted_channels * area))

@@ -326,8 +326,11 @@ def test_on_meta_tensors(name: str) -> None:
 
 
 @every
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's own making
-def test_compiles_to_one_graph(name: str) -> None:
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the compiler's own
+def test_compiles_to_one_graph(name: str, request: pytest.FixtureRequest) -> None:
+    if "slow" not in request.config.option.markexpr:
+        pytest.skip("it takes a minute to compile: run pytest -m slow")
     # As few kernels as hold every kind of layer: each is built by a C++ compiler.
     fewer = {
         "mp_unet": {"channel_mults": (1,), "attention": (True,)},
@@ -336,7 +339,7 @@ def test_compiles_to_one_graph(name: str) -> None:
     model = tiny(name, **fewer)
     x, t = inputs()
     given = conditions(name)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with torch.no_grad():
         y = torch.compile(model, fullgraph=True)(x, t, **given)
         assert (y - model(x, t, **given)).abs().max() < 1e-5
@@ -344,6 +347,7 @@ def test_compiles_to_one_graph(name: str) -> None:
 
 @every
 def test_its_gradients_are_one_graph(name: str) -> None:
+    """The graph is the one that inductor gets, too."""
     model = tiny(name)
     x, t = inputs()
     given = conditions(name)
@@ -351,7 +355,7 @@ def test_its_gradients_are_one_graph(name: str) -> None:
     expected.square().mean().backward()
     gradients = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     y = torch.compile(model, fullgraph=True, backend="aot_eager")(x, t, **given)
     assert (y - expected).abs().max() < 1e-5
     y.square().mean().backward()

@@ -128,6 +128,17 @@ def test_a_block_is_adaln_zero() -> None:
     assert (block(h, embedding) - wanted).abs().max() < 1e-12
 
 
+def test_linear_layers_begin_as_in_the_paper() -> None:
+    model = tiny(awake=False, width=256, head_channels=64, context_dim=7)
+    block = model.blocks[0]
+    layers = [model.patch_in, block.attention.q, block.attention.kv, block.attention.out]
+    for layer in (*layers, block.mlp[0], block.mlp[2], block.cross.attention.kv):
+        outputs, inputs = layer.weight.shape
+        limit = (6 / (inputs + outputs)) ** 0.5  # Glorot and Bengio 2010, eq. 16
+        assert limit * 0.98 < layer.weight.detach().abs().max() <= limit
+        assert layer.bias.detach().abs().max() == 0
+
+
 def test_the_last_norm_begins_without_the_embedding() -> None:
     model = tiny(awake=False)
     nn.init.normal_(model.patch_out.weight)
