@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     )
     from k_diffusion.training.ema import Ema
     from k_diffusion.training.folder import Folder
-    from k_diffusion.training.loss import denoising_loss, make_density, make_weighting
+    from k_diffusion.training.loss import (
+        denoising_loss,
+        make_density,
+        make_weighting,
+        uncertainty_loss,
+    )
     from k_diffusion.training.run import RunResult, latest_checkpoint, run_training
     from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
@@ -44,7 +49,7 @@ _HOMES = {
     "dataset": ("ArraySource", "DataError", "Digits", "Source", "Stream", "make_source"),
     "ema": ("Ema",),
     "folder": ("Folder",),
-    "loss": ("denoising_loss", "make_density", "make_weighting"),
+    "loss": ("denoising_loss", "make_density", "make_weighting", "uncertainty_loss"),
     "run": ("RunResult", "latest_checkpoint", "run_training"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
 }
@@ -77,6 +82,7 @@ __all__ = [
     "read_info",
     "run_training",
     "save_inference",
+    "uncertainty_loss",
 ]
 
 

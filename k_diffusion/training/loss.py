@@ -274,3 +274,21 @@ def denoising_loss(
     error = (denoiser(x, sigma, **condition) - x0).flatten(1)
     weight = weighting(alpha.log() - sigma.log()).to(error.dtype)
     return weight * error.square().mean(1)
+
+
+def uncertainty_loss(loss: Tensor, log_variance: Tensor) -> Tensor:
+    """loss / exp(u) + u: least where u is the log of the expected loss, which then counts as 1.
+
+    So a network that learns u, the log variance of its error at each level, gives every level the
+    same say, however far it has come (Karras et al. 2024, arXiv:2312.02696, eqs. 14 to 16 and 21,
+    after Kendall et al. 2018, arXiv:1705.07115).
+
+    Args:
+        loss: weighted, of each sample, such as `denoising_loss` gives, shape (B,).
+        log_variance: u at each sample's level, shape (B,), such as `MPUNet.uncertainty` gives.
+
+    Returns:
+        Shape (B,), in the loss's dtype.
+    """
+    u = log_variance.to(loss.dtype)
+    return loss * torch.exp(-u) + u

@@ -165,6 +165,8 @@ class Trainer:
             LossModule(self.denoiser, weighting), self.optimizer
         )
         self._parameters = [p for p in self.network.parameters() if p.requires_grad]
+        # Some networks have something to put right, such as the lengths of their weights.
+        self._after_step = getattr(self.network, "after_step", lambda: None)
 
     @property
     def images_seen(self) -> int:
@@ -238,6 +240,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         if finite:
+            self._after_step()
             self.ema.update()
             self.skipped_in_a_row = 0
         else:

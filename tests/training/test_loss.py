@@ -258,3 +258,19 @@ def test_registered_functions_are_known_by_name(monkeypatch: pytest.MonkeyPatch)
 
     assert (loss.make_weighting("twice", times=3.0)(LEVELS) == 3).all()
     assert (draw("one", n=3) == 0).all()
+
+
+def test_the_best_log_variance_makes_every_loss_one() -> None:
+    error = torch.tensor([1e-3, 1.0, 40.0], dtype=torch.float64)
+    best = error.log().requires_grad_()
+    at_best = loss.uncertainty_loss(error, best)
+    assert (at_best - (1 + best)).abs().max() < 1e-12
+    (gradient,) = torch.autograd.grad(at_best.sum(), best)
+    assert gradient.abs().max() < 1e-12
+    for shift in (-0.5, 0.5):
+        assert (loss.uncertainty_loss(error, best + shift) > at_best).all()
+    # What the network learns from is each error over its usual size.
+    scaled = error.clone().requires_grad_()
+    (share,) = torch.autograd.grad(loss.uncertainty_loss(scaled, best.detach()).sum(), scaled)
+    assert (share * error - 1).abs().max() < 1e-12
+    assert loss.uncertainty_loss(error.float(), best).dtype == torch.float32

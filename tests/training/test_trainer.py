@@ -552,6 +552,39 @@ def test_unet_trains_resumes_and_loads(make_run_config: MakeConfig, tmp_path: Pa
     assert denoiser(x, sigma, class_label=labels).isfinite().all()
 
 
+def test_after_step_follows_each_step_and_comes_before_the_average(
+    make_run_config: MakeConfig,
+) -> None:
+    model = {"type": "mp_unet", "channels": 8, "channel_mults": [1], "attention": [False],
+             "blocks": 1, "head_channels": 8, "num_classes": 10}  # fmt: skip
+    trainer = Trainer(make_run_config(model=model, total_images=96))
+    steps = 0
+    for state in trainer:
+        steps += 1
+        weights = {k: p for k, p in trainer.network.named_parameters() if p.ndim}
+        assert weights
+        assert not state.skipped
+        for name, weight in weights.items():
+            square = weight.detach().double().flatten(1).square().mean(1)
+            assert (square - 1).abs().max() < 1e-6, name
+            if steps == 1:  # the first update of the average takes over what there is
+                assert torch.equal(trainer.ema.state_dict()[name], weight)
+    assert steps > 1
+
+
+def test_after_step_rests_in_a_skipped_step(
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_run_config()
+    bad = int(Trainer(config).stream[2].indices[0])
+    trainer = Trainer(config, source=poisoned(bad))
+    calls: list[int] = []
+    monkeypatch.setattr(trainer, "_after_step", lambda: calls.append(trainer.step))
+    skipped = [state.skipped for state in trainer]
+    assert 0 < sum(skipped) < len(skipped)
+    assert len(calls) == len(skipped) - sum(skipped)
+
+
 # ---------------------------------------------------------------- learning rate
 
 

@@ -1,0 +1,468 @@
+"""Magnitudes are kept, by number; weights have directions alone; the block is that of figure 21."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k_diffusion.denoiser import make_denoiser
+from k_diffusion.models import MPUNet
+from k_diffusion.models.mp_layers import (
+    CosineAttention,
+    DecoderBlock,
+    EncoderBlock,
+    MPConv,
+    MPEmbedding,
+    MPFourier,
+    MPLinear,
+    MPMapping,
+    UnitRows,
+    mp_cat,
+    mp_silu,
+    mp_sum,
+    unit_magnitude,
+)
+
+PAPER: dict[str, Any] = {
+    "in_channels": 4,
+    "channel_mults": (1, 2, 3, 4),
+    "attention": (False, False, True, True),
+    "blocks": 3,
+}
+SMALL: dict[str, Any] = {
+    "in_channels": 2,
+    "channels": 16,
+    "channel_mults": (1, 2),
+    "blocks": 1,
+    "attention": (False, True),
+    "head_channels": 16,
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def rms(x: Tensor, dim: Any = None) -> Tensor:
+    return x.detach().double().square().mean(dim).sqrt()
+
+
+def gaussian(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- functions
+
+
+def test_silu_has_unit_mean_square_on_gaussian_input() -> None:
+    x = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
+    density = torch.exp(-x.square() / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
+    # The paper gives the divisor with three digits.
+    assert abs(float((mp_silu(x).square() * density).sum()) - 1) < 2e-3
+    assert abs(float(mp_silu(x[-1]) * 0.596 - 12)) < 1e-3
+
+
+@pytest.mark.parametrize("balance", [0.0, 0.1, 0.3, 0.5, 0.8, 1.0])
+def test_a_sum_keeps_magnitude(balance: float) -> None:
+    a, b = gaussian(1_000_000), gaussian(1_000_000)
+    total = mp_sum(a, b, balance)
+    assert abs(float(rms(total)) - 1) < 3e-3
+    share = float((total * b).mean() / (total * a).mean()) if balance < 1 else math.inf
+    wanted = balance / (1 - balance) if balance < 1 else math.inf
+    assert share == pytest.approx(wanted, rel=0.02, abs=0.003)
+
+
+@pytest.mark.parametrize(("channels", "balance"), [((3, 9), 0.5), ((8, 2), 0.3), ((4, 4), 0.5)])
+def test_a_junction_keeps_magnitude_and_shares(channels: Any, balance: float) -> None:
+    a, b = (gaussian(100, n, 60, 60) for n in channels)
+    joined = mp_cat(a, b, balance)
+    assert abs(float(rms(joined)) - 1) < 3e-3
+    parts = joined.square().mean((0, 2, 3)).split(channels)
+    # Both parts' sums of squares, which are what a convolution reads.
+    ratio = float(parts[1].sum() / parts[0].sum())
+    assert ratio == pytest.approx((balance / (1 - balance)) ** 2, rel=5e-3)
+    assert torch.allclose(joined[:, : channels[0]] / a, joined[0, 0, 0, 0] / a[0, 0, 0, 0])
+
+
+def test_unit_magnitude() -> None:
+    x = gaussian(3, 5, 4, 4) * torch.tensor([1e-3, 1.0, 1e3]).reshape(3, 1, 1, 1)
+    normed = unit_magnitude(x, 1)
+    assert (rms(normed, 1) - 1).abs().max() < 1e-12
+    assert (normed / x).std(1).max() < 1e-9
+    assert (rms(unit_magnitude(x, (1, 2, 3)), (1, 2, 3)) - 1).abs().max() < 1e-12
+
+
+def test_unit_magnitude_of_nothing_is_nothing_with_a_finite_gradient() -> None:
+    x = torch.zeros(2, 3, requires_grad=True)
+    normed = unit_magnitude(x, 1)
+    normed.sum().backward()
+    assert x.grad is not None
+    assert normed.abs().max() == 0
+    assert x.grad.isfinite().all()
+
+
+def test_unit_magnitude_measures_in_float32() -> None:
+    x = torch.full((1, 4096), 3e3, dtype=torch.float16)  # 64 · 3e3 is out of float16's range
+    assert (unit_magnitude(x, 1) - 1).abs().max() < 2e-3
+
+
+def test_fourier_features_have_unit_mean_square() -> None:
+    features = MPFourier(400_000)
+    x = torch.tensor([-1.7, 0.0, 0.4], dtype=torch.float64)
+    y = features(x)
+    assert y.dtype == torch.float64
+    assert (rms(y, 1) - 1).abs().max() < 3e-3
+    # E cos(2π(f a + φ)) cos(2π(f b + φ)) over a Gaussian f of variance 1.
+    near = float((features(x + 0.1) * y).mean())
+    assert near == pytest.approx(math.exp(-((2 * math.pi * 0.1) ** 2) / 2), abs=5e-3)
+    assert features(x.bfloat16()).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- weights
+
+
+def rows(layer: UnitRows) -> Tensor:
+    return rms(layer.weight.flatten(1), 1)
+
+
+LAYERS = {
+    "linear": (lambda: MPLinear(48, 64), (512, 48)),
+    "convolution": (lambda: MPConv(16, 64, 3), (8, 16, 12, 12)),
+    "pointwise": (lambda: MPConv(48, 64, 1), (8, 48, 12, 12)),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_keep_magnitude(kind: str) -> None:
+    make, shape = LAYERS[kind]
+    layer, x = make().double(), gaussian(*shape)
+    y = layer(x)
+    inner = y if y.ndim == 2 else y[:, :, 1:-1, 1:-1]  # borders see zeros beside them
+    assert abs(float(rms(inner)) - 1) < 0.02
+    channels = [0] if y.ndim == 2 else [0, 2, 3]
+    assert (rms(inner, channels) - 1).abs().max() < 0.25
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_only_the_direction_of_weights_counts(kind: str) -> None:
+    make, shape = LAYERS[kind]
+    layer, x = make().double(), gaussian(*shape)
+    before = layer(x)
+    lengths = torch.logspace(-2, 3, 64, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.mul_(lengths.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+    assert (layer(x) - before).abs().max() < 1e-12
+    layer.force()
+    assert (rows(layer) - 1).abs().max() < 1e-12
+    assert (layer(x) - before).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_are_orthogonal_to_weights(kind: str) -> None:
+    make, shape = LAYERS[kind]
+    layer, x = make().double(), gaussian(*shape)
+    layer(x).pow(3).sum().backward()
+    assert layer.weight.grad is not None
+    w, g = layer.weight.detach().flatten(1), layer.weight.grad.flatten(1)
+    assert (g.norm(dim=1) > 0.1).all()
+    assert ((w * g).sum(1) / (w.norm(dim=1) * g.norm(dim=1))).abs().max() < 1e-12
+
+
+def test_an_embedding_is_the_linear_map_of_a_one_hot_vector() -> None:
+    layer = MPEmbedding(7, 40).double()
+    index = torch.tensor([6, 0, 3])
+    one_hot = F.one_hot(index, 7).double()
+    linear = MPLinear(7, 40).double()
+    linear.load_state_dict(layer.state_dict())
+    assert (layer(index) - linear(unit_magnitude(one_hot, 1))).abs().max() < 1e-12
+    assert abs(float(rms(layer(torch.arange(7)))) - 1) < 1e-12
+
+
+def test_all_weights_begin_with_unit_mean_square() -> None:
+    model = MPUNet(num_classes=3, embedding_dim=2, has_uncertainty=True, **SMALL)
+    layers = [m for m in model.modules() if isinstance(m, UnitRows)]
+    assert all((rows(layer) - 1).abs().max() < 1e-6 for layer in layers)
+    # All that is learned are such weights, and gains.
+    weights = {id(layer.weight) for layer in layers}
+    assert all(id(p) in weights or p.ndim == 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_lengthens_weights_and_after_step_takes_that_back(checkpointing: bool) -> None:
+    model = MPUNet(checkpointing=checkpointing, num_classes=3, **SMALL)
+    nn.init.ones_(model.gain_out)
+    layers = [m for m in model.modules() if isinstance(m, UnitRows)]
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    x, t = torch.randn(4, 2, 8, 8), torch.randn(4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x, t).square().sum().backward()
+        optimizer.step()
+        longer = [float(rows(layer).max()) for layer in layers]
+        before = model(x, t)
+        model.after_step()
+        assert max(longer) > 1 + 1e-3
+        assert all((rows(layer) - 1).abs().max() < 1e-6 for layer in layers)
+        assert (model(x, t) - before).abs().max() < 1e-4
+    once = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.after_step()
+    assert all((once[n] - v).abs().max() < 1e-6 for n, v in model.state_dict().items())
+
+
+# ---------------------------------------------------------------- blocks, as in figure 21
+
+
+def block(kind: Any, inputs: int, outputs: int, **options: Any) -> Any:
+    made = kind(inputs, outputs, 12, **options).double()
+    nn.init.constant_(made.gain, 0.7)
+    return made
+
+
+def convolve(layer: UnitRows, x: Tensor) -> Tensor:
+    weight = layer.weight / layer.weight.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+    return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+
+def modulated(made: Any, x: Tensor, embedding: Tensor) -> Tensor:
+    """The residual branch, written out."""
+    direction = made.modulation.weight / made.modulation.weight.norm(dim=1, keepdim=True)
+    scale = 1 + 0.7 * embedding @ direction.T
+    h = convolve(made.conv1, F.silu(x) / 0.596) * scale[:, :, None, None]
+    return convolve(made.conv2, F.silu(h) / 0.596)
+
+
+def joined(x: Tensor, branch: Tensor) -> Tensor:
+    return (0.7 * x + 0.3 * branch) / math.sqrt(0.7**2 + 0.3**2)
+
+
+def test_the_encoders_block() -> None:
+    made = block(EncoderBlock, 6, 8)
+    x, embedding = gaussian(2, 6, 4, 4), gaussian(2, 12)
+    h = convolve(made.skip, x)
+    h = h / h.square().mean(1, keepdim=True).sqrt()
+    assert (made(x, embedding) - joined(h, modulated(made, h, embedding))).abs().max() < 1e-12
+    # Whatever comes, the norm of each pixel takes its size away.
+    assert (made(x * 50, embedding) - made(x, embedding)).abs().max() < 1e-12
+
+
+def test_the_decoders_block() -> None:
+    made = block(DecoderBlock, 10, 8)
+    x, mirrored, embedding = gaussian(2, 6, 4, 4), gaussian(2, 4, 4, 4), gaussian(2, 12)
+    # Eq. 103 with equal shares: the square root of 10 / 2, over those of 6 and of 4.
+    both = torch.cat([x * math.sqrt(5 / 6), mirrored * math.sqrt(5 / 4)], 1)
+    wanted = joined(convolve(made.skip, both), modulated(made, both, embedding))
+    assert (made(x, embedding, mirrored) - wanted).abs().max() < 1e-12
+
+
+def test_resampling_is_by_blocks_of_four() -> None:
+    embedding = gaussian(2, 12)
+    coarse = gaussian(2, 8, 4, 6)
+    fine = coarse.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    noise = gaussian(2, 8, 4, 6)[:, :, :, None, :, None] * torch.tensor([[1.0, -1.0]]).double()
+    noise = noise.expand(2, 8, 4, 2, 6, 2).reshape(fine.shape)  # of mean zero in each block
+    for kind, given, same in (
+        (EncoderBlock, fine + noise, coarse),
+        (DecoderBlock, coarse, fine),
+    ):
+        resampling, plain = block(kind, 8, 8, resamples=True), block(kind, 8, 8)
+        plain.load_state_dict(resampling.state_dict())
+        assert (resampling(given, embedding) - plain(same, embedding)).abs().max() < 1e-12
+
+
+def test_an_embedding_speaks_through_the_gain_alone() -> None:
+    made = EncoderBlock(8, 8, 12).double()
+    x = gaussian(2, 8, 4, 4)
+    assert made.gain.item() == 0
+    assert torch.equal(made(x, gaussian(2, 12)), made(x, gaussian(2, 12)))
+
+
+def test_attention_is_by_cosines() -> None:
+    layer = CosineAttention(8, 4).double()
+    x = gaussian(2, 8, 3, 5)
+    tokens = x.flatten(2).transpose(1, 2)
+    qkv = tokens @ (layer.qkv.weight / layer.qkv.weight.norm(dim=1, keepdim=True)).T
+    q, k, v = qkv.unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+    # Vectors of length 2, the root of 4 channels: queries times keys are 4 times their cosine.
+    cosines = F.cosine_similarity(q[..., :, None, :], k[..., None, :, :], dim=-1)
+    v = v / v.norm(dim=-1, keepdim=True) * 2
+    mixed = ((cosines * 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    mixed = mixed @ (layer.out.weight / layer.out.weight.norm(dim=1, keepdim=True)).T
+    wanted = joined(x, mixed.transpose(1, 2).reshape(x.shape))
+    assert (layer(x) - wanted).abs().max() < 1e-12
+
+
+def test_activations_are_clipped() -> None:
+    made = DecoderBlock(4, 4, 12)
+    y = made(torch.randn(1, 4, 4, 4) * 1e4, torch.zeros(1, 12))
+    assert y.abs().max() == 256
+
+
+# ---------------------------------------------------------------- the network
+
+
+@pytest.mark.parametrize(("channels", "millions"), [(128, 124.7), (192, 280.2), (256, 497.8)])
+def test_sizes_are_those_of_the_paper(channels: int, millions: float) -> None:
+    with torch.device("meta"):
+        model = MPUNet(channels=channels, num_classes=1000, **PAPER)
+    # Of ours one class more, "no label"; and a gain for each block, as there.
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_every_block_has_unit_magnitude_at_first() -> None:
+    model = MPUNet(in_channels=3, num_classes=10, embedding_dim=4, channels=48, head_channels=48)
+    nn.init.ones_(model.gain_out)
+    for module in model.modules():
+        if isinstance(module, (EncoderBlock, DecoderBlock)):
+            nn.init.constant_(module.gain, 0.3)
+    found: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (EncoderBlock, DecoderBlock, MPMapping)) or "conv_" in name:
+            module.register_forward_hook(
+                lambda module, args, out, name=name: found.__setitem__(name, float(rms(out)))
+            )
+    with torch.no_grad():
+        model(
+            torch.randn(4, 3, 32, 32),
+            torch.linspace(-1, 1, 4),
+            class_label=torch.tensor([0, 3, 9, 10]),
+            embedding=torch.randn(4, 4),
+        )
+    assert len(found) == 3 + 8 + 2 + 11
+    # Attention averages over values, and zeros stand beside the borders: both take a little.
+    assert min(found.values()) > 0.8, found
+    assert max(found.values()) < 1.15, found
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05, 1.0, 20.0])
+def test_the_mapping_keeps_magnitude_whatever_is_told(scale: float) -> None:
+    model = MPMapping(2048, 1.0, 2048, 50, {"embedding": 64, "augmentation": 9})
+    t, label = torch.randn(40), torch.arange(40)
+    with torch.no_grad():
+        y = model(t, label, embedding=torch.randn(40, 64) * scale, augmentation=torch.zeros(40, 9))
+    assert abs(float(rms(y)) - 1) < 0.03
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.05, 1.0, 20.0])
+def test_the_entry_keeps_magnitude_whatever_the_image(scale: float) -> None:
+    wide = {"channels": 256, "channel_mults": (1,), "attention": (False,), "head_channels": 256}
+    model = MPUNet(image_channels=5, **{**SMALL, **wide}).double()
+    x = gaussian(2, 2, 16, 16)
+    image = gaussian(2, 5, 16, 16) * scale
+    h = model._enter(torch.cat([x, image], 1))[:, :, 1:-1, 1:-1]
+    assert (rms(h, (1, 2, 3)) - 1).abs().max() < 0.12
+
+
+def test_its_output_is_zero_until_its_gain_is_not() -> None:
+    model = MPUNet(**SMALL)
+    x, t = torch.randn(2, 2, 8, 8), torch.zeros(2)
+    assert model.gain_out.item() == 0
+    assert model(x, t).abs().max() == 0
+    nn.init.constant_(model.gain_out, 2.0)
+    assert 1.5 < float(rms(model(x, t))) < 2.3
+
+
+def test_attention_is_where_it_is_asked_for() -> None:
+    model = MPUNet(**{**SMALL, "channel_mults": (1, 2, 1), "attention": (False, True, False)})
+    down = [[b.attention is not None for b in level] for level in model.down]  # type: ignore[attr-defined]
+    up = [[b.attention is not None for b in level] for level in model.up]  # type: ignore[attr-defined]
+    assert down == [[False], [False, True], [False, False]]
+    assert up == [[False, False], [False, True, True], [False, False, False]]
+    assert [b.attention is not None for b in model.middle] == [True, False]
+
+
+def test_frequencies_are_those_of_the_paper_for_log_sigma() -> None:
+    assert MPUNet(**SMALL).mapping.scale == 1
+    assert MPUNet(prediction="eps", **SMALL).mapping.scale == 1 / 250
+    assert MPUNet(**SMALL).prediction == "edm"
+
+
+# ---------------------------------------------------------------- uncertainty
+
+
+def test_the_uncertainty_is_one_layer_on_features_of_the_time() -> None:
+    model = MPUNet(has_uncertainty=True, **SMALL).double()
+    t = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    u = model.uncertainty(t)
+    head = model.log_variance
+    assert head is not None
+    weight = head.layer.weight[0]
+    assert u.shape == (5,)
+    assert (u - head.features(t) @ weight / weight.norm()).abs().max() < 1e-12
+    u.sum().backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert touched == {"log_variance.layer.weight"}
+    assert model.bfloat16().uncertainty(torch.ones(1)).dtype == torch.bfloat16
+
+
+def test_without_a_head_there_is_no_uncertainty() -> None:
+    model = MPUNet(**SMALL)
+    assert not any("log_variance" in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="has_uncertainty = False: .* has_uncertainty = true"):
+        model.uncertainty(torch.zeros(1))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("config", "parts"),
+    [
+        ({"chanels": 64}, ["chanels = 64 is no option", "did you mean channels?"]),
+        ({"channels": 0}, ["channels = 0 is too small", "give at least 1"]),
+        ({"blocks": -1}, ["blocks = -1 is too small", "give at least 1"]),
+        ({"channel_mults": []}, ["channel_mults = () has no level", "such as (1, 2)"]),
+        ({"channel_mults": [1, 0, 2]}, ["channel_mults = (1, 0, 2)", "at least 1"]),
+        ({"channel_mults": [1, 2]}, ["has 3 entries", "makes 2 levels", "such as (False, True)"]),
+        ({"channels": 40}, ["= 64 does not divide the 120 channels", "head_channels = 60 works"]),
+        (
+            {"channels": 40, "attention": [True, False, False]},
+            ["= 64 does not divide the 40 channels", "head_channels = 40 works"],
+        ),
+        (
+            {"channels": 40, "attention": [False] * 3},
+            ["= 64 does not divide the 120 channels", "head_channels = 60 works"],
+        ),
+        ({"dropout": 1}, ["dropout = 1 is outside [0, 1)"]),
+        ({"has_uncertainty": 1}, ["has_uncertainty = 1", "give true or false"]),
+        ({"checkpointing": [3]}, ["names level 3", "levels 0 to 2"]),
+        ({"context_dim": 4}, ["context_dim = 4 is no option"]),
+        ({"dims": 3}, ["dims = 3 is no option"]),
+    ],
+)
+def test_configs(config: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as error:  # noqa: PT011  (the parts are matched below)
+        MPUNet.from_config(config)
+    text = str(error.value)
+    assert "\n" not in text
+    assert all(part in text for part in parts), text
+
+
+def test_sizes_that_cannot_be_halved() -> None:
+    model = MPUNet(**SMALL)
+    for shape, wanted in (
+        ((1, 2, 7, 8), "x has height 7, .* works: 6 or 8 .a multiple of 2"),
+        ((1, 2, 0, 8), "x has height 0, .* works: 2 "),
+        ((1, 2, 8, 1), "x has width 1, .* works: 2 "),
+        ((1, 2, 8), r"x has shape \(1, 2, 8\); this model takes \(batch, 2, height, width"),
+        ((1, 3, 8, 8), "x has shape"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            model(torch.zeros(shape), torch.zeros(1))
+
+
+def test_it_takes_no_context() -> None:
+    with pytest.raises(ValueError, match="context was given, but this model takes none"):
+        MPUNet(**SMALL)(torch.zeros(1, 2, 8, 8), torch.zeros(1), context=torch.zeros(1, 2, 3))
+
+
+def test_it_becomes_a_denoiser() -> None:
+    x, sigma = torch.randn(2, 2, 8, 8), torch.tensor([0.1, 5.0])
+    denoised = make_denoiser(MPUNet(**SMALL))(x, sigma)
+    skip = 0.25 / (sigma**2 + 0.25)
+    assert (denoised - skip.reshape(2, 1, 1, 1) * x).abs().max() < 1e-6
