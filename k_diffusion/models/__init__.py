@@ -1,6 +1,20 @@
 """Networks to train and sample with, and the registry that makes them from configs by name."""
 
+from k_diffusion.models.flags import checkpointing, get_checkpointing
+from k_diffusion.models.image_v1 import ImageDenoiserModelV1, ImageV1, ImageV1Config
 from k_diffusion.models.registry import MODELS, make_model, model_config, register_model
 from k_diffusion.models.unet import UNet, UNetConfig
 
-__all__ = ["MODELS", "UNet", "UNetConfig", "make_model", "model_config", "register_model"]
+__all__ = [
+    "MODELS",
+    "ImageDenoiserModelV1",
+    "ImageV1",
+    "ImageV1Config",
+    "UNet",
+    "UNetConfig",
+    "checkpointing",
+    "get_checkpointing",
+    "make_model",
+    "model_config",
+    "register_model",
+]
