@@ -5,10 +5,11 @@ Source: Chen et al. 2016, arXiv:1604.06174.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Policy = bool | int | tuple[int, ...]
@@ -74,3 +75,21 @@ class Checkpointing:
         if torch.is_grad_enabled() and self.chooses(index, level):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
+
+
+def recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """A function's output, of which only the inputs are kept for the backward pass.
+
+    For what is cheap to compute and large to keep: norms, gates, rotations; a linear layer at the
+    end costs nothing more, because the second pass stops as soon as the last of its inputs is there.
+
+    Args:
+        function: of tensors; draws nothing at random.
+        args: its inputs.
+    """
+    # A compiler decides for itself what to keep, and does it better.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*args)
+    return checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
