@@ -1,13 +1,20 @@
 """Networks to train and sample with, and the registry that makes them from configs by name."""
 
 from k_diffusion.models.flags import checkpointing, get_checkpointing
+from k_diffusion.models.hourglass import Hourglass, HourglassConfig
+from k_diffusion.models.image_transformer_v1 import ImageTransformerDenoiserModelV1
+from k_diffusion.models.image_transformer_v2 import ImageTransformerDenoiserModelV2
 from k_diffusion.models.image_v1 import ImageDenoiserModelV1, ImageV1, ImageV1Config
 from k_diffusion.models.registry import MODELS, make_model, model_config, register_model
 from k_diffusion.models.unet import UNet, UNetConfig
 
 __all__ = [
     "MODELS",
+    "Hourglass",
+    "HourglassConfig",
     "ImageDenoiserModelV1",
+    "ImageTransformerDenoiserModelV1",
+    "ImageTransformerDenoiserModelV2",
     "ImageV1",
     "ImageV1Config",
     "UNet",

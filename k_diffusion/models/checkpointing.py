@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from k_diffusion.models.flags import get_checkpointing
@@ -76,3 +77,21 @@ class Checkpointing:
         if torch.is_grad_enabled() and (get_checkpointing() or self.chooses(index, level)):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
+
+
+def recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
+    """A function's output, of which only the inputs are kept for the backward pass.
+
+    For what is cheap to compute and large to keep: norms, gates, rotations; a linear layer at the
+    end costs nothing more, because the second pass stops as soon as the last of its inputs is there.
+
+    Args:
+        function: of tensors; draws nothing at random.
+        args: its inputs.
+    """
+    # A compiler decides for itself what to keep, and does it better.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*args)
+    return checkpoint(
+        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+    )
