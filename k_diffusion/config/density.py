@@ -35,7 +35,7 @@ def make_sample_density(config: Mapping[str, Any]) -> Callable[..., Tensor]:
         raise ValueError(unknown(f"{_WHERE}.type", kind, _DENSITIES))
     density = _DENSITIES[kind]
     check_names(_WHERE, given, [*density.needs, *density.needs.values(), *density.defaults])
-    options = {}
+    options: dict[str, Any] = {}
     for name, other in density.needs.items():
         if (name in given) == (other in given):
             raise ValueError(
@@ -45,11 +45,11 @@ def make_sample_density(config: Mapping[str, Any]) -> Callable[..., Tensor]:
         options[name] = given.get(name, given.get(other))
     for name, default in density.defaults.items():
         options[name] = given[name] if name in given else default(config)
-    check(_WHERE, options, {name: _KINDS[name] for name in options})
-    if options.get("min_value", -1) >= options.get("max_value", math.inf):
+    check(_WHERE, options, {name: {**_KINDS, **density.kinds}[name] for name in options})
+    low, high = options.get("min_value", -1.0), options.get("max_value", math.inf)
+    if low >= high:
         raise ValueError(
-            f"{_WHERE}.min_value = {options['min_value']} is not below max_value = "
-            f"{options['max_value']}: give a smaller one"
+            f"{_WHERE}.min_value = {low} is not below max_value = {high}: give a smaller one"
         )
     if density.takes_sigma_data:
         options["sigma_data"] = config.get("sigma_data", 1.0)
@@ -77,12 +77,14 @@ def _number(value: float) -> Callable[[Mapping[str, Any]], float]:
 
 @dataclass(frozen=True)
 class _Density:
-    """What draws; its keys without a default, each with its other name; those with one."""
+    """What draws; its keys without a default, each with its other name; those with one; what keys
+    take that take less than elsewhere."""
 
     draw: Callable[..., Tensor]
     needs: dict[str, str] = field(default_factory=dict)
     defaults: dict[str, Callable[[Mapping[str, Any]], float]] = field(default_factory=dict)
     takes_sigma_data: bool = False
+    kinds: dict[str, Kind] = field(default_factory=dict)
 
 
 _KINDS = {
@@ -116,6 +118,7 @@ _DENSITIES = {
     "loguniform": _Density(
         utils.rand_log_uniform,
         defaults={"min_value": _sigma("min"), "max_value": _sigma("max")},
+        kinds={"min_value": POSITIVE, "max_value": POSITIVE},
     ),
     "v-diffusion": _COSINE,
     "cosine": _COSINE,

@@ -1,6 +1,7 @@
 """Networks to train and sample with, and the registry that makes them from configs by name."""
 
-from k_diffusion.models.flags import checkpointing, get_checkpointing
+from k_diffusion.models import flags
+from k_diffusion.models.flags import get_checkpointing
 from k_diffusion.models.hourglass import Hourglass, HourglassConfig
 from k_diffusion.models.image_transformer_v1 import ImageTransformerDenoiserModelV1
 from k_diffusion.models.image_transformer_v2 import ImageTransformerDenoiserModelV2
@@ -25,3 +26,7 @@ __all__ = [
     "model_config",
     "register_model",
 ]
+
+# The established name is that of the switch; the module of the same name, which the networks have
+# imported by now, is found by its full name.
+checkpointing = flags.checkpointing

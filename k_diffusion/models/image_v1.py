@@ -14,7 +14,7 @@ Dhariwal and Nichol 2021, arXiv:2105.05233 (the blocks); Zhang 2019, arXiv:1904.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -127,15 +127,20 @@ class ImageV1Config(NetworkConfig):
                 f"skip_stages = {self.skip_stages} leaves none of {levels} levels; give at most "
                 f"{levels - 1}"
             )
-        for channels in self.channels:
-            for size, what in ((GROUP_SIZE, "groups"), (HEAD_SIZE, "heads")):
-                if channels % (parts := max(1, channels // size)):
-                    raise ValueError(
-                        f"channels = {self.channels}: {channels} do not divide into {parts} {what} "
-                        f"of at least {size}; give a multiple of {size}, or of {GROUP_SIZE} below "
-                        f"{2 * HEAD_SIZE}"
-                    )
+        attends = zip(self.self_attention, self.cross_attention or (False,) * levels, strict=True)
+        # Going up, the last block of a level has the channels of the next finer one.
+        headed = [k for i, a in enumerate(attends) if any(a) for k in (i, max(0, i - 1))]
+        self._check_parts(self.channels, GROUP_SIZE, "groups")
+        self._check_parts([self.channels[k] for k in headed], HEAD_SIZE, "heads")
         self.check_checkpointing(levels)
+
+    def _check_parts(self, widths: Iterable[int], size: int, what: str) -> None:
+        for width in widths:
+            if width % (parts := max(1, width // size)):
+                raise ValueError(
+                    f"channels = {self.channels}: {width} do not divide into {parts} {what}; give "
+                    f"multiples of {size}, or less than {2 * size}"
+                )
 
     @property
     def vector_width(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from k_diffusion.denoiser import DENOISERS, make_denoiser
-from k_diffusion.models import UNet, UNetConfig, checkpointing
+from k_diffusion.models import UNet, UNetConfig
 from k_diffusion.models.network import PREDICTIONS
+
+# The package's attribute of that name is the established switch.
+checkpointing = importlib.import_module("k_diffusion.models.checkpointing")
 
 
 def tiny(awake: bool = True, **options: Any) -> UNet:
