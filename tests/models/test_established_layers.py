@@ -22,8 +22,8 @@ from k_diffusion.layers import (
     FourierFeatures,
     ResidualBlock,
     SelfAttention2d,
-    UNet,
     UnconditionedModule,
+    UNet,
     Upsample2d,
 )
 
