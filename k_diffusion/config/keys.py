@@ -198,4 +198,4 @@ def check_names(where: str, values: Mapping[str, Any], known: Iterable[str]) -> 
         close = nearest(key, [name for name in known if name not in values])
         if close:
             raise ValueError(f"{where}.{key} = {values[key]!r} is no key: did you mean {close}?")
-        warnings.warn(f"{where}.{key} = {values[key]!r} has no effect", stacklevel=4)
+        warnings.warn(f"{where}.{key} = {values[key]!r} has no effect", stacklevel=3)

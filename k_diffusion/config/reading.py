@@ -69,9 +69,9 @@ def load_config(path_or_dict: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model.type is missing: give {', '.join(KEYS)}")
     if not isinstance(kind, str) or kind not in KEYS:
         raise ValueError(unknown("model.type", kind, KEYS))
+    check_names("model", config["model"], KEYS[kind])
     config = _merged(_merged(DEFAULTS, DEFAULTS_OF_TYPE[kind]), config)
     model = config["model"]
-    check_names("model", model, KEYS[kind])
     for key in REQUIRED[kind]:
         if key not in model:
             raise ValueError(f"model.{key} is missing: {kind} needs {KEYS[kind][key].wanted}")
