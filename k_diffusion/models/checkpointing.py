@@ -79,19 +79,28 @@ class Checkpointing:
         return block(*args)
 
 
-def recomputed(function: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """A function's output, of which only the inputs are kept for the backward pass.
+SMALL = 2**17
+"""Numbers below which `recomputed` keeps all: its bookkeeping, some 100 µs, would take longer than
+to fill the memory that it spares."""
 
-    For what is cheap to compute and large to keep: norms, gates, rotations; a linear layer at the
-    end costs nothing more, because the second pass stops as soon as the last of its inputs is there.
+
+def recomputed(
+    function: Callable[..., Tensor], x: Tensor, *args: Tensor, random: bool = False
+) -> Tensor:
+    """function(x, *args); its backward pass keeps x and args, and nothing between them and the end.
+
+    For what is cheap before something dear: of norm, activation and convolution, the backward
+    pass computes norm and activation again, and stops at the convolution, whose result nobody
+    needs. Compiled, the compiler decides what to keep.
 
     Args:
-        function: of tensors; draws nothing at random.
-        args: its inputs.
+        function: nothing in it but its end is costly. What it reads beside its arguments are
+            parameters.
+        x, args: tensors.
+        random: whether it draws from torch's own generators, whose state is kept then.
     """
-    # A compiler decides for itself what to keep, and does it better.
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return function(*args)
-    return checkpoint(
-        function, *args, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
-    )
+    wanted = torch.is_grad_enabled() and x.numel() >= SMALL
+    # Transforms such as torch.func.grad take no hooks on what is saved.
+    if not wanted or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function(x, *args)
+    return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=random)

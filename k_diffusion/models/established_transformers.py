@@ -34,7 +34,7 @@ from k_diffusion.models.transformer import (
 from k_diffusion.utils.maths import unknown
 
 AUGMENTATIONS = 9
-"""Numbers that say how a sample was augmented (Karras et al. 2022, arXiv:2206.00364, appendix F)."""
+"""Numbers that say how a sample was augmented (Karras et al. 2022, arXiv:2206.00364, app. F)."""
 
 
 class ImageTransformerV2(HourglassLayers):
@@ -249,8 +249,7 @@ class ImageTransformerV1(nn.Module):
         h = x.unflatten(3, (-1, wide)).unflatten(2, (-1, high))
         h = self.in_proj(h.permute(0, 2, 4, 1, 3, 5).flatten(3))  # a channel's pixels side by side
         mapping = self._embed(sigma.log() / 4, aug_cond, class_cond)
-        rows, columns = h.shape[1:3]
-        positions = axial_positions(rows, columns, x.device, aspect=high / wide)
+        positions = axial_positions(h, aspect=high / wide)
         for index, block in enumerate(self.blocks):
             h = self.checkpointing.run(block, h, mapping, positions, index=index)
         h = self.out_proj(self.out_norm(h)).unflatten(3, (-1, high, wide))
@@ -271,7 +270,7 @@ class ImageTransformerV1(nn.Module):
 
 
 def rounded(value: float, tolerance: float = 0.05) -> int:
-    """The nearest multiple of the largest power of two that is off by no more than the tolerance."""
+    """The nearest multiple of the largest power of two for which it is within the tolerance."""
     power = 2 ** max(0, math.ceil(math.log2(value)) - 1)
     while power > 1 and abs(round(value / power) * power - value) > tolerance * value:
         power //= 2

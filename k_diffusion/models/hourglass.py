@@ -4,8 +4,8 @@
                         `-> merge -> [blocks] - skips -> [blocks] -> split --'
                                          `-> merge -> [blocks] -> split --'
 
-The fine levels attend to a neighbourhood, or to windows, the coarsest to all; so the cost grows with
-the number of pixels, and not with its square.
+The fine levels attend to a neighbourhood, or to windows, the coarsest to all; so the cost grows
+with the number of pixels, and not with its square.
 
 Source: Crowson et al. 2024, arXiv:2401.11605.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from k_diffusion.models.checkpointing import Checkpointing
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.mapping import FourierFeatures
 from k_diffusion.models.neighborhood import check_backend, check_kernel, neighborhood_attention
@@ -98,12 +99,12 @@ class HourglassConfig(NetworkConfig):
             )
         if len(self.depths) != levels or min(self.depths) < 0:
             raise ValueError(
-                f"depths = {self.depths} must give one number of blocks, 0 or more, for each of the "
+                f"depths = {self.depths} must give a number of blocks, 0 or more, for each of the "
                 f"{levels} levels of widths = {self.widths}, such as {(2,) * levels}"
             )
         if isinstance(self.patch_size, tuple) and len(self.patch_size) != 2:
             raise ValueError(
-                f"patch_size = {self.patch_size} has {len(self.patch_size)} sides; give one number, "
+                f"patch_size = {self.patch_size} has {len(self.patch_size)} sides; give one number "
                 "or height and width"
             )
         if min(self.patch) < 1:
@@ -113,16 +114,16 @@ class HourglassConfig(NetworkConfig):
             value = getattr(self, name)
             if isinstance(value, tuple) and len(value) != levels:
                 raise ValueError(
-                    f"{name} = {value} has {len(value)} entries for the {levels} levels of widths = "
-                    f"{self.widths}; give one for each, or one value for all"
+                    f"{name} = {value} has {len(value)} entries for the {levels} levels of widths "
+                    f"= {self.widths}; give one for each, or one value for all"
                 )
         for i in range(levels):
             self._check_level(i)
         self.at_least(1, "mapping_width", "mapping_ff_width")
         if self.mapping_width % 2:
             raise ValueError(
-                f"mapping_width = {self.mapping_width} is odd, but cosines and sines share it; give "
-                f"{self.mapping_width + 1}"
+                f"mapping_width = {self.mapping_width} is odd, but cosines and sines share it; "
+                f"give {self.mapping_width + 1}"
             )
         self.none_negative("mapping_depth")
         self.check_shares("mapping_dropout")
@@ -265,7 +266,7 @@ class HourglassLayers(nn.Module):
             hidden = hidden + self.mapping_cond_in_proj(embedding.to(dtype))
         return self.mapping(hidden)
 
-    def run(self, x: Tensor, mapping: Tensor, checkpointing: Any) -> Tensor:
+    def run(self, x: Tensor, mapping: Tensor, checkpointing: Checkpointing) -> Tensor:
         """From pixels (B, C, height, width) and a mapping (B, mapping_width) to pixels.
 
         Args:
@@ -279,7 +280,7 @@ class HourglassLayers(nn.Module):
         index = itertools.count()
 
         def blocks(h: Tensor, level: Any, number: int) -> Tensor:
-            positions = axial_positions(*h.shape[1:3], device=h.device)
+            positions = axial_positions(h)
             for block in level:
                 h = checkpointing.run(block, h, mapping, positions, index=next(index), level=number)
             return h
@@ -306,10 +307,10 @@ class HourglassLayers(nn.Module):
             size = x.shape[2 + axis]
             factor, least = config.sides(axis)
             if size % factor or size < least:
-                near = [n for n in (size // factor * factor, -(-size // factor) * factor)]
-                works = " or ".join(str(n) for n in dict.fromkeys(max(n, least) for n in near))
+                near = [max(least, n * factor) for n in (size // factor, -(-size // factor))]
+                works = " or ".join(str(n) for n in dict.fromkeys(near))
                 raise ValueError(
-                    f"x has {name} {size}, which patches, merges and windows cannot share out, or a "
+                    f"x has {name} {size}, which patches, merges and windows cannot share out or a "
                     f"neighbourhood is larger than; the nearest that works: {works} (a multiple of "
                     f"{factor}, at least {least})"
                 )

@@ -5,14 +5,15 @@ along an axis of n positions, the one of position i begins at min(max(i - K // 2
 
 Source: Hassani et al. 2023, arXiv:2204.07143, section 3.
 
-The same sum can be had in three ways, chosen by name in `BACKENDS`: FlexAttention, which CUDA fuses;
-tiles of plain `scaled_dot_product_attention`, which run anywhere; NATTEN's own kernels.
+The same sum can be had in three ways, named in `BACKENDS`: FlexAttention, which CUDA fuses; tiles
+of plain `scaled_dot_product_attention`, which run anywhere; NATTEN's own kernels.
 
 Letters in shapes: B samples, H height, W width, N heads, D channels of a head.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from k_diffusion.utils.maths import unknown
 
@@ -128,6 +130,9 @@ def _function(backend: str) -> Any:
 
 _NATTEN = has_natten()
 
+BLOCK = 128
+"""Tokens of a block, of those that FlexAttention takes or leaves as a whole; its own default."""
+
 
 # ---------------------------------------------------------------- tiles
 
@@ -228,45 +233,32 @@ def flex(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Ten
     the fused CPU kernel has no gradient: for comparison, not for use.
     """
     height, width = q.shape[1:3]
-    flat = [x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)]
-    block_mask = _block_mask(height, width, kernel_size, q.device)
-    if q.device.type == "cuda" and not torch.compiler.is_compiling():
-        out = _fused_flex()(*flat, block_mask=block_mask, scale=scale)
-    else:
-        out = _plain_flex(*flat, block_mask, scale)
+    make = _block_mask if torch.compiler.is_compiling() else _cached_block_mask
+    block_mask = make(height, width, kernel_size, q.device)
+    fused = q.device.type == "cuda" and not torch.compiler.is_compiling()
+    function = _fused_flex() if fused else _plain_flex
+    q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+    out = function(q, k, v, block_mask=block_mask, scale=scale)
     return out.transpose(1, 2).unflatten(1, (height, width))
 
 
-def _plain_flex(q: Tensor, k: Tensor, v: Tensor, block_mask: Any, scale: float) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
+def _plain_flex(*args: Tensor, **options: Any) -> Any:
+    function: Any = flex_attention  # its overloads know no *args
     if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, block_mask=block_mask, scale=scale)  # type: ignore[return-value]
+        return function(*args, **options)
     with warnings.catch_warnings():
-        # That it is unfused is what the docstring of `flex` says.
+        # It says that it is not fused, as the docstring of `flex` does.
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        return flex_attention(q, k, v, block_mask=block_mask, scale=scale)  # type: ignore[return-value]
+        return function(*args, **options)
 
 
-_FLEX: list[Any] = []
-
-
+@functools.cache
 def _fused_flex() -> Any:
-    """FlexAttention compiled, once for the process."""
-    if not _FLEX:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        _FLEX.append(torch.compile(flex_attention))
-    return _FLEX[0]
+    return torch.compile(flex_attention)
 
 
-_BLOCK_MASKS: dict[tuple[Any, ...], Any] = {}
-
-
-@torch.compiler.assume_constant_result
 def _block_mask(height: int, width: int, kernel: int, device: torch.device) -> Any:
-    """The blocks of keys that each block of queries sees; made once for a size and a device."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """The blocks of keys that each block of queries sees, and which of a block's keys."""
 
     def near(place: Tensor, key: Tensor, size: int) -> Tensor:
         ahead = key - (place - kernel // 2).clamp(0, size - kernel)
@@ -275,11 +267,36 @@ def _block_mask(height: int, width: int, kernel: int, device: torch.device) -> A
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return near(query // width, key // width, height) & near(query % width, key % width, width)
 
-    known = (height, width, kernel, device)
-    if known not in _BLOCK_MASKS:
-        tokens = height * width
-        _BLOCK_MASKS[known] = create_block_mask(sees, None, None, tokens, tokens, device=device)  # type: ignore[arg-type]
-    return _BLOCK_MASKS[known]
+    ranges = key_blocks(height, width, kernel)
+    # A block's list holds all blocks; those that it sees come first, and only they count.
+    lists = [sorted(range(len(ranges)), key=lambda j: not a <= j < b) for a, b in ranges]
+    return BlockMask.from_kv_blocks(
+        torch.tensor([[[b - a for a, b in ranges]]], dtype=torch.int32, device=device),
+        torch.tensor([[lists]], dtype=torch.int32, device=device),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(height * width, height * width),
+    )
+
+
+_cached_block_mask = functools.lru_cache(maxsize=64)(_block_mask)
+
+
+def key_blocks(height: int, width: int, kernel: int) -> list[tuple[int, int]]:
+    """For each block of queries, the first block of keys that it may see and the one after the last.
+
+    From the rows alone: a block of the usual 128 tokens holds whole rows, or much of one.
+    """
+
+    def first(row: int) -> int:
+        return min(max(row - kernel // 2, 0), height - kernel)
+
+    ranges = []
+    for start in range(0, height * width, BLOCK):
+        stop = min(start + BLOCK, height * width)
+        keys = first(start // width) * width, (first((stop - 1) // width) + kernel) * width
+        ranges.append((keys[0] // BLOCK, -(-keys[1] // BLOCK)))
+    return ranges
 
 
 def natten(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:

@@ -65,7 +65,7 @@ class AdaRMSNorm(nn.Module):
 
 
 def geglu(x: Tensor) -> Tensor:
-    """One half times the GELU of the other (Shazeer 2020, arXiv:2002.05202), (..., 2F) to (..., F)."""
+    """Half of x times the GELU of the rest, 2F channels to F (Shazeer 2020, arXiv:2002.05202)."""
     value, gate = x.chunk(2, -1)
     return value * F.gelu(gate)
 
@@ -98,27 +98,31 @@ class FeedForward(nn.Module):
 # ---------------------------------------------------------------- positions
 
 
-def axial_positions(
-    height: int, width: int, device: torch.device | None = None, aspect: float = 1.0
-) -> Tensor:
-    """Centres of the tokens of an image whose longer side runs from -1 to 1, shape (H, W, 2).
+def axial_positions(x: Tensor, aspect: float = 1.0) -> Tensor:
+    """Centres of the tokens of an image whose longer side runs from -1 to 1.
 
     Both axes have one unit, so that the shape of what is seen does not depend on the image's.
 
     Args:
-        height, width: in tokens.
+        x: the tokens, shape (B, H, W, C).
         aspect: height of a token over its width.
+
+    Returns:
+        Row and column, shape (H, W, 2), float32 or better.
     """
+    height, width = x.shape[1:3]
     longer = max(height * aspect, width)
+    # Angles reach 30: below float32 they would be rough, whatever the network computes in.
+    dtype = torch.promote_types(x.dtype, torch.float32)
     rows, columns = (
-        (2 * torch.arange(n, device=device, dtype=torch.float32) + 1 - n) * (side / longer)
+        (2 * torch.arange(n, device=x.device, dtype=dtype) + 1 - n) * (side / longer)
         for n, side in ((height, aspect), (width, 1.0))
     )
     return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1)
 
 
 class AxialRoPE(nn.Module):
-    """Rotary positions of two axes: half of a head's channels turn by angles, half stay as they are.
+    """Rotary positions of two axes: half of a head's channels turn, half stay as they are.
 
     A quarter turns with the row, a quarter with the column, in pairs of channels, by frequencies
     from π to 10π (radians over half the image), each head by others. So attention sees where two

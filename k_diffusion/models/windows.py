@@ -1,8 +1,8 @@
 """Attention within windows, and within windows moved by half of one.
 
 The image is cut into windows; every position attends to those of its own. Where a layer's windows
-are shifted, information crosses the cuts of the layer before. The shifted cut wraps around, and what
-was brought together from opposite sides of the image is masked.
+are shifted, information crosses the cuts of the layer before. The shifted cut wraps around: what
+comes together from opposite sides of the image is masked.
 
 Source: Liu et al. 2021, arXiv:2103.14030, section 3.2.
 """
@@ -40,9 +40,7 @@ def window_attention(
     batch, height, width, heads, _ = q.shape
     for name, side in (("height", height), ("width", width)):
         if window_size < 1 or side % window_size:
-            fitting = max(
-                n for n in range(1, side + 1) if side % n == 0 and n <= window_size or n == 1
-            )
+            fitting = max(n for n in range(1, max(2, window_size)) if side % n == 0)
             raise ValueError(
                 f"window_size = {window_size} does not divide the {name}, {side} tokens: give "
                 f"{fitting}, or an image of another size"
@@ -69,7 +67,7 @@ def _mask(rows: int, columns: int, window: int, shift: int, device: torch.device
     def together(count: int) -> Tensor:
         """Positions of one axis that were neighbours before the shift, (count, window, window)."""
         place = torch.arange(count * window, device=device).view(count, window)
-        wrapped = place >= count * window - shift
+        wrapped = (place + shift) // (count * window)  # 1 where the shift brought the other side
         return wrapped[:, :, None] == wrapped[:, None, :]
 
     mask = together(rows)[:, None, :, None, :, None] & together(columns)[:, None, :, None]

@@ -95,11 +95,12 @@ def test_a_class_with_a_config_needs_no_more(registry: None) -> None:
 
 
 def test_register_refuses(registry: None) -> None:
+    known = list(MODELS)
     with pytest.raises(TypeError, match=r"model 'a' must be a class derived from nn\.Module"):
         register_model("a")(MineConfig)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="model 'b': Linear needs a dataclass as its `Config`"):
         register_model("b")(nn.Linear)
-    assert list(MODELS) == ["unet"]
+    assert list(MODELS) == known
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_register_refuses(registry: None) -> None:
     [
         ({"type": "unnet"}, "unknown model type 'unnet'; did you mean 'unet'?"),
         ({"type": ["unet"]}, r"unknown model type \['unet'\]"),
-        ({"channels": 3}, "the model's type is missing; known: unet"),
+        ({"channels": 3}, "the model's type is missing; known: .*unet"),
         ("unet", "a model's config must be a mapping, got str"),
         ({"type": "unet", "chanels": 3}, "chanels = 3 is no option .* did you mean channels?"),
     ],
