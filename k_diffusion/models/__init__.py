@@ -6,11 +6,19 @@ from k_diffusion.models.hourglass import Hourglass, HourglassConfig
 from k_diffusion.models.image_transformer_v1 import ImageTransformerDenoiserModelV1
 from k_diffusion.models.image_transformer_v2 import ImageTransformerDenoiserModelV2
 from k_diffusion.models.image_v1 import ImageDenoiserModelV1, ImageV1, ImageV1Config
-from k_diffusion.models.registry import MODELS, make_model, model_config, register_model
+from k_diffusion.models.registry import (
+    MODELS,
+    PRESETS,
+    make_model,
+    model_config,
+    register_model,
+    register_preset,
+)
 from k_diffusion.models.unet import UNet, UNetConfig
 
 __all__ = [
     "MODELS",
+    "PRESETS",
     "Hourglass",
     "HourglassConfig",
     "ImageDenoiserModelV1",
@@ -25,6 +33,7 @@ __all__ = [
     "make_model",
     "model_config",
     "register_model",
+    "register_preset",
 ]
 
 # The established name is that of the switch; the module of the same name, which the networks have

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k_diffusion.models import mapping
+from k_diffusion.models.attention import as_tokens, attend, hide_masked
 from k_diffusion.models.layers import zeroed
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.tensors import append_dims
@@ -148,9 +149,10 @@ class SelfAttention2d(ConditionedModule):
 
     def forward(self, input: Tensor, cond: Cond) -> Tensor:
         """Shape (B, C, H, W) in and out."""
-        heads = _split(self.qkv_proj(self.norm_in(input, cond)), 3 * self.n_head)
-        q, k, v = heads.chunk(3, 1)
-        return input + self.out_proj(_attend(q, k, v, None, self.dropout).reshape(input.shape))
+        qkv = as_tokens(self.qkv_proj(self.norm_in(input, cond)))
+        q, k, v = qkv.chunk(3, 2)
+        mixed = attend(q, k, v, q.shape[2] // self.n_head, None, _share(self.dropout))
+        return input + self.out_proj(_as_image(mixed, input))
 
 
 class CrossAttention2d(ConditionedModule):
@@ -194,25 +196,21 @@ class CrossAttention2d(ConditionedModule):
 
     def forward(self, input: Tensor, cond: Cond) -> Tensor:
         """Shape (B, C, H, W) in and out."""
-        q = _split(self.q_proj(self.norm_dec(input, cond)), self.n_head)
-        tokens = cond[self.cond_key]
+        q = as_tokens(self.q_proj(self.norm_dec(input, cond)))
         padding = cond.get(self.cond_key_padding)
-        if padding is None:
-            return input + self._mixed(input, q, tokens, None)
-        counts = padding == 0
-        some = counts.any(1)[:, None, None, None]
-        # Neither a huge token nor a NaN among those that do not count may get through, and a row
-        # of which none counts must stay a number.
-        tokens = tokens.masked_fill(~counts[:, :, None], 0.0)
-        return input + self._mixed(input, q, tokens, counts[:, None, None] | ~some, some)
-
-    def _mixed(
-        self, input: Tensor, q: Tensor, tokens: Tensor, mask: Tensor | None, some: Any = None
-    ) -> Tensor:
-        kv = self.kv_proj(self.norm_enc(tokens))
-        k, v = kv.unflatten(2, (2 * self.n_head, -1)).transpose(1, 2).chunk(2, 1)
-        mixed = _attend(q, k, v, mask, self.dropout).reshape(input.shape)
-        return self.out_proj(mixed if some is None else mixed.masked_fill(~some, 0.0))
+        mask = None if padding is None else padding == 0
+        tokens = hide_masked(cond[self.cond_key], mask)
+        if tokens is None:
+            return input + self.out_proj(torch.zeros_like(input))
+        k, v = self.kv_proj(self.norm_enc(tokens)).chunk(2, 2)
+        some = None
+        if mask is not None:
+            some = mask.any(1, keepdim=True)
+            mask = mask | ~some  # a softmax over nothing would be no number
+        mixed = attend(q, k, v, q.shape[2] // self.n_head, mask, _share(self.dropout))
+        if some is not None:
+            mixed = mixed * some[:, :, None]
+        return input + self.out_proj(_as_image(mixed, input))
 
 
 def _check_heads(n_head: int, channels: int) -> None:
@@ -222,16 +220,13 @@ def _check_heads(n_head: int, channels: int) -> None:
         )
 
 
-def _split(x: Tensor, heads: int) -> Tensor:
-    """From (B, heads * c, H, W) to (B, heads, H * W, c)."""
-    return x.flatten(2).unflatten(1, (heads, -1)).transpose(2, 3)
+def _share(dropout: nn.Dropout) -> float:
+    return dropout.p if dropout.training else 0.0
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: nn.Dropout) -> Tensor:
-    """From (B, heads, H * W, c) to (B, heads, c, H * W)."""
-    # A module's share is none of the function's business in evaluation, but it would not know.
-    share = dropout.p if dropout.training else 0.0
-    return F.scaled_dot_product_attention(q, k, v, mask, share).transpose(2, 3)
+def _as_image(tokens: Tensor, like: Tensor) -> Tensor:
+    """From (B, H * W, C) to the shape of an image (B, C, H, W)."""
+    return tokens.transpose(1, 2).reshape(like.shape)
 
 
 # ---------------------------------------------------------------- resampling

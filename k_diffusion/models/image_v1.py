@@ -50,7 +50,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ImageV1Config(NetworkConfig):
-    """What an ImageV1 is built from, beside what every network is; it knows no classes.
+    """What an ImageV1 is built from, beside what every network is.
 
     Args:
         context_dim: width of the tokens of `context`; 0: none.
@@ -58,7 +58,8 @@ class ImageV1Config(NetworkConfig):
         depths: residual blocks a level, going down, the finest first; as many go up.
         channels: channels of each level; each level halves height and width.
         self_attention: for each level, whether each of its blocks is followed by self-attention.
-        cross_attention: the same for attention to `context`; none where there is no context.
+        cross_attention: the same for attention to `context`; None: as self_attention, if there is
+            context.
         patch_size: height and width, in pixels, of what the finest level takes for one position.
         dropout: share of channels (after the convolutions) and of attention weights dropped.
         skip_stages: how many of the finest levels are there but left out, for training that begins
@@ -76,7 +77,7 @@ class ImageV1Config(NetworkConfig):
     depths: tuple[int, ...] = (2, 2, 2)
     channels: tuple[int, ...] = (64, 128, 256)
     self_attention: tuple[bool, ...] = (False, True, True)
-    cross_attention: tuple[bool, ...] = ()
+    cross_attention: tuple[bool, ...] | None = None
     patch_size: int = 1
     dropout: float = 0.0
     skip_stages: int = 0
@@ -87,11 +88,6 @@ class ImageV1Config(NetworkConfig):
         self.at_least(1, "patch_size")
         self.none_negative("context_dim", "skip_stages")
         self.check_shares("dropout")
-        if self.num_classes:
-            raise ValueError(
-                f"num_classes = {self.num_classes}, but this model knows no classes; give 0, and "
-                "the class as an embedding"
-            )
         if self.out_channels not in (None, self.in_channels):
             raise ValueError(
                 f"out_channels = {self.out_channels} differs from in_channels = "
@@ -110,14 +106,17 @@ class ImageV1Config(NetworkConfig):
             )
         for name in ("depths", "self_attention", "cross_attention"):
             given = getattr(self, name)
-            if len(given) != levels and (given or name != "cross_attention"):
+            if given is not None and len(given) != levels:
                 raise ValueError(
                     f"{name} = {given} has {len(given)} entries, but channels = {self.channels} "
                     f"makes {levels} levels; give one a level"
                 )
         if min(self.depths) < 1:
             raise ValueError(f"depths = {self.depths} has a level without blocks; give at least 1")
-        if any(self.cross_attention) != bool(self.context_dim):
+        if self.cross_attention is None:
+            asked = self.self_attention if self.context_dim else (False,) * levels
+            object.__setattr__(self, "cross_attention", asked)
+        if any(self.crossing) != bool(self.context_dim):
             raise ValueError(
                 f"cross_attention = {self.cross_attention}, but context_dim = {self.context_dim}; "
                 "give both, or neither"
@@ -127,7 +126,7 @@ class ImageV1Config(NetworkConfig):
                 f"skip_stages = {self.skip_stages} leaves none of {levels} levels; give at most "
                 f"{levels - 1}"
             )
-        attends = zip(self.self_attention, self.cross_attention or (False,) * levels, strict=True)
+        attends = zip(self.self_attention, self.crossing, strict=True)
         # Going up, the last block of a level has the channels of the next finer one.
         headed = [k for i, a in enumerate(attends) if any(a) for k in (i, max(0, i - 1))]
         self._check_parts(self.channels, GROUP_SIZE, "groups")
@@ -141,6 +140,11 @@ class ImageV1Config(NetworkConfig):
                     f"channels = {self.channels}: {width} do not divide into {parts} {what}; give "
                     f"multiples of {size}, or less than {2 * size}"
                 )
+
+    @property
+    def crossing(self) -> tuple[bool, ...]:
+        """`cross_attention`, once the object is made."""
+        return self.cross_attention or ()
 
     @property
     def vector_width(self) -> int:
@@ -174,9 +178,10 @@ class ImageV1(Network):
         self.timestep_embed = FourierFeatures(1, width)
         if config.vector_width:
             self.mapping_cond = nn.Linear(config.vector_width, width, bias=False)
+        if config.num_classes:  # the established model has none; the last row is no class
+            self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.mapping = MappingNet(width, width)
         self._set_ends()
-        crossing = config.cross_attention or (False,) * len(channels)
         down: list[DBlock | UBlock] = []
         up: list[DBlock | UBlock] = []
         for i, (depth, own) in enumerate(zip(depths, channels, strict=True)):
@@ -184,7 +189,7 @@ class ImageV1(Network):
             options = {
                 "dropout_rate": config.dropout,
                 "self_attn": config.self_attention[i],
-                "cross_attn": crossing[i],
+                "cross_attn": config.crossing[i],
                 "c_enc": config.context_dim,
             }
             resamples = i > config.skip_stages
@@ -236,7 +241,11 @@ class ImageV1(Network):
         vector = torch.cat([v.to(x.dtype) for v in vectors], 1) if vectors else None
         mask = condition.get("context_mask")
         padding = None if mask is None else ~mask
-        return self._predict(joined, t, vector, condition.get("context"), padding, return_variance)
+        label = condition.get("class_label")
+        if label is None and self.num_classes:
+            label = t.new_full(t.shape, self.num_classes)
+        tokens = condition.get("context")
+        return self._predict(joined, t, vector, tokens, padding, return_variance, label)
 
     def _predict(
         self,
@@ -246,6 +255,7 @@ class ImageV1(Network):
         tokens: Tensor | None,
         padding: Tensor | None,
         return_variance: bool,
+        label: Tensor | None = None,
     ) -> Any:
         config = self.config
         if return_variance and not config.has_variance:
@@ -258,6 +268,8 @@ class ImageV1(Network):
         hidden = self.timestep_embed(t[:, None]).to(dtype)
         if vector is not None:
             hidden = hidden + self.mapping_cond(vector.to(dtype))
+        if label is not None:
+            hidden = hidden + self.class_emb(label.long())
         cond = {"cond": self.mapping(hidden)}
         if config.context_dim:
             if tokens is None:  # one that does not count
@@ -278,11 +290,13 @@ class ImageV1(Network):
                 f"{self.config.in_channels}, height, width)"
             )
         factor = self.config.factor
+        # What is blurred is reflected at its border, and must have something to reflect.
+        least = factor if factor == self.config.patch_size else 2 * factor
         for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
-            if size % factor or not size:
+            if size % factor or size < least:
                 raise ValueError(
-                    f"x has {name} {size}; this model takes multiples of {factor} (its patches and "
-                    f"levels): pad it to {max(1, -(-size // factor)) * factor}"
+                    f"x has {name} {size}; this model takes multiples of {factor} from {least} on "
+                    f"(its patches and levels): pad it to {max(least, -(-size // factor) * factor)}"
                 )
 
 
@@ -322,7 +336,7 @@ class ImageDenoiserModelV1(ImageV1):
             channels=tuple(channels),
             self_attention=tuple(map(bool, self_attn_depths)),
             # Without tokens it has always had none, whatever the list says.
-            cross_attention=tuple(map(bool, cross_attn_depths or ())) if cross_cond_dim else (),
+            cross_attention=tuple(map(bool, cross_attn_depths or ())) if cross_cond_dim else None,
             embedding_dim=mapping_cond_dim,
             image_channels=unet_cond_dim,
             context_dim=cross_cond_dim,

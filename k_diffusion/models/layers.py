@@ -1,6 +1,7 @@
-"""Layers that the models share: norms, attention, blocks.
+"""Layers that the models share: norms and convolutions over one to three dimensions.
 
-Letters in shapes: B samples, C channels, H height, W width, E the width of the embedding.
+Letters in shapes: B samples, C channels, E the width of the embedding; `...` are one to three
+dimensions of space (and time).
 """
 
 from __future__ import annotations
@@ -10,6 +11,47 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+"""Dimensions -> class."""
+
+
+def convolution(dims: int, inputs: int, outputs: int, size: int = 3, stride: int = 1) -> Any:
+    """A convolution that keeps the size of its input (or divides it by the stride).
+
+    Args:
+        dims: dimensions, 1 to 3.
+        inputs, outputs: channels.
+        size: of the kernel, odd.
+        stride: of the output's positions on the input.
+    """
+    return CONVOLUTIONS[dims](inputs, outputs, size, stride=stride, padding=size // 2)
+
+
+class Pointwise(nn.Linear):
+    """A linear layer over the channels of (B, C, ...), as a convolution of size 1 is.
+
+    As a matrix product it needs no copy of channels_last data, and torch's convolution of this
+    size is slow on a single thread.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (B, inputs, ...) to (B, outputs, ...), in channels_last."""
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""Dimensions, B and C among them -> the memory format."""
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x, shape (B, C, ...), in the memory format in which convolutions and norms are fastest."""
+    known = x.ndim in CHANNELS_LAST
+    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if known else x
 
 
 def norm_groups(channels: int) -> int:
@@ -22,7 +64,12 @@ def norm_groups(channels: int) -> int:
     return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
-def zeroed(layer: nn.Conv2d | nn.Linear) -> Any:
+def group_norm(channels: int) -> nn.GroupNorm:
+    """A group norm in `norm_groups`."""
+    return nn.GroupNorm(norm_groups(channels), channels)
+
+
+def zeroed(layer: Any) -> Any:
     """The layer with all its parameters zero, so that what it ends begins as nothing."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
@@ -46,94 +93,7 @@ class AdaptiveGroupNorm(nn.Module):
         self.modulation = nn.Linear(width, 2 * channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x normalised, scaled and shifted, shape (B, C, H, W), for an embedding (B, E)."""
-        scale, shift = self.modulation(embedding)[:, :, None, None].chunk(2, 1)
-        return F.group_norm(x, self.groups) * (1 + scale) + shift
-
-
-class SelfAttention(nn.Module):
-    """Attention of every position to every other, added to its input; at first it adds nothing.
-
-    Args:
-        channels: C.
-        head_channels: channels of one head; divides C.
-    """
-
-    def __init__(self, channels: int, head_channels: int) -> None:
-        super().__init__()
-        self.head_channels = head_channels
-        self.norm = nn.GroupNorm(norm_groups(channels), channels)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (B, C, H, W) in and out."""
-        batch, channels, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # a view where x is channels_last
-        heads = self.qkv(tokens).unflatten(2, (3, -1, self.head_channels))
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return x + self.out(mixed).transpose(1, 2).reshape(batch, channels, height, width)
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions beside a skip, then attention where it is asked for.
-
-    At first it passes its input (through the 1x1 convolution where the channels change).
-
-    Args:
-        in_channels: C of the input.
-        out_channels: C of the output.
-        width: E.
-        dropout: share of activations dropped before the second convolution, in training.
-        head_channels: channels of an attention head; None: no attention.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        width: int,
-        dropout: float = 0.0,
-        head_channels: int | None = None,
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(norm_groups(in_channels), in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = AdaptiveGroupNorm(out_channels, width)
-        self.dropout = nn.Dropout(dropout)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.attention = SelfAttention(out_channels, head_channels) if head_channels else None
-
-    def forward(self, x: Tensor, embedding: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """From (B, in_channels, H, W) and an embedding (B, E) to (B, out_channels, H, W).
-
-        `mirrored`, of the same height and width, is joined to x; both together have in_channels.
-        (Joined here, so that under checkpointing the copy of both does not outlive the block.)
-        """
-        if mirrored is not None:
-            x = torch.cat([x, mirrored], 1)
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h, embedding))))
-        h = h + (x if self.skip is None else self.skip(x))
-        return h if self.attention is None else self.attention(h)
-
-
-class Downsample(nn.Conv2d):
-    """Half the height and width, by a convolution of stride 2."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, stride=2, padding=1)
-
-
-class Upsample(nn.Module):
-    """Twice the height and width: every value four times, then a convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """From (B, in_channels, H, W) to (B, out_channels, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        """x normalised, scaled and shifted, shape (B, C, ...), for an embedding (B, E)."""
+        modulation = self.modulation(embedding).reshape(x.shape[0], -1, *[1] * (x.ndim - 2))
+        scale, shift = modulation.chunk(2, 1)
+        return torch.addcmul(shift, F.group_norm(x, self.groups), 1 + scale)

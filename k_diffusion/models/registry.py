@@ -35,6 +35,9 @@ from k_diffusion.utils.maths import nearest, unknown
 MODELS: dict[str, type[nn.Module]] = {}
 """Name -> class."""
 
+PRESETS: dict[str, dict[str, Any]] = {}
+"""Name -> a config, whose options are overridden by those that are given with the name."""
+
 Model = TypeVar("Model", bound=type[nn.Module])
 
 
@@ -71,11 +74,29 @@ def register_model(name: str) -> Callable[[Model], Model]:
     return add
 
 
+def register_preset(name: str, model: str, **options: Any) -> None:
+    """Make a config known by a name.
+
+    Args:
+        name: a "type" of configs, for `make_model`; a model that it makes is of the type `model`.
+        model: in MODELS.
+        options: of that model.
+
+    Raises:
+        ValueError: the name is taken, or the model is not registered.
+    """
+    if name in MODELS or name in PRESETS:
+        raise ValueError(f"model type {name!r} is taken: register the preset under another name")
+    if model not in MODELS:
+        raise ValueError(unknown("model type", model, MODELS))
+    PRESETS[name] = {"type": model, **options}
+
+
 def make_model(config: Mapping[str, Any]) -> nn.Module:
     """A network, with fresh weights, from plain data.
 
     Args:
-        config: "type", a name in MODELS, and the options of that model.
+        config: "type", a name in MODELS or PRESETS, and the options of that model.
 
     Raises:
         ValueError: no type, an unknown type or option (the nearest one is offered), or a value
@@ -84,10 +105,14 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
     if not isinstance(config, Mapping):
         raise ValueError(f"a model's config must be a mapping, got {type(config).__name__}")
     if "type" not in config:
-        raise ValueError(f"the model's type is missing; known: {', '.join(MODELS)}")
+        known = ", ".join([*MODELS, *PRESETS])
+        raise ValueError(f"the model's type is missing; known: {known}")
     name = config["type"]
+    if isinstance(name, str) and name in PRESETS:
+        config = {**PRESETS[name], **config, "type": PRESETS[name]["type"]}
+        name = config["type"]
     if not isinstance(name, str) or name not in MODELS:
-        raise ValueError(unknown("model type", name, MODELS))
+        raise ValueError(unknown("model type", name, {**MODELS, **PRESETS}))
     options = {key: value for key, value in config.items() if key != "type"}
     cls: Any = MODELS[name]
     if hasattr(cls, "from_config"):

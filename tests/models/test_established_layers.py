@@ -173,6 +173,13 @@ def test_where_every_token_is_padding_the_attention_is_zero() -> None:
     assert tokens.grad.isfinite().all()
 
 
+def test_no_token_at_all() -> None:
+    attention, x, cond = cross()
+    cond["cross"], cond["cross_padding"] = cond["cross"][:, :0], cond["cross_padding"][:, :0]
+    expected = x + attention.out_proj.bias[:, None, None]
+    assert (attention(x, cond) - expected).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("kind", ["self", "cross"])
 def test_attention_drops_nothing_in_evaluation(kind: str) -> None:
     attention, x, cond = cross(0.5)

@@ -19,8 +19,8 @@ SMALL: dict[str, Any] = {
     "mapping_width": 16, "depths": (1, 2), "channels": (16, 32), "self_attention": (False, True),
 }  # fmt: skip
 TOLD: dict[str, Any] = {
-    "embedding_dim": 3, "augmentation_dim": 2, "image_channels": 2, "context_dim": 6,
-    "cross_attention": (False, True),
+    "num_classes": 5, "embedding_dim": 3, "augmentation_dim": 2, "image_channels": 2,
+    "context_dim": 6, "cross_attention": (False, True),
 }  # fmt: skip
 
 
@@ -47,6 +47,7 @@ def established(**options: Any) -> ImageDenoiserModelV1:
 def told(batch: int = 3) -> dict[str, Tensor]:
     g = torch.Generator().manual_seed(2)
     return {
+        "class_label": torch.arange(batch),
         "embedding": torch.randn(batch, 3, generator=g),
         "augmentation": torch.randn(batch, 2, generator=g),
         "image": torch.randn(batch, 2, 8, 8, generator=g),
@@ -64,13 +65,14 @@ def inputs(batch: int = 3, size: int = 8) -> tuple[Tensor, Tensor]:
 
 
 def test_both_faces_are_one_network() -> None:
-    ours = build(**TOLD, has_variance=True, patch_size=2)
+    ours = build(**{**TOLD, "num_classes": 0}, has_variance=True, patch_size=2)
     theirs = established(
         cross_attn_depths=[False, True], mapping_cond_dim=5, unet_cond_dim=2, cross_cond_dim=6,
         has_variance=True, patch_size=2,
     )  # fmt: skip
     theirs.load_state_dict(ours.state_dict(), strict=True)
     (x, t), given = inputs(), told()
+    del given["class_label"]
     got, logvar = ours(x, t, **given, return_variance=True)
     expected, other = theirs(
         x, (4 * t).exp(),
@@ -138,7 +140,13 @@ def test_every_condition_counts_and_absence_is_its_null() -> None:
     whole = network(x, t, **given)
     hidden = network.drop_condition(given, torch.ones(3, dtype=torch.bool))
     assert (network(x, t, **hidden) - network(x, t)).abs().max() < 1e-6
-    for names in (["embedding"], ["augmentation"], ["image"], ["context", "context_mask"]):
+    for names in (
+        ["class_label"],
+        ["embedding"],
+        ["augmentation"],
+        ["image"],
+        ["context", "context_mask"],
+    ):
         others = {name: value for name, value in given.items() if name not in names}
         absent = network(x, t, **others)
         assert (whole - absent).abs().amax((1, 2, 3)).min() > 1e-4, names
@@ -211,11 +219,11 @@ def test_gradcheck() -> None:
     t = torch.tensor([-0.5, 0.7], dtype=torch.float64)
     given = {k: v.double() if v.is_floating_point() else v for k, v in told(2).items()}
     given["image"] = given["image"][:, :, :4, :4].contiguous()
-    mask = given.pop("context_mask")
+    fixed = {name: given.pop(name) for name in ("context_mask", "class_label")}
     wanted = [value.requires_grad_() for value in (x, t, *given.values())]
 
     def function(x: Tensor, t: Tensor, *values: Tensor) -> Tensor:
-        return network(x, t, **dict(zip(given, values, strict=True)), context_mask=mask)
+        return network(x, t, **dict(zip(given, values, strict=True)), **fixed)
 
     assert torch.autograd.gradcheck(function, wanted)
 
@@ -340,7 +348,9 @@ def test_patches_of_another_size() -> None:
     network.set_patch_size(2)
     assert network.proj_in.in_channels == network.proj_out.out_channels == 12
     assert awake(network)(*inputs()).shape == (3, 3, 8, 8)
-    with pytest.raises(ValueError, match=r"x has height 6; this model takes multiples of 4 .*to 8"):
+    with pytest.raises(
+        ValueError, match=r"x has height 6; this model takes multiples of 4 from 8 on .*to 8"
+    ):
         network(*inputs(size=6))
 
 
@@ -350,7 +360,6 @@ def test_patches_of_another_size() -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"num_classes": 3}, ["num_classes = 3", "give 0"]),
         ({"out_channels": 2}, ["out_channels = 2 differs", "leave it out"]),
         ({"mapping_width": 15}, ["mapping_width = 15", "even"]),
         ({"channels": ()}, ["channels = () has no level"]),
@@ -359,7 +368,11 @@ def test_patches_of_another_size() -> None:
         ({"depths": (1, -1)}, ["depths = (1, -1)", "give at least 1"]),
         ({"self_attention": (True,)}, ["self_attention = (True,) has 1 entries"]),
         ({"cross_attention": (True, False)}, ["context_dim = 0", "give both, or neither"]),
-        ({"context_dim": 4}, ["cross_attention = (), but context_dim = 4"]),
+        ({"cross_attention": (True,)}, ["cross_attention = (True,) has 1 entries"]),
+        (
+            {"context_dim": 4, "cross_attention": (False, False)},
+            ["cross_attention = (False, False), but context_dim = 4"],
+        ),
         ({"context_dim": -4}, ["context_dim = -4 is negative"]),
         ({"skip_stages": 2}, ["skip_stages = 2 leaves none of 2 levels"]),
         ({"patch_size": 0}, ["patch_size = 0 is too small"]),
@@ -377,6 +390,27 @@ def test_configs(options: dict[str, Any], parts: list[str]) -> None:
     assert "\n" not in text
     for part in parts:
         assert part in text
+
+
+def test_sizes() -> None:
+    network, t = build(), torch.zeros(1)
+    assert network(torch.zeros(1, 3, 4, 6), t).shape == (1, 3, 4, 6)
+    for shape, text in (
+        ((1, 3, 5, 4), "height 5; .* multiples of 2 from 4 on .*pad it to 6"),
+        ((1, 3, 4, 2), "width 2; .*pad it to 4"),  # nothing there that could be reflected
+        ((1, 3, 4, 0), "width 0"),
+        ((1, 3, 4), r"x has shape \(1, 3, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            network(torch.zeros(shape), t)
+    assert build(channels=(16,), depths=(1,), self_attention=(True,))(
+        torch.ones(1, 3, 1, 1), t
+    ).any()
+
+
+def test_context_goes_where_self_attention_is() -> None:
+    assert ImageV1(**SMALL, context_dim=4).config.cross_attention == (False, True)
+    assert ImageV1(**SMALL).config.cross_attention == (False, False)
 
 
 def test_heads_are_no_matter_without_attention() -> None:

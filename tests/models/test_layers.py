@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from k_diffusion.models.layers import AdaptiveGroupNorm, SelfAttention, norm_groups
+from k_diffusion.models.attention import SelfAttention
+from k_diffusion.models.layers import AdaptiveGroupNorm, norm_groups
 from k_diffusion.models.mapping import (
     FourierFeatures,
     MappingNetwork,

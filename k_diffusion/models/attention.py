@@ -1,0 +1,122 @@
+"""Attention of positions to each other, and to a sequence of tokens, in data of any dimension.
+
+Letters in shapes: B samples, C channels, L tokens, D their width; `...` are one to three
+dimensions.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from k_diffusion.models.layers import group_norm, zeroed
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """Shape (B, positions, C) of (B, C, ...): a view, where x is channels_last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_channels: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """What each of N queries takes from L values, by heads.
+
+    Args:
+        q: shape (B, N, C).
+        k, v: shape (B, L, C).
+        head_channels: divides C.
+        mask: true where a value may be taken, shape (B, L); at least one a sample.
+        dropout: share of the weights to drop: 0 in evaluation, of which a function knows nothing.
+
+    Returns:
+        Shape (B, N, C).
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
+    """
+    q, k, v = (part.unflatten(2, (-1, head_channels)).transpose(1, 2) for part in (q, k, v))
+    allowed = None if mask is None else mask[:, None, None, :]
+    mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """Attention of every position to every other, added to its input; at first it adds nothing.
+
+    Args:
+        channels: C.
+        head_channels: channels of one head; divides C.
+    """
+
+    def __init__(self, channels: int, head_channels: int) -> None:
+        super().__init__()
+        self.head_channels = head_channels
+        self.norm = group_norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, C, ...) in and out."""
+        q, k, v = self.qkv(as_tokens(self.norm(x))).chunk(3, 2)
+        added = self.out(attend(q, k, v, self.head_channels))
+        return x + added.transpose(1, 2).reshape(x.shape)
+
+
+class CrossAttention(nn.Module):
+    """Attention of every position to a sequence, added to its input; at first it adds nothing.
+
+    To a sample all of whose tokens are masked it adds nothing ever: so the sample is one without
+    context, whatever its neighbours in the batch are told.
+
+    Args:
+        channels: C.
+        head_channels: channels of one head; divides C.
+        context_dim: D.
+    """
+
+    def __init__(self, channels: int, head_channels: int, context_dim: int) -> None:
+        super().__init__()
+        self.head_channels = head_channels
+        self.norm = group_norm(channels)
+        self.norm_context = nn.LayerNorm(context_dim)
+        self.query = nn.Linear(channels, channels)
+        self.key_value = nn.Linear(context_dim, 2 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Shape (B, C, ...) in and out.
+
+        Args:
+            x: shape (B, C, ...).
+            context: shape (B, L, D), L at least 1; finite, where masked, too (see `hide_masked`).
+            mask: true where a token counts, shape (B, L); None: everywhere.
+        """
+        k, v = self.key_value(self.norm_context(context)).chunk(2, 2)
+        some = None
+        if mask is not None:
+            some = mask.any(1, keepdim=True)
+            mask = mask | ~some  # a softmax over nothing would be no number
+        mixed = attend(self.query(as_tokens(self.norm(x))), k, v, self.head_channels, mask)
+        added = self.out(mixed)
+        if some is not None:
+            added = added * some[:, :, None]
+        return x + added.transpose(1, 2).reshape(x.shape)
+
+
+def hide_masked(context: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The context with zeros where it is masked; None if it holds no token.
+
+    A weight of zero alone would not do: zero times a masked infinity is no number.
+
+    Args:
+        context: shape (B, L, D), or None.
+        mask: true where a token counts, shape (B, L), or None: everywhere.
+    """
+    if context is None or context.shape[1] == 0:
+        return None
+    return context if mask is None else context.masked_fill(~mask[:, :, None], 0.0)
