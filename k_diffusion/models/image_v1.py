@@ -33,7 +33,7 @@ from k_diffusion.models.image_v1_blocks import (
     UBlock,
 )
 from k_diffusion.models.layers import zeroed
-from k_diffusion.models.network import Network, NetworkConfig
+from k_diffusion.models.network import TIME_SCALES, Network, NetworkConfig
 from k_diffusion.models.registry import register_model
 from k_diffusion.utils.scheduler import Scheduler
 
@@ -265,7 +265,9 @@ class ImageV1(Network):
             )
         self._check_size(x)
         dtype = self.proj_in.weight.dtype
-        hidden = self.timestep_embed(t[:, None]).to(dtype)
+        # As in `TimeFeatures`: the frequencies are laid for a span of about four.
+        time = t[:, None] * (TIME_SCALES[self.time_convention] / TIME_SCALES["log_sigma"])
+        hidden = self.timestep_embed(time).to(dtype)
         if vector is not None:
             hidden = hidden + self.mapping_cond(vector.to(dtype))
         if label is not None:

@@ -48,12 +48,11 @@ BACKBONES = {
     ),
 }
 
-IMAGE_V1: dict[str, Any] = {"mapping_width": 16, "depths": (1, 1), "self_attention": (False, True)}
-BACKBONES["image_v1"] = Backbone(
-    {**IMAGE_V1, "channels": (16, 32)},
-    {"channels": (4, 4), "mapping_width": 4},
-    small=(4, 4),
-)
+IMAGE_V1: dict[str, Any] = {
+    "prediction": "eps", "mapping_width": 64, "channels": (32, 64), "depths": (1, 1),
+    "self_attention": (False, True),
+}  # fmt: skip
+BACKBONES["image_v1"] = Backbone(IMAGE_V1, {"channels": (4, 4), "mapping_width": 4}, small=(4, 4))
 
 EVERY = {"num_classes": 5, "embedding_dim": 3, "augmentation_dim": 2, "image_channels": 2}
 
