@@ -6,10 +6,14 @@ dimensions.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from k_diffusion.models.layers import group_norm, zeroed
+from k_diffusion.models.layers import GroupNorm, transforming, zeroed
 
 
 def as_tokens(x: Tensor) -> Tensor:
@@ -41,7 +45,9 @@ def attend(
     """
     q, k, v = (part.unflatten(2, (-1, head_channels)).transpose(1, 2) for part in (q, k, v))
     allowed = None if mask is None else mask[:, None, None, :]
-    mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
+    # Of torch's implementations this one alone has a forward derivative.
+    with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
+        mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
     return mixed.transpose(1, 2).flatten(2)
 
 
@@ -56,7 +62,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int) -> None:
         super().__init__()
         self.head_channels = head_channels
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
@@ -82,7 +88,7 @@ class CrossAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int, context_dim: int) -> None:
         super().__init__()
         self.head_channels = head_channels
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.norm_context = nn.LayerNorm(context_dim)
         self.query = nn.Linear(channels, channels)
         self.key_value = nn.Linear(context_dim, 2 * channels)
@@ -108,7 +114,7 @@ class CrossAttention(nn.Module):
         return x + added.transpose(1, 2).reshape(x.shape)
 
 
-def hide_masked(context: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def hide_masked(context: Tensor | None, mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The context with zeros where it is masked; None if it holds no token.
 
     A weight of zero alone would not do: zero times a masked infinity is no number.
@@ -116,7 +122,9 @@ def hide_masked(context: Tensor | None, mask: Tensor | None) -> Tensor | None:
     Args:
         context: shape (B, L, D), or None.
         mask: true where a token counts, shape (B, L), or None: everywhere.
+        dtype: of the result.
     """
     if context is None or context.shape[1] == 0:
         return None
+    context = context.to(dtype)
     return context if mask is None else context.masked_fill(~mask[:, :, None], 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from k_diffusion.models.attention import CrossAttention, SelfAttention
 from k_diffusion.models.checkpointing import recomputed
-from k_diffusion.models.layers import AdaptiveGroupNorm, Pointwise, convolution, group_norm, zeroed
+from k_diffusion.models.layers import AdaptiveGroupNorm, GroupNorm, Pointwise, convolution, zeroed
 
 
 class ResidualBlock(nn.Module):
@@ -45,7 +45,7 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         changes = in_channels != out_channels
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = GroupNorm(in_channels)
         self.conv1 = convolution(dims, in_channels, out_channels)
         self.norm2 = AdaptiveGroupNorm(out_channels, width)
         self.dropout = nn.Dropout(dropout)

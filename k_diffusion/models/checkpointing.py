@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from k_diffusion.models.flags import get_checkpointing
+from k_diffusion.models.layers import transforming
 
 Policy = bool | int | tuple[int, ...]
 """False: no block; True: every block; a number n: every n-th; several: all blocks of these levels,
@@ -101,6 +102,6 @@ def recomputed(
     """
     wanted = torch.is_grad_enabled() and x.numel() >= SMALL
     # Transforms such as torch.func.grad take no hooks on what is saved.
-    if not wanted or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not wanted or torch.compiler.is_compiling() or transforming():
         return function(x, *args)
     return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=random)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 CONVOLUTIONS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -64,9 +63,21 @@ def norm_groups(channels: int) -> int:
     return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """A group norm in `norm_groups`."""
-    return nn.GroupNorm(norm_groups(channels), channels)
+def transforming() -> bool:
+    """Whether a transform of torch.func is at work, under which torch can do less."""
+    return torch._C._are_functorch_transforms_active()
+
+
+class GroupNorm(nn.GroupNorm):
+    """A group norm in `norm_groups`, which torch.func.jvp can pass, too."""
+
+    def __init__(self, channels: int, affine: bool = True) -> None:
+        super().__init__(norm_groups(channels), channels, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (B, C, ...) in and out."""
+        # torch's forward derivative of it knows no channels_last.
+        return super().forward(x.contiguous() if transforming() else x)
 
 
 def zeroed(layer: Any) -> Any:
@@ -89,11 +100,11 @@ class AdaptiveGroupNorm(nn.Module):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.groups = norm_groups(channels)
+        self.norm = GroupNorm(channels, affine=False)
         self.modulation = nn.Linear(width, 2 * channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x normalised, scaled and shifted, shape (B, C, ...), for an embedding (B, E)."""
         modulation = self.modulation(embedding).reshape(x.shape[0], -1, *[1] * (x.ndim - 2))
         scale, shift = modulation.chunk(2, 1)
-        return torch.addcmul(shift, F.group_norm(x, self.groups), 1 + scale)
+        return torch.addcmul(shift, self.norm(x), 1 + scale)

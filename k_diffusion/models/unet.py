@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from k_diffusion.models.attention import hide_masked
 from k_diffusion.models.blocks import ResidualBlock
 from k_diffusion.models.checkpointing import recomputed
-from k_diffusion.models.layers import channels_last, convolution, group_norm, zeroed
+from k_diffusion.models.layers import GroupNorm, channels_last, convolution, zeroed
 from k_diffusion.models.mapping import TIME_FEATURES, MappingNetwork, TimeFeatures
 from k_diffusion.models.network import Network, NetworkConfig
 from k_diffusion.models.registry import register_model, register_preset
@@ -202,7 +202,7 @@ class UNet(Network):
         )
         self.up = path(2)
         self.upsample = nn.ModuleList(twice(dims, b, a) for a, b in itertools.pairwise(widths))
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = GroupNorm(widths[0])
         self.conv_out = zeroed(convolution(dims, widths[0], config.predicted_channels))
 
     def forward(self, x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
@@ -224,7 +224,7 @@ class UNet(Network):
         self._check_size(x)
         h = pad_to_multiple(self.join(x, t, condition), self.config.factor)
         mask = condition.get("context_mask")
-        context = hide_masked(condition.get("context"), mask)
+        context = hide_masked(condition.get("context"), mask, x.dtype)
         embedding = self.mapping(t, **condition)
         index = itertools.count()
 
