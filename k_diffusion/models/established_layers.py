@@ -199,7 +199,7 @@ class CrossAttention2d(ConditionedModule):
         q = as_tokens(self.q_proj(self.norm_dec(input, cond)))
         padding = cond.get(self.cond_key_padding)
         mask = None if padding is None else padding == 0
-        tokens = hide_masked(cond[self.cond_key], mask)
+        tokens = hide_masked(cond[self.cond_key], mask, input.dtype)
         if tokens is None:
             return input + self.out_proj(torch.zeros_like(input))
         k, v = self.kv_proj(self.norm_enc(tokens)).chunk(2, 2)

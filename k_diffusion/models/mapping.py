@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -57,8 +58,9 @@ class FourierFeatures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features of unit mean square, float32 or better, shape (B, 2 count), of x (B, inputs)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        # Autocast would round the angles to its own precision.
-        with torch.autocast(x.device.type, enabled=False):
+        # Autocast would round the angles to its own precision. (Tensors without memory have none.)
+        exact = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with exact:
             return _waves(2 * math.pi * x.to(dtype) @ self.weight.to(dtype).T)
 
 
