@@ -366,6 +366,17 @@ def test_param_groups_of_the_transformers() -> None:
             assert name in each[2 * maps + (not decays)], name
 
 
+def test_the_factors_of_cosines_come_back() -> None:
+    model: Any = K.config.make_model(config(T1))
+    scale = model.blocks[0].self_attn.qk_norm.scale
+    before = scale.detach().clone()
+    model.proj_()
+    assert torch.equal(scale, before)
+    scale.data += 10
+    model.proj_()
+    assert (scale - math.log(100)).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("model", "kind", "expected"),
     [

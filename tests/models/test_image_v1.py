@@ -14,6 +14,7 @@ import k_diffusion as K
 from k_diffusion.denoiser import make_denoiser
 from k_diffusion.models import ImageDenoiserModelV1, ImageV1, make_model, model_config
 from k_diffusion.models.augment_wrapper import KarrasAugmentWrapper
+from k_diffusion.models.image_v1 import ResConvBlock
 
 SMALL: dict[str, Any] = {
     "mapping_width": 16, "depths": (1, 2), "channels": (16, 32), "self_attention": (False, True),
@@ -89,6 +90,12 @@ def test_both_faces_are_one_network() -> None:
     assert torch.equal(ours(x, t, **given), got)
 
 
+def test_a_coarse_sigma_is_no_coarse_time() -> None:
+    network, (x, t) = established(), inputs()
+    sigma = t.exp().bfloat16()
+    assert torch.equal(network(x, sigma), network(x, sigma.float()))
+
+
 def test_the_established_signature() -> None:
     assert list(inspect.signature(ImageDenoiserModelV1).parameters) == [
         "c_in", "feats_in", "depths", "channels", "self_attn_depths", "cross_attn_depths",
@@ -121,6 +128,18 @@ def test_by_name_and_back() -> None:
 def test_an_untrained_output_is_zero() -> None:
     x, t = inputs()
     assert not ImageV1(**SMALL)(x, t).any()
+
+
+def test_how_it_begins() -> None:
+    """Blocks pass their input; the mapping turns its input, and changes no length of it."""
+    torch.manual_seed(0)
+    x, cond = torch.randn(2, 8, 4, 4), {"cond": torch.randn(2, 16)}
+    assert torch.equal(ResConvBlock(16, 8, 12, 8)(x, cond), x)
+    wider = ResConvBlock(16, 8, 12, 10)
+    assert torch.equal(wider(x, cond), wider.skip(x))
+    mapping = ImageV1(**SMALL).mapping
+    for matrix in (wider.skip.weight[:, :, 0, 0].T, mapping[0].weight, mapping[2].weight):
+        assert (matrix @ matrix.T - torch.eye(len(matrix))).abs().max() < 1e-5
 
 
 # ---------------------------------------------------------------- what it is told
