@@ -173,6 +173,20 @@ def test_where_every_token_is_padding_the_attention_is_zero() -> None:
     assert tokens.grad.isfinite().all()
 
 
+def test_nothing_leans_on_a_softmax_over_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch makes of a row that is masked throughout differs between its implementations."""
+
+    def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+        scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~mask, -math.inf)
+        return scores.softmax(3) @ v
+
+    attention, x, cond = cross()
+    cond["cross_padding"] = torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1]])
+    expected = attention(x, cond)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", naive)
+    assert (attention(x, cond) - expected).abs().max() < 1e-12
+
+
 def test_no_token_at_all() -> None:
     attention, x, cond = cross()
     cond["cross"], cond["cross_padding"] = cond["cross"][:, :0], cond["cross_padding"][:, :0]
