@@ -293,7 +293,7 @@ _cached_block_mask = functools.lru_cache(maxsize=64)(_block_mask)
 
 
 def key_blocks(height: int, width: int, kernel: int) -> list[tuple[int, int]]:
-    """For each block of queries, the first block of keys that it may see and the one after the last.
+    """For each block of queries, the first block of keys that it may see and the end of the last.
 
     From the rows alone: a block of the usual 128 tokens holds whole rows, or much of one.
     """

@@ -228,7 +228,7 @@ def test_it_compiles_as_one_graph(kind: str) -> None:
         ({"patch_size": 0}, "patch_size = 0 is too small; give at least 1"),
         (
             {"attention": ("global",) * 3},
-            r"attention = \(.*\) has 3 entries for the 2 levels .*; give one for each, or one value",
+            r"attention = \(.*\) has 3 entries for the 2 levels .*; give one for each, or one",
         ),
         ({"attention": "neighbourhood"}, "'neighbourhood'; did you mean 'neighborhood'?"),
         ({"attention": ("global", "windows")}, "unknown attention 'windows'"),
