@@ -82,6 +82,11 @@ class ImageTransformerV2(HourglassLayers):
     ) -> None:
         super().__init__()
         if d_ffs is not None:
+            if len(d_ffs) != len(widths):
+                raise ValueError(
+                    f"d_ffs = {d_ffs} has {len(d_ffs)} entries for the {len(widths)} levels of "
+                    f"widths = {widths}; give one for each, or null for 3 times its width"
+                )
             d_ffs = [d or 3 * width for d, width in zip(d_ffs, widths, strict=True)]
         dropout = dropout_rate or 0.0
         config = HourglassConfig(

@@ -145,12 +145,10 @@ def tiles(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Te
     """
     heads = q.shape[3]
     height, width = q.shape[1:3]
-    tile = max(TILE, kernel_size // 2 + 1)  # a border's window must lie within its own tile's keys
-    seen = tile + kernel_size - 1
-    if height * width <= SMALL * seen**2:
-        rows, columns = _Axis(height, height, kernel_size), _Axis(width, width, kernel_size)
-    else:
-        rows, columns = _Axis(height, tile, kernel_size), _Axis(width, tile, kernel_size)
+    tile = max(TILE, kernel_size // 2 + 1)
+    if height * width <= SMALL * (tile + kernel_size - 1) ** 2:
+        tile = max(height, width)
+    rows, columns = _Axis(height, tile, kernel_size), _Axis(width, tile, kernel_size)
     mask = rows.mask(q.device)[:, None, :, None, :, None] & columns.mask(q.device)[:, None, :, None]
     # (row tiles, column tiles, rows, columns, key rows, key columns) -> one mask a tile, for all
     # samples and heads, which lie behind the tiles.
@@ -175,13 +173,15 @@ class _Axis:
 
     Args:
         size: positions.
-        tile: positions of a tile; one of at least `size` holds the whole axis.
-        kernel: positions of a window.
+        tile: positions of a tile, at least; one of at least `size` holds the whole axis.
+        kernel: positions of a window; at most twice a tile.
     """
 
     def __init__(self, size: int, tile: int, kernel: int) -> None:
         self.size, self.kernel = size, kernel
-        self.tile = min(tile, size)
+        # The keys of a tile reach half a window beyond it. The last window, moved inwards, lies
+        # among them if the last tile holds the other half.
+        self.tile = next(n for n in range(min(tile, size), size + 1) if -size % n <= n - kernel / 2)
         self.count = -(-size // self.tile)
         self.seen = size if self.count == 1 else self.tile + kernel - 1
         self.before = 0 if self.count == 1 else kernel // 2
@@ -229,10 +229,20 @@ def _pad(x: Tensor, axis: int, before: int, size: int) -> Tensor:
 def flex(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Tensor:
     """FlexAttention, with blocks of keys skipped that no query of a block sees.
 
-    Fused on CUDA. On the CPU it runs as written, with one score for every pair of positions, since
-    the fused CPU kernel has no gradient: for comparison, not for use.
+    Fused on CUDA. On the CPU it runs as written, with one score for every pair of positions, and
+    without gradients: for comparison, not for use.
+
+    Raises:
+        ValueError: a gradient is wanted on the CPU.
     """
     height, width = q.shape[1:3]
+    if q.device.type == "cpu":
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+            raise ValueError(
+                'backend = "flex" has no gradient on the CPU; give "auto" or "tiles", or call it '
+                "under torch.no_grad()"
+            )
+        q, k, v = q.detach(), k.detach(), v.detach()  # or it asks for gradients that nobody wants
     make = _block_mask if torch.compiler.is_compiling() else _cached_block_mask
     block_mask = make(height, width, kernel_size, q.device)
     fused = q.device.type == "cuda" and not torch.compiler.is_compiling()
@@ -283,7 +293,7 @@ _cached_block_mask = functools.lru_cache(maxsize=64)(_block_mask)
 
 
 def key_blocks(height: int, width: int, kernel: int) -> list[tuple[int, int]]:
-    """For each block of queries, the first block of keys that it may see and the one after the last.
+    """For each block of queries, the first block of keys that it may see and the end of the last.
 
     From the rows alone: a block of the usual 128 tokens holds whole rows, or much of one.
     """
