@@ -106,7 +106,8 @@ class CrossAttention(nn.Module):
         some = None
         if mask is not None:
             some = mask.any(1, keepdim=True)
-            mask = mask | ~some  # a softmax over nothing would be no number
+            # A softmax over nothing is no number in some of torch's implementations.
+            mask = mask | ~some
         mixed = attend(self.query(as_tokens(self.norm(x))), k, v, self.head_channels, mask)
         added = self.out(mixed)
         if some is not None:

@@ -16,6 +16,8 @@ sampled by its name from then on:
 
     make_model({"type": "mine", "width": 32})
 
+A config, too, can have a name: `register_preset("mine_large", "mine", width=256)`.
+
 It keeps the config as `self.config` (which is done for it where it does not). A class that is built
 otherwise has a `from_config`, which takes the fields as plain data.
 """

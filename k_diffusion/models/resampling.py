@@ -87,6 +87,9 @@ class SmoothDownsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From (B, in_channels, ...) to (B, out_channels, ...), each size halved."""
+        return recomputed(self._shrink, x)
+
+    def _shrink(self, x: Tensor) -> Tensor:
         return self.conv(self.blur(x))
 
 

@@ -215,7 +215,7 @@ class UNet(Network):
             condition: what the config's `conditions` lists; None or left out: absent.
 
         Returns:
-            Shape (B, out_channels, *size).
+            Shape (B, out_channels, *size), contiguous or channels_last as x is.
 
         Raises:
             ValueError: a shape or a dtype that does not fit. Values are not read, which would wait
@@ -248,7 +248,8 @@ class UNet(Network):
                 h = run(block, h, skips.pop(), level)
             if level > 0:
                 h = self.upsample[level - 1](h)
-        return crop(recomputed(self._end, h), x.shape[2:])
+        y = crop(recomputed(self._end, h), x.shape[2:])
+        return y.contiguous() if x.is_contiguous() else y
 
     def _end(self, h: Tensor) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(h)))
@@ -265,7 +266,8 @@ class UNet(Network):
                 raise ValueError(f"x has {name} 0, of shape {tuple(x.shape)}: give at least 1")
 
 
-# A few seconds of training for tests; small images; images of 64 and up, and latents.
+# For a first try; for small images; for images of 64 and up, and latents. What they are stays as it
+# is, since the configs that lie with trained weights name them.
 register_preset(
     "unet_tiny", "unet", channels=32, channel_mults=(1, 2), attention=(False, True), blocks=1
 )

@@ -43,7 +43,7 @@ class Backbone:
 UNET: dict[str, Any] = {"channels": 16, "channel_mults": (1, 2), "blocks": 1, "head_channels": 8}
 BACKBONES = {
     "unet": Backbone(
-        {**UNET, "attention": (False, True)},
+        {**UNET, "attention": (False, True), "resampling": "antialiased"},
         {"channels": 4, "head_channels": 4},
     ),
 }
@@ -74,7 +74,7 @@ def told(name: str) -> dict[str, Any]:
 
 
 def build(name: str, awake: bool = True, **options: Any) -> Network:
-    """A small network; awake: what starts at zero is set to random values, so that it does speak."""
+    """A small network; awake: what starts at zero is set to random values, so that it speaks."""
     torch.manual_seed(0)
     config = {"in_channels": 2, **BACKBONES[name].config, **options}
     network = make_model({"type": name, **config})
@@ -423,12 +423,16 @@ def test_checkpointing_saves_memory_and_changes_no_gradient(name: str) -> None:
 
 
 @every_backbone
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the compiler's own
-def test_it_compiles_as_one_graph(name: str) -> None:
+def test_it_compiles_as_one_graph(name: str, backend: str, request: pytest.FixtureRequest) -> None:
+    """The graph is the same for both; to make code of it takes most of a minute."""
+    if backend == "inductor" and "slow" not in request.config.option.markexpr:
+        pytest.skip("it takes a minute to compile: run pytest -m slow")
     network = build(name, **told(name)).eval()
     x, t = inputs(name, network)
     given = conditions(network, x)
     torch.compiler.reset()
     with torch.no_grad():
-        compiled = torch.compile(network, fullgraph=True)(x, t, **given)
+        compiled = torch.compile(network, fullgraph=True, backend=backend)(x, t, **given)
         assert (compiled - network(x, t, **given)).abs().max() < 1e-4

@@ -67,6 +67,27 @@ def message(error: pytest.ExceptionInfo[ValueError]) -> str:
         ({"prediction": "epsilon"}, ["unknown prediction 'epsilon'", "did you mean 'eps'?"]),
         ({"prediction": None}, ["prediction = None", "give a name"]),
         ({"time_convention": "timesteps"}, ["'timesteps'", "did you mean 'timestep'?"]),
+        ({"blocks": -2}, ["blocks = -2 is too small"]),
+        ({"dims": 4}, ["dims = 4 is no dimension", "give 1 for sequences, 2 for images, 3 for"]),
+        ({"dims": 0}, ["dims = 0 is no dimension"]),
+        ({"dims": "2"}, ["dims = '2'", "give a whole number"]),
+        ({"resampling": "antialias"}, ["unknown resampling", "did you mean 'antialiased'?"]),
+        ({"resampling": True}, ["resampling = True", "give a name"]),
+        ({"time_features": "fourrier"}, ["unknown time_features", "did you mean 'fourier'?"]),
+        ({"context_dim": -1}, ["context_dim = -1 is negative", "give 0 for none"]),
+        (
+            {"cross_attention": [False, True, True]},
+            ["cross_attention = (False, True, True) has nothing to attend to", "give context_dim"],
+        ),
+        (
+            {"context_dim": 8, "cross_attention": [True]},
+            ["cross_attention = (True,) has 1 entries", "makes 3 levels", "(False, False, True)"],
+        ),
+        ({"context_dim": 8, "cross_attention": 1}, ["cross_attention = 1", "or none"]),
+        (
+            {"context_dim": 8, "channels": 24, "cross_attention": [True, False, False]},
+            ["head_channels = 32 does not divide the 24 channels", "head_channels = 24 works"],
+        ),
         ({"checkpointing": 0}, ["checkpointing = 0 is too small", "give n for every n-th block"]),
         ({"checkpointing": [3]}, ["names level 3", "levels 0 to 2"]),
         ({"checkpointing": "all"}, ["checkpointing = 'all'", "true or false or a whole number"]),
@@ -123,13 +144,10 @@ TINY: dict[str, Any] = {"channels": 8, "head_channels": 8, "blocks": 1}
     [
         ((2, 1, 8, 8), "x has shape (2, 1, 8, 8); this model takes (batch, 3, ...)"),
         ((3, 8, 8), "x has shape (3, 8, 8)"),
-        ((2, 3, 30, 32), "x has height 30, which 3 levels cannot halve"),
-        ((2, 3, 30, 32), "the nearest that works: 28 or 32 (a multiple of 4)"),
-        ((2, 3, 32, 33), "x has width 33"),
-        ((2, 3, 32, 33), "the nearest that works: 32 or 36"),
-        ((2, 3, 2, 4), "x has height 2, which 3 levels cannot halve"),
-        ((2, 3, 2, 4), "the nearest that works: 4 (a multiple of 4)"),
-        ((2, 3, 0, 4), "x has height 0"),
+        ((3, 8, 8), "this model takes (batch, 3, height, width)"),
+        ((2, 3, 4, 8, 8), "x has shape (2, 3, 4, 8, 8)"),
+        ((2, 3, 0, 4), "x has height 0, of shape (2, 3, 0, 4): give at least 1"),
+        ((2, 3, 4, 0), "x has width 0"),
     ],
 )
 def test_shapes(shape: tuple[int, ...], text: str) -> None:
@@ -137,6 +155,14 @@ def test_shapes(shape: tuple[int, ...], text: str) -> None:
     with pytest.raises(ValueError, match=re.escape(text)) as error:
         model(torch.zeros(shape), torch.zeros(shape[0]))
     message(error)
+
+
+@pytest.mark.parametrize(
+    ("dims", "axes"), [(1, "length"), (2, "height, width"), (3, "depth, height, width")]
+)
+def test_shapes_of_any_dimension(dims: int, axes: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"takes (batch, 3, {axes})")):
+        UNet(**TINY, dims=dims)(torch.zeros(2, 3), torch.zeros(2))
 
 
 @pytest.mark.parametrize("t", [torch.tensor(1.0), torch.ones(1), torch.ones(2, 1)])
@@ -157,12 +183,33 @@ BY_SHAPE = [
     ({"embedding": torch.ones(1, 5)}, "a batch of 4 take (4, 5)"),
     ({"embedding": torch.ones(4, 5).long()}, "embedding is of torch.int64"),
     ({"embedding": 0.5}, "embedding must be a tensor, got float"),
+    ({"augmentation": torch.ones(4, 1)}, "a batch of 4 take (4, 2)"),
+    ({"image": torch.ones(4, 1, 8, 8, dtype=torch.uint8)}, "image is of torch.uint8"),
+    ({"image": torch.ones(4, 2, 8, 8)}, "image has shape (4, 2, 8, 8)"),
+    ({"context": torch.ones(4, 6)}, "take (4, tokens, 6)"),
+    ({"context": torch.ones(4, 3, 5)}, "context has shape (4, 3, 5)"),
+    ({"context_mask": torch.ones(4, 3).bool()}, "context_mask was given without context"),
+    (
+        {"context": torch.ones(4, 3, 6), "context_mask": torch.ones(4, 3)},
+        "give booleans, true where a token counts",
+    ),
+    (
+        {"context": torch.ones(4, 3, 6), "context_mask": torch.ones(4, 2).bool()},
+        "give one truth a token, shape (4, 3)",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("condition", "text"), BY_SHAPE)
 def test_conditions_of_the_wrong_shape(condition: dict[str, Any], text: str) -> None:
-    model = UNet(num_classes=10, embedding_dim=5, **TINY)
+    model = UNet(
+        num_classes=10,
+        embedding_dim=5,
+        augmentation_dim=2,
+        image_channels=1,
+        context_dim=6,
+        **TINY,
+    )
     with pytest.raises(ValueError, match=re.escape(text)) as error:
         model.check_condition(4, **condition)
     message(error)
@@ -205,6 +252,14 @@ def test_conditions_that_the_model_does_not_take() -> None:
         model(x, t, embedding=embedding)
     with pytest.raises(ValueError, match="unknown condition 'class_labels'; did you mean 'class_l"):
         model.check_condition(1, class_labels=label)
+
+
+def test_an_image_of_another_size_than_x() -> None:
+    model = UNet(image_channels=1, **TINY)
+    image = torch.ones(2, 1, 8, 9)
+    model.check_condition(2, image=image)  # which does not know x
+    with pytest.raises(ValueError, match=re.escape("take (2, 1, 8, 8), the size of x")):
+        model(torch.zeros(2, 3, 8, 8), torch.zeros(2), image=image)
 
 
 def test_what_is_right_passes() -> None:

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 from torch import nn
 
-from k_diffusion.models import MODELS, UNet, make_model, model_config, register_model
+from k_diffusion.models import (
+    MODELS,
+    PRESETS,
+    UNet,
+    make_model,
+    model_config,
+    register_model,
+    register_preset,
+)
 from k_diffusion.models.registry import check_types, known_fields
 
 
@@ -22,6 +30,14 @@ def registry() -> Iterator[None]:
     yield
     MODELS.clear()
     MODELS.update(before)
+
+
+@pytest.fixture
+def presets() -> Iterator[None]:
+    before = dict(PRESETS)
+    yield
+    PRESETS.clear()
+    PRESETS.update(before)
 
 
 @dataclass(frozen=True)
@@ -94,13 +110,30 @@ def test_a_class_with_a_config_needs_no_more(registry: None) -> None:
         make_model({"type": "plain", "width": "7"})
 
 
+def test_presets_are_configs_whose_options_are_overridden(presets: None) -> None:
+    register_preset("unet_odd", "unet", channels=8, head_channels=4, blocks=1)
+    model = make_model({"type": "unet_odd", "blocks": 2})
+    assert isinstance(model, UNet)
+    assert (model.config.channels, model.config.head_channels, model.config.blocks) == (8, 4, 2)
+    assert make_model(model_config(model)).config == model.config
+    assert PRESETS["unet_odd"]["blocks"] == 1
+    with pytest.raises(ValueError, match="blocs = 3 is no option of this model; did you mean blo"):
+        make_model({"type": "unet_odd", "blocs": 3})
+    for name in ("unet", "unet_odd"):
+        with pytest.raises(ValueError, match=f"model type '{name}' is taken"):
+            register_preset(name, "unet")
+    with pytest.raises(ValueError, match="unknown model type 'unett'; did you mean 'unet'"):
+        register_preset("other", "unett")
+    with pytest.raises(ValueError, match="unknown model type 'unet_od'; did you mean 'unet_odd'"):
+        make_model({"type": "unet_od"})
+
+
 def test_register_refuses(registry: None) -> None:
-    known = list(MODELS)
     with pytest.raises(TypeError, match=r"model 'a' must be a class derived from nn\.Module"):
         register_model("a")(MineConfig)  # type: ignore[type-var]
     with pytest.raises(TypeError, match="model 'b': Linear needs a dataclass as its `Config`"):
         register_model("b")(nn.Linear)
-    assert list(MODELS) == known
+    assert not {"a", "b"} & set(MODELS)
 
 
 @pytest.mark.parametrize(

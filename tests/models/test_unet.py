@@ -230,8 +230,10 @@ def test_channels_last_throughout(
         if name:  # the output itself may be cropped
             module.register_forward_hook(look(name))
     plain = model(x, t, context=context)
+    assert plain.is_contiguous()
     model = model.to(memory_format=layout)  # type: ignore[call-overload]
     last = model(x.to(memory_format=layout), t, context=context)
+    assert last.stride(1) == 1
     assert not wrong
     assert (last - plain).abs().max() < 1e-5
 
@@ -326,17 +328,18 @@ def saved_bytes(model: UNet, x: Tensor, t: Tensor) -> int:
     return sum(storages.values())
 
 
-def test_bytes_at_the_size_that_is_benchmarked() -> None:
-    """Plainly 3 MB per GFLOP of the forward pass; and full checkpointing in 0.40 of it."""
+@pytest.mark.parametrize("resampling", ["strided", "antialiased"])
+def test_bytes_at_the_size_that_is_benchmarked(resampling: str) -> None:
+    """Plainly 2.94 MB per GFLOP of the forward pass; and full checkpointing in 0.36 of it."""
     x, t = torch.randn(8, 3, 32, 32), torch.linspace(0, 900, 8)
-    model = make_model({"type": "unet_small"})
+    model = make_model({"type": "unet_small", "resampling": resampling})
     assert isinstance(model, UNet)
     plain = saved_bytes(model, x, t)
     model.checkpointing = checkpointing.Checkpointing(True)
     assert saved_bytes(model, x, t) < 0.4 * plain
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, t)
-    assert plain / counter.get_total_flops() < 3.2e6 / 1e9
+    assert plain / counter.get_total_flops() < 2.95e6 / 1e9
 
 
 def test_what_is_computed_again_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,7 +372,8 @@ def test_no_convolution_is_computed_again_by_default(monkeypatch: pytest.MonkeyP
         assert operations.names.count("native_group_norm") >= 13
 
 
-def test_transforms_and_second_derivatives(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+def test_transforms_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpointing, "SMALL", 0)
     model = tiny().double()
     x, t = inputs()
@@ -400,7 +404,7 @@ def test_checkpointing_rests_where_no_gradient_is_asked_for(
 
 
 def test_training_compiles_as_one_graph() -> None:
-    """With every condition, an odd size and checkpointing. (With the compiler's own code: test_backbones.)"""
+    """With every condition, an odd size, checkpointing. With the CPU's code: test_backbones.py."""
     every: dict[str, Any] = {"num_classes": 4, "context_dim": 6, "image_channels": 1}
     model = tiny(checkpointing=True, resampling="antialiased", **every)
     x, t = inputs(3, 2, 7, 5)
