@@ -11,10 +11,10 @@ from typing import Any
 __version__ = "0.3.0.dev0"
 
 _ROOMS = (
-    "denoiser", "evaluation", "external", "layers", "models", "sampling", "training", "utils",
+    "config", "denoiser", "evaluation", "external", "layers", "models", "sampling", "training",
+    "utils",
 )  # fmt: skip
 _TO_COME = {
-    "config": "with the established model types",
     "augmentation": "with the training tools",
     "gns": "with the training tools",
 }

@@ -1,7 +1,7 @@
-"""The established module `layers`: its preconditioned denoisers.
+"""The established module `layers`: preconditioned denoisers, and what networks are built of.
 
-They hold a loss beside the estimate, in the form of the established training programs; within this
-library the loss stands alone (`training.denoising_loss`) and takes any Denoiser.
+The denoisers hold a loss beside the estimate, in the form of the established training programs;
+within this library the loss stands alone (`training.denoising_loss`) and takes any Denoiser.
 """
 
 from __future__ import annotations
@@ -14,23 +14,44 @@ import torch
 from torch import Tensor
 
 from k_diffusion.external.established import VarianceExploding, at_least_float32
+from k_diffusion.models.established_layers import (
+    AdaGN,
+    ConditionedModule,
+    ConditionedResidualBlock,
+    ConditionedSequential,
+    CrossAttention2d,
+    Downsample2d,
+    FourierFeatures,
+    ResidualBlock,
+    SelfAttention2d,
+    UnconditionedModule,
+    UNet,
+    Upsample2d,
+)
 from k_diffusion.utils import cosine_transform
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.tensors import append_dims
 
-_TO_COME = (
-    "AdaGN", "ConditionedModule", "ConditionedResidualBlock", "ConditionedSequential",
-    "CrossAttention2d", "Downsample2d", "FourierFeatures", "ResidualBlock", "SelfAttention2d",
-    "UNet", "UnconditionedModule", "Upsample2d",
-)  # fmt: skip
-
-
-def __getattr__(name: str) -> Any:
-    if name in _TO_COME:
-        raise AttributeError(
-            f"k_diffusion.layers.{name} is not there yet: it comes with the established model types"
-        )
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__all__ = [
+    "AdaGN",
+    "ConditionedModule",
+    "ConditionedResidualBlock",
+    "ConditionedSequential",
+    "CrossAttention2d",
+    "Denoiser",
+    "DenoiserWithVariance",
+    "Downsample2d",
+    "FourierFeatures",
+    "ResidualBlock",
+    "SelfAttention2d",
+    "SimpleLossDenoiser",
+    "UNet",
+    "UnconditionedModule",
+    "Upsample2d",
+    "dct",
+    "freq_weight_1d",
+    "freq_weight_nd",
+]
 
 
 def dct(x: Tensor) -> Tensor:

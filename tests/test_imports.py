@@ -30,7 +30,9 @@ def test_importing_the_package_brings_in_torch_alone():
     assert modules_after("import k_diffusion") == {"k_diffusion"}
 
 
-@pytest.mark.parametrize("room", ["sampling", "models", "denoiser", "utils", "external", "layers"])
+@pytest.mark.parametrize(
+    "room", ["sampling", "models", "denoiser", "utils", "external", "layers", "config"]
+)
 def test_the_core_is_light(room):
     brought = modules_after(f"import k_diffusion.{room}")
     assert "k_diffusion" in brought
@@ -50,14 +52,14 @@ def test_established_names_are_light():
 def test_established_modules_by_their_established_imports():
     code = (
         "import k_diffusion as K, k_diffusion.utils as utils\n"
-        "from k_diffusion import external, layers, sampling\n"
+        "from k_diffusion import config, external, layers, sampling\n"
         "assert K.utils is utils and K.external is external and K.sampling is sampling\n"
-        "assert K.layers is layers and K.Denoiser is layers.Denoiser\n"
+        "assert K.config is config and K.layers is layers and K.Denoiser is layers.Denoiser\n"
         "assert K.utils.append_dims(torch.ones(2), 3).shape == (2, 1, 1)\n"
         "K.evaluation, K.models"
     )
     assert "k_diffusion" in modules_after(code)
-    for name in ("config", "augmentation", "gns"):
+    for name in ("augmentation", "gns"):
         with pytest.raises(AttributeError, match=f"k_diffusion.{name} is not there yet: it comes"):
             getattr(k_diffusion, name)
 

@@ -1,6 +1,12 @@
 """Networks to train and sample with, and the registry that makes them from configs by name."""
 
+from k_diffusion.models import flags
 from k_diffusion.models.dit import DiT, DiTConfig
+from k_diffusion.models.flags import get_checkpointing
+from k_diffusion.models.hourglass import Hourglass, HourglassConfig
+from k_diffusion.models.image_transformer_v1 import ImageTransformerDenoiserModelV1
+from k_diffusion.models.image_transformer_v2 import ImageTransformerDenoiserModelV2
+from k_diffusion.models.image_v1 import ImageDenoiserModelV1, ImageV1, ImageV1Config
 from k_diffusion.models.mp_unet import MPUNet, MPUNetConfig
 from k_diffusion.models.registry import (
     MODELS,
@@ -17,12 +23,25 @@ __all__ = [
     "PRESETS",
     "DiT",
     "DiTConfig",
+    "Hourglass",
+    "HourglassConfig",
+    "ImageDenoiserModelV1",
+    "ImageTransformerDenoiserModelV1",
+    "ImageTransformerDenoiserModelV2",
+    "ImageV1",
+    "ImageV1Config",
     "MPUNet",
     "MPUNetConfig",
     "UNet",
     "UNetConfig",
+    "checkpointing",
+    "get_checkpointing",
     "make_model",
     "model_config",
     "register_model",
     "register_preset",
 ]
+
+# The established name is that of the switch; the module of the same name, which the networks have
+# imported by now, is found by its full name.
+checkpointing = flags.checkpointing

@@ -22,7 +22,12 @@ def as_tokens(x: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, head_channels: int, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    head_channels: int,
+    mask: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """What each of N queries takes from L values, by heads.
 
@@ -31,6 +36,7 @@ def attend(
         k, v: shape (B, L, C).
         head_channels: divides C.
         mask: true where a value may be taken, shape (B, L); at least one a sample.
+        dropout: share of the weights to drop: 0 in evaluation, of which a function knows nothing.
 
     Returns:
         Shape (B, N, C).
@@ -41,7 +47,7 @@ def attend(
     allowed = None if mask is None else mask[:, None, None, :]
     # Of torch's implementations this one alone has a forward derivative.
     with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
-        mixed = F.scaled_dot_product_attention(q, k, v, allowed)
+        mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
     return mixed.transpose(1, 2).flatten(2)
 
 

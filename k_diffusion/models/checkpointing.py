@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from k_diffusion.models.flags import get_checkpointing
 from k_diffusion.models.layers import transforming
 
 Policy = bool | int | tuple[int, ...]
@@ -65,16 +66,16 @@ class Checkpointing:
             return self.policy
         return index % self.policy == self.policy - 1
 
-    def run(self, block: nn.Module, *args: Any, index: int, level: int = 0) -> Any:
+    def run(self, block: Callable[..., Any], *args: Any, index: int, level: int = 0) -> Any:
         """The block's output; its gradients are the same either way.
 
         Args:
             block: called with args; it draws nothing at random but from torch's own generators.
-            args: tensors or None.
+            args: tensors, or what holds them, or None.
             index, level: see `chooses`.
         """
         # Without gradients nothing is kept anyhow, and the random state would be read for nothing.
-        if torch.is_grad_enabled() and self.chooses(index, level):
+        if torch.is_grad_enabled() and (get_checkpointing() or self.chooses(index, level)):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 

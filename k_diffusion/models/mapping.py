@@ -57,9 +57,9 @@ class FourierFeatures(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features of unit mean square, float32 or better, shape (B, 2 count), of x (B, inputs)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        # Autocast would round the angles to its own precision.
-        with torch.autocast(x.device.type, enabled=False):
-            return _waves(2 * math.pi * x.to(dtype) @ self.weight.to(dtype).T)
+        # No matrix product: autocast would round the angles to its own precision.
+        angles = (x.to(dtype)[:, None] * self.weight.to(dtype)).sum(-1)
+        return _waves(2 * math.pi * angles)
 
 
 TIME_FEATURES = ("sinusoidal", "fourier")
