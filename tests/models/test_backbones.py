@@ -53,15 +53,6 @@ IMAGE_V1: dict[str, Any] = {
     "self_attention": (False, True),
 }  # fmt: skip
 BACKBONES["image_v1"] = Backbone(IMAGE_V1, {"channels": (4, 4), "mapping_width": 4}, small=(4, 4))
-BACKBONES["hourglass"] = Backbone(
-    {
-        "prediction": "eps", "patch_size": 1, "widths": (32, 64), "depths": (1, 1),
-        "head_channels": 16, "kernel_size": 3, "mapping_width": 32, "mapping_depth": 1,
-    },
-    {"widths": (8, 8), "head_channels": 8, "attention": "global", "mapping_width": 8},
-    small=(2, 2),
-)  # fmt: skip
-
 EVERY = {"num_classes": 5, "embedding_dim": 3, "augmentation_dim": 2, "image_channels": 2}
 
 every_backbone = pytest.mark.parametrize("name", BACKBONES)
