@@ -1,6 +1,6 @@
 """Networks to train and sample with, and the registry that makes them from configs by name."""
 
-from k_diffusion.models import flags
+from k_diffusion.models import checkpointing
 from k_diffusion.models.dit import DiT, DiTConfig
 from k_diffusion.models.flags import get_checkpointing
 from k_diffusion.models.hourglass import Hourglass, HourglassConfig
@@ -41,7 +41,3 @@ __all__ = [
     "register_model",
     "register_preset",
 ]
-
-# The established name is that of the switch; the module of the same name, which the networks have
-# imported by now, is found by its full name.
-checkpointing = flags.checkpointing

@@ -53,7 +53,6 @@ IMAGE_V1: dict[str, Any] = {
     "self_attention": (False, True),
 }  # fmt: skip
 BACKBONES["image_v1"] = Backbone(IMAGE_V1, {"channels": (4, 4), "mapping_width": 4}, small=(4, 4))
-
 EVERY = {"num_classes": 5, "embedding_dim": 3, "augmentation_dim": 2, "image_channels": 2}
 
 every_backbone = pytest.mark.parametrize("name", BACKBONES)
