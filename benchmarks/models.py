@@ -45,8 +45,8 @@ class Turn:
 
     def ask(self, do: str, **more: Any) -> Any:
         return self.worker.ask(
-            do=do, index=self.network["index"], layout=self.layout, batch=self.batch,
-            checkpointed=self.checkpointed, **more,
+            do=do, index=self.network["index"], checkpointed=self.checkpointed,
+            setting={"layout": self.layout, "batch": self.batch}, **more,
         )  # fmt: skip
 
     @property
@@ -65,6 +65,8 @@ def turns_of(workers: Sequence[Worker], batch: int) -> list[Turn]:
     turns = []
     for worker in workers:
         for network in worker.about["networks"]:
+            if network["large"]:
+                continue
             turns += [Turn(worker, network, layout, batch) for layout in LAYOUTS]
             if network["checkpoints"] and network["name"] in CHECKPOINTED:
                 turns.append(Turn(worker, network, LAYOUTS[1], batch, checkpointed=True))

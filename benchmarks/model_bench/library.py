@@ -18,7 +18,7 @@ Call = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def plainly(network: nn.Module, x: Tensor, t: Tensor) -> Tensor:
-    """How most networks are called: x (B, 3, 32, 32), times from 0 to 1000 (B,)."""
+    """How most networks are called: x (B, 3, H, W), times from 0 to 1000 (B,)."""
     answer: Tensor = network(x, t)
     return answer
 
@@ -34,7 +34,8 @@ class Network:
         options: what it was built with, to be shown.
         call: the network's output for x and times.
         checkpointed: builds it with every block checkpointed; None: not measured.
-        counts: whether it is of the size that the table compares.
+        size: height and width of its images.
+        large: whether it is not of the size that is compared, but for a GPU alone.
     """
 
     name: str
@@ -42,7 +43,8 @@ class Network:
     options: str
     call: Call = plainly
     checkpointed: Callable[[], nn.Module] | None = None
-    counts: bool = True
+    size: int = SIZE
+    large: bool = False
 
 
 @dataclass

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,47 +46,60 @@ CPU_ATTENTION = {
 }
 
 
+@dataclass(frozen=True)
+class Setting:
+    """How a network is run.
+
+    Args:
+        batch: images of a call.
+        layout: the memory format of weights and images, one of LAYOUTS.
+        device: where.
+        dtype: of the network's inside, by autocast; "float32": no autocast.
+        backend: what compiles it; None: nothing does.
+    """
+
+    batch: int
+    layout: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    backend: str | None = None
+
+
 class Case:
     """A network ready to be measured.
 
     Args:
         make: builds it.
         call: its output for x and times.
-        layout: the memory format of weights and images, one of LAYOUTS.
-        batch: images of a call.
-        device: where to.
-        prepare: what is done to the network last, such as to compile it.
-        autocast: the dtype of the network's inside; None: float32.
+        setting: how it is run.
+        size: height and width of the images.
     """
 
     def __init__(
-        self,
-        make: Callable[[], nn.Module],
-        call: Call,
-        layout: str,
-        batch: int,
-        device: torch.device | str = "cpu",
-        prepare: Callable[[nn.Module], Any] | None = None,
-        autocast: torch.dtype | None = None,
+        self, make: Callable[[], nn.Module], call: Call, setting: Setting, size: int = SIZE
     ) -> None:
         torch.manual_seed(0)
-        self.network = make().to(device)
+        layout = LAYOUTS[setting.layout]
+        self.setting = setting
+        self.network = make().to(setting.device)
         fill_zeros(self.network)
-        self.network.to(memory_format=LAYOUTS[layout])
+        self.network.to(memory_format=layout)
         self.parameters = sum(p.numel() for p in self.network.parameters())
-        self._called = self.network if prepare is None else prepare(self.network)
+        self._called: Any = self.network
+        if setting.backend is not None:
+            self._called = torch.compile(self.network, backend=setting.backend)
         self._call = call
-        self._autocast = autocast
-        x = torch.randn(batch, CHANNELS, SIZE, SIZE, device=device)
-        self.x = x.to(memory_format=LAYOUTS[layout])
-        self.t = torch.linspace(1, 999, batch, device=device)
+        self._dtype = getattr(torch, setting.dtype)
+        x = torch.randn(setting.batch, CHANNELS, size, size, device=setting.device)
+        self.x = x.to(memory_format=layout)
+        self.t = torch.linspace(1, 999, setting.batch, device=setting.device)
         self._gradient: Tensor | None = None
 
     def output(self) -> Tensor:
         """The network's answer."""
-        with torch.autocast(
-            self.x.device.type, self._autocast, enabled=self._autocast is not None
-        ):
+        if self._dtype == torch.float32:
+            return self._call(self._called, self.x, self.t)
+        with torch.autocast(self.x.device.type, self._dtype):
             return self._call(self._called, self.x, self.t)
 
     def run(self, kind: str) -> None:
@@ -103,10 +117,18 @@ class Case:
         out.backward(self._gradient)
 
     def seconds(self, kind: str) -> float:
-        """Of one call on the host."""
-        start = time.perf_counter()
-        self.run(kind)
-        return time.perf_counter() - start
+        """Of one call, see `took`."""
+        return took(lambda: self.run(kind), self.x.device)
+
+    def peak_bytes(self) -> int:
+        """The most that forward and backward take of the device beyond what was there before."""
+        self.network.zero_grad()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.run("both")
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
 
     def flops(self, kind: str) -> int:
         """Floating-point operations in matrix products, convolutions and attention of one call.
@@ -155,8 +177,22 @@ PRODUCTS = (512, 1024, 2048)
 """Rows and columns of the plain matrix products."""
 
 
+def took(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of work: the core's own, without what others do on it in between; on a GPU, of the
+    clock, until the device is done."""
+    if device.type != "cuda":
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+    torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
 class Limit:
-    """What the core can do: plain convolutions and matrix products, of which the best counts.
+    """What the device can do: plain convolutions and matrix products, of which the best counts.
 
     Args:
         batch: images of a convolution.
@@ -167,11 +203,12 @@ class Limit:
     def __init__(
         self,
         batch: int,
-        device: torch.device | str = "cpu",
+        device: str = "cpu",
         dtype: torch.dtype = torch.float32,
-        products: tuple[int, ...] = PRODUCTS,
+        products: Sequence[int] = PRODUCTS,
     ) -> None:
         self.cases: dict[str, tuple[Callable[[], Any], int]] = {}
+        self._device = torch.device(device)
         for (channels, size), layout in itertools.product(CONVOLUTIONS, LAYOUTS):
             shape = (batch, channels, size, size)
             like = {"device": device, "dtype": dtype}
@@ -184,19 +221,10 @@ class Limit:
             a, b = torch.randn(2, n, n, device=device, dtype=dtype)
             self.cases[f"matrix product, {n}"] = (lambda a=a, b=b: a @ b), 2 * n**3
 
-    def seconds(self, repeats: int = 3) -> dict[str, float]:
-        """The least seconds of each, on the host."""
-        found = {}
+    def rates(self, repeats: int = 3) -> dict[str, float]:
+        """FLOP a second of each, the fastest time of several."""
         with torch.no_grad():
-            for name, (work, _) in self.cases.items():
-                times = []
-                for _ in range(repeats):
-                    start = time.perf_counter()
-                    work()
-                    times.append(time.perf_counter() - start)
-                found[name] = min(times)
-        return found
-
-    def rates(self, seconds: dict[str, float]) -> dict[str, float]:
-        """FLOP a second of each."""
-        return {name: self.cases[name][1] / took for name, took in seconds.items()}
+            return {
+                name: flops / min(took(work, self._device) for _ in range(repeats))
+                for name, (work, flops) in self.cases.items()
+            }

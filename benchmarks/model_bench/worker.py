@@ -17,7 +17,7 @@ import torch
 from processes import quiet_stdout, serve
 
 from model_bench.library import Library
-from model_bench.measure import Case, Limit
+from model_bench.measure import Case, Limit, Setting
 
 
 class Answers:
@@ -39,31 +39,38 @@ class Answers:
                         "name": n.name,
                         "options": n.options,
                         "checkpoints": n.checkpointed is not None,
+                        "large": n.large,
                     }
                     for index, n in enumerate(self.library.networks)
                 ],
             }
-        case = self._case(**{k: order[k] for k in ("index", "layout", "checkpointed", "batch")})
+        network = self.library.networks[order["index"]]
+        setting = Setting(**order["setting"])
+        case = self._case(order["index"], order["checkpointed"], setting)
         if order["do"] == "seconds":
             return case.seconds(order["kind"])
+        if order["do"] == "free":
+            self._cases.clear()
+            return None
         if order["do"] == "count":
             for kind in ("forward", "both"):  # once, so that nothing is first done in a timed turn
                 case.run(kind)
             found = {"parameters": case.parameters, "saved bytes": case.saved_bytes()}
+            if setting.device.startswith("cuda"):
+                found["peak bytes"] = case.peak_bytes()
             if not order["checkpointed"]:
-                one = self._case(order["index"], order["layout"], False, 1)
+                one = Case(network.make, network.call, Setting(1, setting.layout), network.size)
                 found["flops"] = {kind: one.flops(kind) for kind in ("forward", "both")}
-                del self._cases[order["index"], order["layout"], False, 1]
             return found
         raise ValueError(f"unknown order {order['do']!r}")
 
-    def _case(self, index: int, layout: str, checkpointed: bool, batch: int) -> Case:
-        key = index, layout, checkpointed, batch
+    def _case(self, index: int, checkpointed: bool, setting: Setting) -> Case:
+        key = index, checkpointed, setting
         if key not in self._cases:
             network = self.library.networks[index]
             make = network.checkpointed if checkpointed else network.make
             assert make is not None
-            self._cases[key] = Case(make, network.call, layout, batch)
+            self._cases[key] = Case(make, network.call, setting, network.size)
         return self._cases[key]
 
 
@@ -82,8 +89,8 @@ def main() -> None:
         batch = order["batch"]
         if batch not in limits:
             limits[batch] = Limit(batch)
-            limits[batch].seconds()
-        return limits[batch].rates(limits[batch].seconds())
+            limits[batch].rates()
+        return limits[batch].rates()
 
     serve(rates, answers)
 
