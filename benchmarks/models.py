@@ -40,13 +40,14 @@ class Turn:
     layout: str
     batch: int
     checkpointed: bool = False
+    backend: str | None = None
     counted: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
 
     def ask(self, do: str, **more: Any) -> Any:
         return self.worker.ask(
             do=do, index=self.network["index"], checkpointed=self.checkpointed,
-            setting={"layout": self.layout, "batch": self.batch}, **more,
+            setting={"layout": self.layout, "batch": self.batch, "backend": self.backend}, **more,
         )  # fmt: skip
 
     @property
@@ -57,17 +58,20 @@ class Turn:
             "network": self.network["name"],
             "options": self.network["options"],
             "layout": self.layout,
+            "compiled": self.backend is not None,
         }
 
 
-def turns_of(workers: Sequence[Worker], batch: int) -> list[Turn]:
-    """All that is to be timed, by turns of a round."""
+def turns_of(workers: Sequence[Worker], batch: int, backend: str | None = None) -> list[Turn]:
+    """All that is to be timed, by turns of a round; with a backend also compiled by it."""
     turns = []
     for worker in workers:
         for network in worker.about["networks"]:
             if network["large"]:
                 continue
             turns += [Turn(worker, network, layout, batch) for layout in LAYOUTS]
+            if backend is not None:
+                turns.append(Turn(worker, network, LAYOUTS[1], batch, backend=backend))
             if network["checkpoints"] and network["name"] in CHECKPOINTED:
                 turns.append(Turn(worker, network, LAYOUTS[1], batch, checkpointed=True))
     return turns
@@ -97,6 +101,7 @@ def checkpointing(turns: Sequence[Turn]) -> list[dict[str, Any]]:
             for t in turns
             if (t.worker, t.network, t.layout) == (turn.worker, turn.network, turn.layout)
             and not t.checkpointed
+            and t.backend is None
         )
         medians = [statistics.median(t.seconds["both"]) for t in (turn, plain)]
         saved = [t.counted["saved bytes"] for t in (turn, plain)]
@@ -116,6 +121,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two images a batch, one round")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each network")
     parser.add_argument("--peers", type=Path, default=HERE / ".peers", help="where they lie")
+    parser.add_argument("--compile", action="store_true", help="also compiled: minutes for each")
     parser.add_argument("--alone", action="store_true", help="without the peers")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "models.json")
     parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
@@ -131,7 +137,7 @@ def main() -> None:
     workers = [Worker(WORKER, "ours", HERE)]
     workers += [Worker(WORKER, name, args.peers / name) for name in names]
     limit = Worker(WORKER, "limit", HERE)
-    turns = turns_of(workers, batch)
+    turns = turns_of(workers, batch, "inductor" if args.compile else None)
     rates = measure(turns, limit, batch, rounds)
     by = max(rates, key=lambda name: rates[name])
     results: dict[str, Any] = {

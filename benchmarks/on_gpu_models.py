@@ -7,13 +7,14 @@
 For every network of benchmarks/models.py, and for the preset unet_base at 64 x 64: seconds forward
 and forward and backward, the share of the best matrix product, the most memory taken. Each library
 runs in a process of its own. Then neighbourhood attention by FlexAttention, by tiles of plain
-attention, and by NATTEN where it is installed. Writes benchmarks/results/on_gpu_models.json with the
-device's name.
+attention, and by NATTEN where it is installed. Writes benchmarks/results/on_gpu_models.json with
+the device's name.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import json
@@ -99,19 +100,24 @@ def neighborhood(args: argparse.Namespace) -> list[dict[str, Any]]:
             inputs = parts if "both" in kinds else [part.detach() for part in parts]
             row: dict[str, Any] = {"backend": backend, "shape": shape[1:], "kernel": kernel}
 
-            def run(kind: str, backend: str = backend, inputs: Any = inputs) -> Tensor:
-                with torch.set_grad_enabled(kind == "both"):
-                    out = attention(*inputs, kernel, backend=backend)
-                    if kind == "both":
-                        torch.autograd.grad(out, inputs, gradient)
-                return out
-
-            row["largest difference"] = (run("forward") - right).abs().max().item()
+            attend = functools.partial(attention, kernel_size=kernel, backend=backend)
+            row["largest difference"] = (attend(*inputs) - right).abs().max().item()
             for kind in kinds:
-                row[f"{kind}, s"] = seconds(lambda kind=kind: run(kind), device, args.rounds)
+                work = functools.partial(attend_once, attend, inputs, gradient, kind)
+                row[f"{kind}, s"] = seconds(work, device, args.rounds)
             rows.append(row)
             print(json.dumps(row), flush=True)
     return rows
+
+
+def attend_once(
+    attend: Callable[..., Tensor], inputs: list[Tensor], gradient: Tensor, kind: str
+) -> None:
+    """Attention of q, k and v, and for "both" its gradients for them."""
+    with torch.set_grad_enabled(kind == "both"):
+        out = attend(*inputs)
+        if kind == "both":
+            torch.autograd.grad(out, inputs, gradient)
 
 
 def seconds(work: Callable[[], Any], device: torch.device, rounds: int) -> float:

@@ -194,7 +194,9 @@ def main() -> None:
     missing = [name for name in PEERS if not (args.peers / name).exists()]
     if missing:
         sys.exit(f"{', '.join(missing)} not installed in {args.peers}: run `make bench`")
-    workers = [Worker(WORKER, "ours", HERE)] + [Worker(WORKER, name, args.peers / name) for name in PEERS]
+    workers = [Worker(WORKER, "ours", HERE)] + [
+        Worker(WORKER, name, args.peers / name) for name in PEERS
+    ]
     budgets = (5, 10, 20) if args.quick else BUDGETS
     wanted = set(args.parts.split(","))
     results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}

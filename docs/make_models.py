@@ -89,7 +89,7 @@ RATES = {"unet": 2e-3, "mp_unet": 1e-2, "hourglass": 1e-3, "dit": 1e-3}
 
 
 def enlarged(images: Tensor, size: int) -> Tensor:
-    """Images (N, C, 8, 8) at (N, C, size, size), smooth, and such that `reduced` gives them back."""
+    """Images (N, C, 8, 8) at (N, C, size, size), smooth; `reduced` gives them back."""
     smooth = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
     missing = images - reduced(smooth)
     return smooth + F.interpolate(missing, size=(size, size), mode="nearest")
@@ -114,9 +114,7 @@ class Judge:
     epochs: int = 20
 
     def __post_init__(self) -> None:
-        self.classifier = train_classifier(
-            self.train.images, self.train.labels, epochs=self.epochs
-        )
+        self.classifier = train_classifier(self.train.images, self.train.labels, epochs=self.epochs)
         found, self.features = classify(self.classifier, self.held_out.images)
         self.accuracy = share_of(found, self.held_out.labels)
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))
@@ -220,9 +218,14 @@ def section(figures: Mapping[str, Any] | None) -> str:
             f"{row['frechet ratio']:.2f}",
         )
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "What was built, beside "
-              + ", ".join(f"`{k} = {json.dumps(v)}`" for k, v in COMMON.items()) + ":", "",
-              "| images | type | options | learning rate |", "| --- | --- | --- | --- |"]  # fmt: skip
+    common = ", ".join(f"`{k} = {json.dumps(v)}`" for k, v in COMMON.items())
+    lines += [
+        "",
+        f"What was built, beside {common}:",
+        "",
+        "| images | type | options | learning rate |",
+        "| --- | --- | --- | --- |",
+    ]
     for row in figures["rows"]:
         if row["backbone"] != "untrained":
             options = ", ".join(f"`{k} = {json.dumps(v)}`" for k, v in row["options"].items())

@@ -26,8 +26,8 @@ def library(folder: Path) -> Library:
                 CHANNELS,
                 CHANNELS,
                 mod_features=WIDTH,
-                hid_channels=(64, 128, 128),
-                hid_blocks=(3, 3, 3),
+                hid_channels=(96, 192, 192),
+                hid_blocks=(1, 1, 2),
                 norm=norm,
             )
 
@@ -35,8 +35,8 @@ def library(folder: Path) -> Library:
             return self.unet(x, self.encode(t))
 
     def unet(norm: str) -> Network:
-        options = f"hid_channels=(64, 128, 128), hid_blocks=(3, 3, 3), norm={norm}"
+        options = f"hid_channels=(96, 192, 192), hid_blocks=(1, 1, 2), norm={norm}"
         return Network("UNet", lambda: Timed(norm), options)
 
-    networks = [unet(norm) for norm in ("layer", "group", "rms")]
+    networks = [unet(norm) for norm in ("layer", "group")]
     return Library("azula", azula.__version__, networks)

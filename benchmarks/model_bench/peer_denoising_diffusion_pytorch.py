@@ -23,12 +23,14 @@ def library(folder: Path) -> Library:
     sys.modules[NAME] = package
     module = importlib.import_module(f"{NAME}.{NAME}")
 
-    def unet(flash: bool) -> Network:
+    def unet(dim: int, mults: tuple[int, ...]) -> Network:
         def make() -> nn.Module:
-            return module.Unet(64, dim_mults=(1, 2, 3), channels=CHANNELS, flash_attn=flash)
+            network: nn.Module = module.Unet(
+                dim, dim_mults=mults, channels=CHANNELS, flash_attn=True
+            )
+            return network
 
-        return Network("Unet", make, f"dim=64, dim_mults=(1, 2, 3), flash_attn={flash}")
+        return Network("Unet", make, f"dim={dim}, dim_mults={mults}, flash_attn=True")
 
-    return Library(
-        "denoising-diffusion-pytorch", module.__version__, [unet(False), unet(True)]
-    )
+    networks = [unet(64, (1, 2, 2, 2)), unet(80, (1, 2, 2))]
+    return Library("denoising-diffusion-pytorch", module.__version__, networks)
