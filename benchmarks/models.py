@@ -1,7 +1,7 @@
 """Our networks beside those of diffusers, azula and denoising-diffusion-pytorch: time and memory.
 
     make bench                             # installs the peers into benchmarks/.peers first
-    python benchmarks/models.py --quick    # under a minute: batches of two images, one round
+    python benchmarks/models.py --quick    # under a minute: two images, one round, channels_last
 
 Each library runs in a process of its own, on one thread; timed calls take turns. Writes
 benchmarks/results/models.json and docs/benchmarks-models.md.
@@ -62,14 +62,19 @@ class Turn:
         }
 
 
-def turns_of(workers: Sequence[Worker], batch: int, backend: str | None = None) -> list[Turn]:
+def turns_of(
+    workers: Sequence[Worker],
+    batch: int,
+    backend: str | None = None,
+    layouts: Sequence[str] = LAYOUTS,
+) -> list[Turn]:
     """All that is to be timed, by turns of a round; with a backend also compiled by it."""
     turns = []
     for worker in workers:
         for network in worker.about["networks"]:
             if network["large"]:
                 continue
-            turns += [Turn(worker, network, layout, batch) for layout in LAYOUTS]
+            turns += [Turn(worker, network, layout, batch) for layout in layouts]
             if backend is not None:
                 turns.append(Turn(worker, network, LAYOUTS[1], batch, backend=backend))
             if network["checkpoints"] and network["name"] in CHECKPOINTED:
@@ -118,7 +123,9 @@ def checkpointing(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="two images a batch, one round")
+    parser.add_argument(
+        "--quick", action="store_true", help="two images a batch, one round, one layout"
+    )
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each network")
     parser.add_argument("--peers", type=Path, default=HERE / ".peers", help="where they lie")
     parser.add_argument("--compile", action="store_true", help="also compiled: minutes for each")
@@ -137,7 +144,8 @@ def main() -> None:
     workers = [Worker(WORKER, "ours", HERE)]
     workers += [Worker(WORKER, name, args.peers / name) for name in names]
     limit = Worker(WORKER, "limit", HERE)
-    turns = turns_of(workers, batch, "inductor" if args.compile else None)
+    backend = "inductor" if args.compile else None
+    turns = turns_of(workers, batch, backend, LAYOUTS[1:] if args.quick else LAYOUTS)
     rates = measure(turns, limit, batch, rounds)
     by = max(rates, key=lambda name: rates[name])
     results: dict[str, Any] = {

@@ -173,7 +173,7 @@ def fill_zeros(network: nn.Module) -> None:
 
 CONVOLUTIONS = ((64, 32), (128, 32), (128, 16), (256, 16), (256, 8))
 """Channels, height and width of the plain convolutions of 3 x 3."""
-PRODUCTS = (512, 1024, 2048)
+PRODUCTS = (512, 1024)
 """Rows and columns of the plain matrix products."""
 
 

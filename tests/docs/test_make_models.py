@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -92,6 +93,14 @@ def test_every_config_makes_a_model_of_about_a_million(make_models, size):
             assert 0.6e6 <= count <= 1.7e6, name
             with torch.no_grad():
                 assert network(torch.zeros(1, 1, size, size), torch.zeros(1)).shape[-1] == size
+
+
+def test_the_page_s_example_runs(make_models):
+    (block,) = re.findall(r"```python\n(.*?)```", make_models.PAGE.read_text("utf-8"), re.DOTALL)
+    names = {}
+    exec(compile(block, "docs/models.md", "exec"), names)
+    assert names["samples"].shape == (4, 1, 16, 16)
+    assert names["samples"].isfinite().all()
 
 
 def test_the_page_is_of_the_figures(make_models):
