@@ -31,7 +31,7 @@ class Attending(nn.Module):
         self.conv = nn.Conv2d(CHANNELS, 16, 3, stride=8, padding=1)
 
     def forward(self, x, t):
-        tokens = self.conv(x).flatten(2).transpose(1, 2)[:, None]  # (B, 1, 16, 16)
+        tokens = self.conv(x).flatten(2)[:, None].mT.contiguous()  # (B, 1, 16, 16)
         return F.scaled_dot_product_attention(tokens, tokens, tokens)
 
 
