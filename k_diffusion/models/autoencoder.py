@@ -107,7 +107,9 @@ class Autoencoder(nn.Module, ABC):
         self.scale.copy_(variance.rsqrt())
 
 
-AUTOENCODERS = Registry("autoencoder", Autoencoder)
+AUTOENCODERS = Registry(
+    "autoencoder", Autoencoder, {"diffusers_kl": "k_diffusion.external.autoencoder"}
+)
 """Name -> class."""
 
 register_autoencoder = AUTOENCODERS.register

@@ -201,6 +201,12 @@ def model_trait(config: Mapping[str, Any], name: str, default: Any) -> Any:
     return getattr(MODELS.settings(config), name, getattr(cls, name, default))
 
 
+def known_classes(model: Any) -> int:
+    """How many classes a model knows: its `num_classes`, or its config's; 0: none."""
+    own = getattr(model, "num_classes", None)
+    return int(getattr(getattr(model, "config", None), "num_classes", 0) if own is None else own)
+
+
 def takes_option(config: Mapping[str, Any], name: str) -> bool:
     """Whether a model of this config's type has such an option.
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from k_diffusion.training.checkpoint import (
         CheckpointError,
         CheckpointInfo,
+        load_conditioner,
         load_denoiser,
         read_info,
         save_inference,
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
     )
     from k_diffusion.training.ema import Ema
     from k_diffusion.training.folder import Folder
+    from k_diffusion.training.latents import (
+        LatentSource,
+        check_autoencoder,
+        load_autoencoder,
+        save_autoencoder,
+        train_autoencoder,
+    )
     from k_diffusion.training.loss import denoising_loss, make_density, make_weighting
     from k_diffusion.training.run import RunResult, latest_checkpoint, run_training
     from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
@@ -36,6 +44,7 @@ _HOMES = {
     "checkpoint": (
         "CheckpointError",
         "CheckpointInfo",
+        "load_conditioner",
         "load_denoiser",
         "read_info",
         "save_inference",
@@ -44,6 +53,13 @@ _HOMES = {
     "dataset": ("ArraySource", "DataError", "Digits", "Source", "Stream", "make_source"),
     "ema": ("Ema",),
     "folder": ("Folder",),
+    "latents": (
+        "LatentSource",
+        "check_autoencoder",
+        "load_autoencoder",
+        "save_autoencoder",
+        "train_autoencoder",
+    ),
     "loss": ("denoising_loss", "make_density", "make_weighting"),
     "run": ("RunResult", "latest_checkpoint", "run_training"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
@@ -59,6 +75,7 @@ __all__ = [
     "Digits",
     "Ema",
     "Folder",
+    "LatentSource",
     "RunResult",
     "Source",
     "Stream",
@@ -66,8 +83,11 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingError",
+    "check_autoencoder",
     "denoising_loss",
     "latest_checkpoint",
+    "load_autoencoder",
+    "load_conditioner",
     "load_config",
     "load_denoiser",
     "make_config",
@@ -76,7 +96,9 @@ __all__ = [
     "make_weighting",
     "read_info",
     "run_training",
+    "save_autoencoder",
     "save_inference",
+    "train_autoencoder",
 ]
 
 

@@ -58,7 +58,7 @@ MISTAKES = [
     ("optimizer.betas", [0.9, 1.0], "optimizer.betas.1 = 1.0: input should be less than 1"),
     ("optimizer", 3, "optimizer = 3"),
     ("optimizer.schedule", "linear", "is not one of 'constant' or 'cosine'"),
-    ("label_dropout", 1.5, "label_dropout = 1.5"),
+    ("condition_dropout", 1.5, "condition_dropout = 1.5"),
     ("precision", "bf-16", "precision = 'bf-16' is not one of 'no', 'bf16' or 'fp16'"),
     ("loss.weighting", "min-snr", "unknown weighting 'min-snr'; did you mean 'min_snr'"),
     ("loss.weighting_options", {"gamma": 5}, "weighting_options {'gamma': 5.0} are for"),
