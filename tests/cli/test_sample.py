@@ -116,7 +116,7 @@ def test_noise_is_chosen_and_an_unknown_one_named(trained, tmp_path, capsys) -> 
 def test_an_image_depends_on_its_seed_and_class_alone(solver) -> None:
     torch.manual_seed(0)
     model = UNet(
-        1,
+        in_channels=1,
         channels=8,
         channel_mults=(1, 2),
         blocks=1,
