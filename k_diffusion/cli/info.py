@@ -47,10 +47,10 @@ class Info:
 
 def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
     """What `info` tells, as JSON data."""
-    from k_diffusion.models.registry import MODELS, model_trait
+    from k_diffusion.models.registry import MODELS, PRESETS, model_trait
 
     model = info.config.get("model", {})
-    known = model.get("type") in MODELS
+    known = model.get("type") in {*MODELS, *PRESETS}
     return {
         "checkpoint": str(info.path),
         "sha256": info.sha256,
@@ -58,7 +58,7 @@ def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
         "images seen": info.images_seen,
         "steps": info.step,
         "model": model.get("type", "?"),
-        "model known here": known,  # else --plugin FILE.py makes it known
+        "known here": known,  # else --plugin FILE.py makes it known
         "prediction": model_trait(model, "prediction", "eps") if known else "?",
         "parameters": info.parameters,
         "weights": sorted({name.partition("/")[0] for name in info.tensors}),

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from k_diffusion.models.conditions import INTEGERS
 from k_diffusion.models.registry import Registry, check_types, known_fields
-from k_diffusion.utils.maths import unknown
+from k_diffusion.utils.augmentation import uniforms
+from k_diffusion.utils.maths import fold_seed, unknown
 
 
 class Conditioner(nn.Module, ABC):
@@ -243,14 +244,21 @@ class CompositeConfig:
 
     Args:
         parts: name -> config of a conditioner.
+        part_dropout: the probability with which training hides each part from a sample, one by one,
+            so that the network can be told any of them alone.
     """
 
     parts: dict[str, Any]
+    part_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(self)
         if not self.parts:
             raise ValueError("parts is empty; give at least one conditioner")
+        if not 0 <= self.part_dropout < 1:
+            raise ValueError(
+                f"part_dropout = {self.part_dropout} is outside [0, 1); give 0 to hide none"
+            )
         for name, part in self.parts.items():
             try:
                 CONDITIONERS.settings(part)
@@ -268,6 +276,7 @@ class CompositeConditioner(Conditioner):
 
     Args:
         config: which parts to make; None: they are given.
+        part_dropout: see `CompositeConfig`.
         parts: name -> conditioner.
 
     Raises:
@@ -276,15 +285,24 @@ class CompositeConditioner(Conditioner):
 
     Config = CompositeConfig
 
-    def __init__(self, config: CompositeConfig | None = None, /, **parts: Conditioner) -> None:
+    def __init__(
+        self,
+        config: CompositeConfig | None = None,
+        /,
+        *,
+        part_dropout: float = 0.0,
+        **parts: Conditioner,
+    ) -> None:
         if config is None:
             if not parts or not all(isinstance(part, Conditioner) for part in parts.values()):
                 raise ValueError(f"a composite is made of conditioners by name, got {parts}")
         else:
             parts = {name: make_conditioner(part) for name, part in config.parts.items()}
+            part_dropout = config.part_dropout
         nn.Module.__init__(self)
         self.register_buffer("_here", torch.zeros(0), persistent=False)
         self.names = tuple(parts)
+        self.part_dropout = part_dropout
         self.modules_in_order = nn.ModuleList(parts.values())
         self.keywords = tuple(dict.fromkeys(k for p in parts.values() for k in p.keywords))
         for keyword in self.keywords:
@@ -303,7 +321,10 @@ class CompositeConditioner(Conditioner):
     @property
     def config(self) -> CompositeConfig:  # type: ignore[override]
         """What builds its like; a part that is not registered has none, which is refused."""
-        return CompositeConfig(parts={n: conditioner_config(p) for n, p in self.parts.items()})
+        return CompositeConfig(
+            parts={name: conditioner_config(part) for name, part in self.parts.items()},
+            part_dropout=self.part_dropout,
+        )
 
     def forward(self, raw: Any) -> dict[str, Tensor]:
         """All parts' keyword arguments; raw: part -> raw input of B samples."""
@@ -331,7 +352,14 @@ class CompositeConditioner(Conditioner):
         return nulls
 
     def from_batch(self, raws: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Tensor]:
-        return self._merge({n: part.from_batch(raws, seeds) for n, part in self.parts.items()})
+        made = {}
+        for index, (name, part) in enumerate(self.parts.items()):
+            mine = [fold_seed(seed, index) for seed in seeds]
+            made[name] = part.from_batch(raws, mine)
+            if self.part_dropout:
+                hidden = uniforms(mine, len(mine))[:, 0] < self.part_dropout
+                made[name] = part.hide(made[name], hidden.to(self.device))
+        return self._merge(made)
 
     def read(self, word: str) -> Any:
         """One part's raw input, from `part=word`."""

@@ -50,6 +50,7 @@ class Registry(dict[str, type[Any]]):
     def __init__(self, kind: str, base: type, homes: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.kind, self.base, self.homes = kind, base, dict(homes or {})
+        self.presets: dict[str, dict[str, Any]] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
         """A decorator that makes a class known by a name.
@@ -93,7 +94,7 @@ class Registry(dict[str, type[Any]]):
             raise ValueError(
                 f"{_a(self.kind)}'s config must be a mapping, got {type(config).__name__}"
             )
-        known = dict.fromkeys([*self, *self.homes])
+        known = dict.fromkeys([*self, *self.homes, *self.presets])
         if "type" not in config:
             raise ValueError(f"the {self.kind}'s type is missing; known: {', '.join(known)}")
         name = config["type"]
@@ -102,6 +103,9 @@ class Registry(dict[str, type[Any]]):
                 f"{unknown(f'{self.kind} type', name, known)}. One of your own is known once its "
                 "file is imported: on the command line by --plugin FILE.py"
             )
+        if name in self.presets:
+            config = {**self.presets[name], **config, "type": self.presets[name]["type"]}
+            name = config["type"]
         if name not in self:
             importlib.import_module(self.homes[name])
         return self[name], {key: value for key, value in config.items() if key != "type"}
@@ -158,15 +162,36 @@ class Registry(dict[str, type[Any]]):
 MODELS = Registry("model", nn.Module)
 """Name -> class."""
 
+PRESETS = MODELS.presets
+"""Name -> a config, whose options are overridden by those that are given with the name."""
+
 register_model = MODELS.register
 """`@register_model("name")` on a class makes it the "type" of configs, see above."""
+
+
+def register_preset(name: str, model: str, **options: Any) -> None:
+    """Make a config known by a name.
+
+    Args:
+        name: a "type" of configs, for `make_model`; a model that it makes is of the type `model`.
+        model: in MODELS.
+        options: of that model.
+
+    Raises:
+        ValueError: the name is taken, or the model is not registered.
+    """
+    if name in MODELS or name in PRESETS:
+        raise ValueError(f"model type {name!r} is taken: register the preset under another name")
+    if model not in MODELS:
+        raise ValueError(unknown("model type", model, MODELS))
+    PRESETS[name] = {"type": model, **options}
 
 
 def make_model(config: Mapping[str, Any]) -> nn.Module:
     """A network, with fresh weights, from plain data.
 
     Args:
-        config: "type", a name in MODELS, and the options of that model.
+        config: "type", a name in MODELS or PRESETS, and the options of that model.
 
     Raises:
         ValueError: no type, an unknown type or option (the nearest one is offered), or a value
