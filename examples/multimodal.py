@@ -40,7 +40,7 @@ def main(images: int, out: str) -> None:
     conditioner = CompositeConditioner(
         word=TextEncoder.from_pretrained(make_encoder(Path(out) / "encoder"), max_length=4),
         sound=AudioTokens(sample_rate=8000, window=256, hop=128, bands=16),
-        picture=LowResolution(channels=1, factor=4),
+        picture=LowResolution(channels=1, factor=4, size=(8, 8)),
         part_dropout=0.3,  # so that each can be told alone
     )
     digits = Digits()
@@ -65,8 +65,7 @@ def main(images: int, out: str) -> None:
     raw = {"word": WORDS, "sound": tone(ten), "picture": digits.images[first][:, :, ::4, ::4]}
     rows = []
     for told in (("word",), ("sound",), ("picture",), ("word", "sound", "picture")):
-        condition = conditioner({part: raw[part] for part in told})
-        condition.setdefault("image", torch.zeros(10, 1, 8, 8))
+        condition = conditioner({part: raw[part] for part in told})  # the others: absent
         rows.append(sampler.sample(unit_noise((1, 8, 8), seeds=range(10)), 12, condition))
     names = ["word", "sound", "picture", "all three"]
     save_png(f"{out}/digits.png", image_grid(torch.cat(rows), rows_named=names, columns=10, scale=6))

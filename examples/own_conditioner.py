@@ -21,9 +21,7 @@ from k_diffusion.training import load_conditioner, load_denoiser, make_config, r
 
 @dataclass(frozen=True, kw_only=True)
 class InkConfig:
-    """`reads`: what it reads of a training batch; "clean" is the clean images themselves."""
-
-    reads: str = "clean"
+    reads: str = "clean"  # of a training batch: the clean images themselves
 
 
 @register_conditioner("ink")
