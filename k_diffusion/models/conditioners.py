@@ -344,11 +344,10 @@ class CompositeConditioner(Conditioner):
             return self._merge({name: part.null(batch) for name, part in self.parts.items()})
         nulls = {}
         for part in self.parts.values():
-            mine = {k: like[k] for k in part.keywords if k in like}
-            nulls |= {k: v for k, v in part.null(batch, mine).items() if k in mine}
+            if mine := {k: like[k] for k in part.keywords if k in like}:
+                nulls |= {k: v for k, v in part.null(batch, mine).items() if k in mine}
         for keyword in filter(self._is_sequence, like):  # as long as all parts' together
-            for name in (keyword, f"{keyword}_mask"):
-                nulls[name] = like[name].new_zeros(batch, *like[name].shape[1:])
+            nulls[keyword] = like[keyword].new_zeros(batch, *like[keyword].shape[1:])
         return nulls
 
     def from_batch(self, raws: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Tensor]:
@@ -371,6 +370,7 @@ class CompositeConditioner(Conditioner):
         return {name: self.parts[name].read(rest)}
 
     def _is_sequence(self, keyword: str) -> bool:
+        """Whether it is a sequence, or the mask of one."""
         mask = f"{keyword.removesuffix('_mask')}_mask"
         return mask in self.keywords
 
