@@ -98,8 +98,7 @@ class Sample:
         check_shape(info)
         condition = self._condition(info, denoiser, device)
         seeds = [self.seed + index for index in range(self.number)]
-        told = "class_label" in condition and self.condition
-        labels = [] if told else self._labels(known_classes(denoiser.network))
+        labels = self._labels(known_classes(denoiser.network), condition)
         with as_usage():
             sampler = KSampler(denoiser, scheduler, solver, churn=churn, **options)
             calls = None  # adaptive steps are not known beforehand
@@ -175,8 +174,21 @@ class Sample:
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}; give a whole number of at least 0")
 
-    def _labels(self, num_classes: int) -> list[int]:
-        """The class of each image; empty for a model without classes."""
+    def _labels(self, num_classes: int, condition: Mapping[str, torch.Tensor]) -> list[int]:
+        """The class of each image; empty for a model without classes, or that is told it already.
+
+        Args:
+            num_classes: that the model knows.
+            condition: what `--condition` tells it.
+        """
+        if self.condition and "class_label" in condition:
+            if not self.class_label:
+                return []
+            if (told := int(condition["class_label"][0])) != num_classes:
+                raise UsageError(
+                    f"--class-label is {self.class_label[0]}, but --condition tells class {told}; "
+                    "leave one of them away"
+                )
         if self.class_label and not num_classes:
             raise UsageError(
                 f"--class-label is {self.class_label[0]}, but {self.checkpoint} was trained "

@@ -68,12 +68,22 @@ class PretrainedAutoencoder(Autoencoder):
         super().__init__(
             known.in_channels, known.latent_channels, 2 ** (len(known.block_out_channels) - 1)
         )
-        self.config = config
+        self._config = config
         self.module = module.float().eval().requires_grad_(False)
         # z = (raw - shift) · scaling; those with statistics of each channel divide by its deviation.
         shift, scale = _statistics(known)
         self.shift.copy_(shift)
         self.scale.copy_(scale)
+
+    @property
+    def config(self) -> AutoencoderKLConfig:
+        """Where it lies; refused for one that was made of a module in memory."""
+        if self._config is None:
+            raise ValueError(
+                "this autoencoder was made of a module in memory, so no config can tell where it "
+                "lies: save it with save_pretrained, and load it with from_pretrained"
+            )
+        return self._config
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> PretrainedAutoencoder:
