@@ -83,8 +83,8 @@ class LowResolutionConfig(PictureConfig):
     """See `PictureConfig`.
 
     Args:
-        factor: how many times larger than the picture x is, along each axis; training makes the
-            picture from the clean data, by means over as many pixels.
+        factor: how many times larger than the picture x is, along each axis. Training makes the
+            picture of the clean data, by means over as many pixels, unless it `reads` small ones.
     """
 
     factor: int = 4
@@ -109,7 +109,8 @@ class LowResolution(_Picture):
         return {"image": large}
 
     def from_batch(self, raws: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Tensor]:
-        return self(self.lower(self._pictures(self.find(raws))))
+        pictures = self._pictures(self.find(raws))
+        return self(self.lower(pictures) if self.config.reads == "clean" else pictures)
 
     def lower(self, pictures: Tensor) -> Tensor:
         """The small picture of a large one, shape (B, C, ...), by means over factor^n pixels.

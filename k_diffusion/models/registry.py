@@ -313,6 +313,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return number and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if hint is Any:  # a class of its own from Python 3.11 on
+        return True
     kind = origin or hint
     return not isinstance(kind, type) or isinstance(value, kind)
 

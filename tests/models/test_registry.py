@@ -7,21 +7,30 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from torch import nn
 
 from k_diffusion.models import MODELS, UNet, make_model, model_config, register_model
-from k_diffusion.models.registry import check_types, known_fields
+from k_diffusion.models.registry import (
+    PRESETS,
+    check_types,
+    known_classes,
+    known_fields,
+    model_trait,
+    register_preset,
+    takes_option,
+)
 
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    before = dict(MODELS)
+    before, presets = dict(MODELS), dict(PRESETS)
     yield
-    MODELS.clear()
-    MODELS.update(before)
+    for table, kept in ((MODELS, before), (PRESETS, presets)):
+        table.clear()
+        table.update(kept)
 
 
 @dataclass(frozen=True)
@@ -123,17 +132,82 @@ def test_model_config_refuses_the_unregistered() -> None:
 
 
 @dataclass(frozen=True)
+class Needs:
+    width: int
+    num_classes: int = 4
+
+
+def test_what_a_model_has_is_told_without_building_it(registry: None) -> None:
+    @register_model("needs")
+    class Builds(nn.Module):
+        Config = Needs
+        prediction = "flow"
+
+        def __init__(self, config: Needs) -> None:
+            raise AssertionError("it was built")
+
+    config = {"type": "needs", "width": 3}
+    assert model_trait(config, "prediction", "eps") == "flow"  # of the class
+    assert model_trait(config, "num_classes", 0) == 4  # of its config's defaults
+    assert model_trait({**config, "num_classes": 7}, "num_classes", 0) == 7
+    assert model_trait(config, "sigma_data", 0.5) == 0.5
+    assert model_trait({"type": "unet", "prediction": "edm"}, "time_convention", "") == "log_sigma"
+    assert takes_option(config, "width")
+    assert not takes_option(config, "in_channels")
+    assert takes_option({"type": "unet"}, "in_channels")
+    with pytest.raises(ValueError, match="width is missing: 'needs' cannot do without"):
+        make_model({"type": "needs"})
+    with pytest.raises(ValueError, match="unknown model type 'x'.* by --plugin FILE.py"):
+        model_trait({"type": "x"}, "prediction", "eps")
+
+
+def test_known_classes() -> None:
+    model = nn.Module()
+    assert known_classes(model) == 0
+    model.config = Needs(width=1)
+    assert known_classes(model) == 4
+    model.num_classes = 0
+    assert known_classes(model) == 0
+
+
+def test_presets(registry: None) -> None:
+    register_model("mine")(Mine)
+    register_preset("mine_wide", "mine", width=32)
+    assert model_config(make_model({"type": "mine_wide"})) == {"type": "mine", "width": 32}
+    assert make_model({"type": "mine_wide", "width": 8}).config.width == 8
+    with pytest.raises(ValueError, match="model type 'mine_wide' is taken"):
+        register_preset("mine_wide", "mine")
+    with pytest.raises(ValueError, match="unknown model type 'min'; did you mean 'mine'"):
+        register_preset("small", "min")
+
+
+@dataclass(frozen=True)
 class Typed:
     flag: bool = False
     share: float | None = None
     sizes: tuple[int, ...] = ()
+    kind: Literal["a", "b"] = "a"
+    table: dict[str, Any] | None = None
+    pair: tuple[int, float] = (1, 2.0)
+    anything: Any = None
+
+
+@dataclass
+class Listed:
+    names: list[str]
 
 
 def test_check_types() -> None:
     typed = Typed(share=2, sizes=[1, 2])  # type: ignore[arg-type]
     check_types(typed)
     assert typed.sizes == (1, 2)
+    check_types(Typed(kind="b", table={"x": 1}, pair=(3, 4), anything=object()))
+    check_types(Listed(names=["x"]))
     for wrong, wanted in (
+        ({"kind": "c"}, "kind = 'c' does not fit; give one of 'a', 'b'"),
+        ({"table": 3}, "table = 3 does not fit; give a table of names and values or none"),
+        ({"pair": (1,)}, "give a list of 2: a whole number, a number"),
+        ({"pair": (1, "x")}, "give a list of 2: a whole number, a number"),
         ({"flag": 1}, "flag = 1 does not fit; give true or false"),
         ({"share": True}, "share = True does not fit; give a number or none"),
         ({"share": "inf"}, "give a number or none"),
