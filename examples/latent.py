@@ -31,7 +31,9 @@ from k_diffusion.utils.images import image_grid, save_png
 def main(images: int, out: str) -> None:
     digits, held_out = Digits("train"), Digits("test").images
     fresh = SmallAutoencoder(in_channels=1, latent_channels=4, channels=32, halvings=1)
-    save_autoencoder(f"{out}/vae.safetensors", train_autoencoder(fresh, digits, total_images=images))
+    save_autoencoder(
+        f"{out}/vae.safetensors", train_autoencoder(fresh, digits, total_images=images)
+    )
     autoencoder = load_autoencoder(f"{out}/vae.safetensors")
     with torch.no_grad():
         latents = autoencoder.encode(held_out)

@@ -57,7 +57,9 @@ def main(images: int, out: str) -> None:
         "total_images": images,
         "out": out,
     }  # fmt: skip
-    result = run_training(make_config(config), source=source, conditioner=conditioner, overwrite=True)
+    result = run_training(
+        make_config(config), source=source, conditioner=conditioner, overwrite=True
+    )
     denoiser, info = load_denoiser(result.checkpoint)
     conditioner = load_conditioner(info)  # saved by its config, encoder and all
     sampler, ten = KSampler(denoiser, "karras", "dpmpp_2m"), torch.arange(10)
@@ -68,7 +70,9 @@ def main(images: int, out: str) -> None:
         condition = conditioner({part: raw[part] for part in told})  # the others: absent
         rows.append(sampler.sample(unit_noise((1, 8, 8), seeds=range(10)), 12, condition))
     names = ["word", "sound", "picture", "all three"]
-    save_png(f"{out}/digits.png", image_grid(torch.cat(rows), rows_named=names, columns=10, scale=6))
+    save_png(
+        f"{out}/digits.png", image_grid(torch.cat(rows), rows_named=names, columns=10, scale=6)
+    )
     print(f"the digits 0 to 9, told in four ways, are in {out}/digits.png")
 
 

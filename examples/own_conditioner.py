@@ -1,7 +1,7 @@
 """A conditioner of your own: how much ink a digit has, told to the network as a vector.
 
-    python examples/own_conditioner.py       trains, then asks for little ink and for much
-    k-diffusion sample --plugin examples/own_conditioner.py runs/own_conditioner --condition 0.3
+python examples/own_conditioner.py       trains, then asks for little ink and for much
+k-diffusion sample --plugin examples/own_conditioner.py runs/own_conditioner --condition 0.3
 """
 
 from __future__ import annotations

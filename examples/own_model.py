@@ -1,8 +1,8 @@
 """A model of your own: once registered, it is trained, saved, resumed and sampled by its name.
 
-    python examples/own_model.py             trains it and draws digits, in about a minute
-    k-diffusion train --plugin examples/own_model.py --config your.toml     with type = "mixer"
-    k-diffusion sample --plugin examples/own_model.py runs/own_model
+python examples/own_model.py             trains it and draws digits, in about a minute
+k-diffusion train --plugin examples/own_model.py --config your.toml     with type = "mixer"
+k-diffusion sample --plugin examples/own_model.py runs/own_model
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from k_diffusion.sampling import KSampler, unit_noise
 from k_diffusion.training import ArraySource, Digits, load_denoiser, make_config, run_training
 from k_diffusion.utils.images import image_grid, save_png
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 def make_encoder(folder: Path) -> Path:

@@ -78,8 +78,8 @@ class Sample:
         self._check()
         import torch
 
-        from k_diffusion.sampling import NOISES, KSampler, Solver, find_solver
         from k_diffusion.models.registry import known_classes
+        from k_diffusion.sampling import NOISES, KSampler, Solver, find_solver
         from k_diffusion.training.checkpoint import load_denoiser
         from k_diffusion.utils.maths import unknown
         from k_diffusion.utils.scheduler import make_scheduler

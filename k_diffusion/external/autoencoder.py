@@ -70,7 +70,7 @@ class PretrainedAutoencoder(Autoencoder):
         )
         self._config = config
         self.module = module.float().eval().requires_grad_(False)
-        # z = (raw - shift) · scaling; those with statistics of each channel divide by its deviation.
+        # z = (raw - shift) · scaling; with statistics of each channel, divided by its deviation.
         shift, scale = _statistics(known)
         self.shift.copy_(shift)
         self.scale.copy_(scale)

@@ -188,7 +188,7 @@ def _load(config: TextConfig) -> tuple[Any, Any]:
 
 
 def not_there(path: str) -> bool:
-    """Whether a path can only mean a folder, but there is none (an id is `name` or `owner/name`)."""
+    """Whether a path can only mean a folder, but there is none (an id: `name`, `owner/name`)."""
     only_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).is_absolute()
     return only_path and not Path(path).is_dir()
 

@@ -121,7 +121,7 @@ class _Audio(Conditioner):
         self.register_buffer("filters", self.config.filters().float(), persistent=False)
 
     def spectrogram(self, waveforms: Tensor) -> Tensor:
-        """Power in each band and frame: about 1 for a full-scale sine in its middle, -1 for silence.
+        """Power in each band and frame: about 1 for a full-scale sine, -1 for silence.
 
         Frame f looks at the values around f · hop; beyond both ends there is silence. In between it
         is linear in decibels: each 0.02 is one of them.

@@ -5,6 +5,7 @@ Source: Rombach et al. 2022, arXiv:2112.10752, sections 3.1 and D.1 (the rescali
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -60,7 +61,11 @@ class Autoencoder(nn.Module, ABC):
         Raises:
             ValueError: the shape does not fit.
         """
-        if x.ndim < 3 or x.shape[1] != self.in_channels or any(n % self.factor for n in x.shape[2:]):
+        if (
+            x.ndim < 3
+            or x.shape[1] != self.in_channels
+            or any(n % self.factor for n in x.shape[2:])
+        ):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; this autoencoder takes (B, {self.in_channels}, "
                 f"height, width), both multiples of {self.factor}"
@@ -192,13 +197,13 @@ class SmallAutoencoder(Autoencoder):
         self.config = config
         widths = [config.channels * 2**level for level in range(config.halvings + 1)]
         down: list[nn.Module] = [nn.Conv2d(config.in_channels, widths[0], 3, padding=1)]
-        for fine, coarse in zip(widths[:-1], widths[1:], strict=True):
+        for fine, coarse in itertools.pairwise(widths):
             down += [_Block(fine), nn.Conv2d(fine, coarse, 2, stride=2)]
         self.encoder = nn.Sequential(
             *down, _Block(widths[-1]), nn.Conv2d(widths[-1], 2 * config.latent_channels, 1)
         )
         up: list[nn.Module] = [nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)]
-        for fine, coarse in reversed(list(zip(widths[:-1], widths[1:], strict=True))):
+        for fine, coarse in reversed(list(itertools.pairwise(widths))):
             up += [_Block(coarse), nn.ConvTranspose2d(coarse, fine, 2, stride=2)]
         self.decoder = nn.Sequential(
             *up, _Block(widths[0]), nn.Conv2d(widths[0], config.in_channels, 3, padding=1)

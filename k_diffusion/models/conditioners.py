@@ -191,8 +191,8 @@ class ClassConfig:
             raise ValueError("num_classes = 0 and class_names is empty; give one of them")
         if self.class_names and len(self.class_names) != count:
             raise ValueError(
-                f"num_classes = {count}, but class_names has {len(self.class_names)}; give one name "
-                "a class, or leave num_classes out"
+                f"num_classes = {count}, but class_names has {len(self.class_names)}; give one "
+                "name a class, or leave num_classes out"
             )
 
 
@@ -262,7 +262,7 @@ class CompositeConfig:
         for name, part in self.parts.items():
             try:
                 CONDITIONERS.settings(part)
-            except ValueError as error:
+            except ValueError as error:  # noqa: PERF203 (a few parts, each to be named)
                 raise ValueError(f"parts.{name}: {error}") from None
 
 
@@ -316,7 +316,7 @@ class CompositeConditioner(Conditioner):
     @property
     def parts(self) -> dict[str, Conditioner]:
         """Name -> conditioner."""
-        return dict(zip(self.names, self.modules_in_order, strict=True))  # type: ignore[arg-type]
+        return dict(zip(self.names, self.modules_in_order, strict=True))
 
     @property
     def config(self) -> CompositeConfig:  # type: ignore[override]
@@ -342,7 +342,7 @@ class CompositeConditioner(Conditioner):
     def null(self, batch: int, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         if like is None:
             return self._merge({name: part.null(batch) for name, part in self.parts.items()})
-        nulls = {}
+        nulls: dict[str, Tensor] = {}
         for part in self.parts.values():
             if mine := {k: like[k] for k in part.keywords if k in like}:
                 nulls |= {k: v for k, v in part.null(batch, mine).items() if k in mine}

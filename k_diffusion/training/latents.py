@@ -214,7 +214,9 @@ def train_autoencoder(
         noise = normals(seeds, (len(x), autoencoder.latent_channels, *size)).to(device)
         loss = autoencoder.loss(x, noise).mean()
         if not bool(torch.isfinite(loss)):
-            raise ValueError(f"the autoencoder's loss is not finite at step {step}: lower lr = {lr}")
+            raise ValueError(
+                f"the autoencoder's loss is not finite at step {step}: lower lr = {lr}"
+            )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)

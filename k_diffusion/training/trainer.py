@@ -1,8 +1,8 @@
 """The training loop: an iterator, so that logging and saving stay outside it.
 
 Every step is a function of (seed, step): which images, their augmentation, noise levels, noise,
-hidden conditions and the network's own randomness. So a resumed run is bitwise the one that was never
-stopped. The clock is images seen.
+hidden conditions and the network's own randomness. So a resumed run is bitwise the one that was
+never stopped. The clock is images seen.
 """
 
 from __future__ import annotations
@@ -320,8 +320,9 @@ class Trainer:
         try:
             batch = self.source.batch(torch.tensor([0]))
             example = self._condition(batch, as_float(batch.images.to(self.device)), [0])
-            if hasattr(network, "check_condition"):
-                network.check_condition(1, **example)
+            check: Any = getattr(network, "check_condition", None)
+            if check is not None:
+                check(1, **example)
             _check_null(network, self.conditioner, example)
         except ValueError as error:
             raise ConfigError(

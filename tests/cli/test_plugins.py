@@ -15,7 +15,7 @@ from k_diffusion.models import CONDITIONERS, MODELS
 from k_diffusion.training import load_denoiser, read_info, run_training
 from k_diffusion.utils.images import load_png, save_png
 
-PLUGIN = '''
+PLUGIN = """
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class Ink(Conditioner):
 
     def read(self, word):
         return [float(word)]
-'''
+"""
 
 CONFIG = """
 total_images = 32

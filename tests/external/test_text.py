@@ -86,7 +86,9 @@ def test_no_text_is_the_null_condition(clip: Path) -> None:
 def test_long_texts(clip: Path) -> None:
     text = "a red green blue fox cat a red"
     made = TextEncoder.from_pretrained(clip, max_length=6)
-    with pytest.raises(ValueError, match="'a red green.* has 10 tokens, but max_length is 6: short"):
+    with pytest.raises(
+        ValueError, match="'a red green.* has 10 tokens, but max_length is 6: short"
+    ):
         made(["cat", text])
     cut = TextEncoder.from_pretrained(clip, max_length=6, truncate=True)
     assert cut([text])["context_mask"].all()

@@ -122,9 +122,7 @@ def test_a_wave_file(tmp_path: Path, width: int) -> None:
         file.setsampwidth(width)
         file.setframerate(8000)
         values = [v + shift for frame in stereo for v in frame]
-        file.writeframes(
-            b"".join(v.to_bytes(width, "little", signed=width > 1) for v in values)
-        )
+        file.writeframes(b"".join(v.to_bytes(width, "little", signed=width > 1) for v in values))
     made = read_wave(path, 8000)
     assert made.shape == (1, 4)
     assert (made - torch.tensor([[0, 0.25, -1, 1 - 1 / scale]])).abs().max() < 1e-7

@@ -42,7 +42,9 @@ def test_measured_latents_have_mean_0_and_variance_1() -> None:
     assert (z.var((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
     raw = autoencoder.encode_raw(x)
     assert (autoencoder.decode(z) - autoencoder.decode_raw(raw)).abs().max() < 1e-6
-    by_hand = (raw - raw.mean((0, 2, 3), keepdim=True)) / raw.std((0, 2, 3), correction=0, keepdim=True)
+    by_hand = (raw - raw.mean((0, 2, 3), keepdim=True)) / raw.std(
+        (0, 2, 3), correction=0, keepdim=True
+    )
     assert (z - by_hand).abs().max() < 1e-5
     with pytest.raises(ValueError, match="a channel of the latents is constant"):
         autoencoder.measure([torch.ones(2, 1, 4, 4)])
@@ -51,7 +53,9 @@ def test_measured_latents_have_mean_0_and_variance_1() -> None:
 def test_shapes_are_refused_by_name() -> None:
     autoencoder = Halves()
     for shape in ((2, 3, 4, 4), (2, 1, 5, 4), (2, 1, 4, 5), (2, 1)):
-        with pytest.raises(ValueError, match=r"this autoencoder takes \(B, 1, height, width\), both"):
+        with pytest.raises(
+            ValueError, match=r"this autoencoder takes \(B, 1, height, width\), both"
+        ):
             autoencoder.encode(torch.zeros(shape))
     with pytest.raises(ValueError, match=r"z has shape \(2, 1, 4, 4\); .* latents are \(B, 2"):
         autoencoder.decode(torch.zeros(2, 1, 4, 4))
@@ -60,9 +64,7 @@ def test_shapes_are_refused_by_name() -> None:
 @pytest.mark.parametrize("halvings", [0, 1, 3])
 def test_small(halvings: int) -> None:
     torch.manual_seed(0)
-    autoencoder = SmallAutoencoder(
-        in_channels=2, latent_channels=3, channels=4, halvings=halvings
-    )
+    autoencoder = SmallAutoencoder(in_channels=2, latent_channels=3, channels=4, halvings=halvings)
     assert autoencoder.factor == 2**halvings
     x = torch.randn(2, 2, 8, 16)
     z = autoencoder.encode(x)

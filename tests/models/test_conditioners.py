@@ -39,6 +39,7 @@ def registry() -> Iterator[None]:
 
 def tokens(keyword: str, width: int, length: int) -> type[Conditioner]:
     """A conditioner whose sequence is its raw numbers, repeated."""
+    mask_name = f"{keyword}_mask"
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -47,14 +48,12 @@ def tokens(keyword: str, width: int, length: int) -> type[Conditioner]:
     Config.__annotations__ = {"reads": str}
 
     class Numbers(Conditioner):
-        keywords = (keyword, f"{keyword}_mask")
+        keywords = (keyword, mask_name)
 
         def forward(self, raw: Any) -> dict[str, Tensor]:
             values = torch.tensor([float(one) for one in raw])
             mask = torch.ones(len(values), length, dtype=torch.bool)
-            return dict(
-                zip(self.keywords, (values[:, None, None].expand(-1, length, width), mask))
-            )
+            return {keyword: values[:, None, None].expand(-1, length, width), mask_name: mask}
 
         def null(self, batch: int, like: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
             long = length if like is None else like[keyword].shape[1]

@@ -94,7 +94,9 @@ def test_chance_belongs_to_a_sample_of_a_step(make_run_config: Any) -> None:
     masks = torch.cat([first["image"], second["image"]])[:, 1].flatten(1)
     assert len(masks.unique(dim=0)) == 16
     other = make_run_config(model=model, condition_dropout=0.0, batch_size=8, seed=9)
-    assert not torch.equal(told(Trainer(other, conditioner=conditioner))[0]["image"], first["image"])
+    assert not torch.equal(
+        told(Trainer(other, conditioner=conditioner))[0]["image"], first["image"]
+    )
     # Each process sees its own part of the one step.
     trainer = Trainer(config, conditioner=conditioner)
     trainer.stream.rank, trainer.stream.world = 1, 2
@@ -146,9 +148,21 @@ def test_a_run_of_classes_has_a_conditioner_with_their_names(make_run_config: An
     [
         ({}, {"type": "low_resolution", "channels": 1}, "image was given, but this model takes no"),
         ({"image_channels": 2}, {"type": "low_resolution", "channels": 1}, "image has shape .1, 1"),
-        ({"image_channels": 1}, {"type": "low_resolution", "channels": 1, "factor": 3}, "factor = 3"),
-        ({"num_classes": 10}, {"type": "class", "num_classes": 11}, "knows 11 classes, but the mod"),
-        ({"num_classes": 10}, {"type": "class", "num_classes": 10, "reads": "text"}, "reads 'text',"),
+        (
+            {"image_channels": 1},
+            {"type": "low_resolution", "channels": 1, "factor": 3},
+            "factor = 3",
+        ),
+        (
+            {"num_classes": 10},
+            {"type": "class", "num_classes": 11},
+            "knows 11 classes, but the mod",
+        ),
+        (
+            {"num_classes": 10},
+            {"type": "class", "num_classes": 10, "reads": "text"},
+            "reads 'text',",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_first_step(
@@ -175,7 +189,9 @@ class Learning(LowResolution):
 def test_a_conditioner_that_would_learn_is_refused(make_run_config: Any) -> None:
     config = make_run_config(model={**UNET, "image_channels": 1})
     conditioner = Learning(channels=1, factor=2)
-    with pytest.raises(ConfigError, match=r"Learning has weights that ask .* \(layer.weight\), but"):
+    with pytest.raises(
+        ConfigError, match=r"Learning has weights that ask .* \(layer.weight\), but"
+    ):
         Trainer(config, conditioner=conditioner)
     trainer = Trainer(config, conditioner=conditioner.requires_grad_(False))
     assert trainer.config.conditioner is None  # not registered, so it has no config
