@@ -2,8 +2,7 @@
 
     python examples/multimodal.py            trains, then draws digits told in several ways
 
-Words and sounds are sequences of one width, which the network attends to together; the picture is
-joined to what it sees.
+Words and sounds are sequences of one width, which the network attends to together.
 """
 
 from __future__ import annotations
@@ -57,22 +56,20 @@ def main(images: int, out: str) -> None:
         "total_images": images,
         "out": out,
     }  # fmt: skip
-    result = run_training(
-        make_config(config), source=source, conditioner=conditioner, overwrite=True
-    )
-    denoiser, info = load_denoiser(result.checkpoint)
+    run = {"source": source, "conditioner": conditioner, "overwrite": True}
+    denoiser, info = load_denoiser(run_training(make_config(config), **run).checkpoint)
     conditioner = load_conditioner(info)  # saved by its config, encoder and all
     sampler, ten = KSampler(denoiser, "karras", "dpmpp_2m"), torch.arange(10)
     first = [int((digits.labels == digit).nonzero()[0]) for digit in ten]
-    raw = {"word": WORDS, "sound": tone(ten), "picture": digits.images[first][:, :, ::4, ::4]}
+    small = conditioner.parts["picture"].lower(digits.images[first])
+    raw = {"word": WORDS, "sound": tone(ten), "picture": small}
     rows = []
     for told in (("word",), ("sound",), ("picture",), ("word", "sound", "picture")):
         condition = conditioner({part: raw[part] for part in told})  # the others: absent
         rows.append(sampler.sample(unit_noise((1, 8, 8), seeds=range(10)), 12, condition))
     names = ["word", "sound", "picture", "all three"]
-    save_png(
-        f"{out}/digits.png", image_grid(torch.cat(rows), rows_named=names, columns=10, scale=6)
-    )
+    grid = image_grid(torch.cat(rows), rows_named=names, columns=10, scale=6)
+    save_png(f"{out}/digits.png", grid)
     print(f"the digits 0 to 9, told in four ways, are in {out}/digits.png")
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+# What registers itself when it is imported is there before what a test registers.
+import k_diffusion.external.autoencoder
+import k_diffusion.external.text  # noqa: F401
 from k_diffusion.models import AUTOENCODERS, CONDITIONERS, MODELS, UNetConfig
 
 ROOT = Path(__file__).parents[1]
