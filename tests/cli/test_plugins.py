@@ -160,6 +160,15 @@ def test_a_model_of_ones_own_is_trained_resumed_told_of_and_sampled(
     assert not torch.equal(image, others)
 
 
+def test_what_it_predicts_decides_how_it_is_trained(tmp_path: Path, plugin: str) -> None:
+    """The config says nothing of it: the class does."""
+    from k_diffusion.training import load_config
+
+    plugins.load_plugins([plugin])
+    config = load_config(write(tmp_path))
+    assert (config.prediction, config.weighting, config.density) == ("flow", "flow", "logit_normal")
+
+
 def test_without_its_file_a_checkpoint_says_what_is_missing(
     tmp_path: Path, plugin: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -102,8 +102,9 @@ def test_it_is_frozen(clip: Path) -> None:
     assert not made.encoder.training
     assert not any(p.requires_grad for p in made.parameters())
     assert not made(["cat"])["context"].requires_grad
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(made(["cat"])["context"], made(["cat"])["context"].float())
+    plain = made(["cat"])["context"]
+    with torch.autocast("cpu", torch.bfloat16):  # of the training, which is not the encoder's
+        assert torch.equal(made(["cat"])["context"], plain)
 
 
 def test_by_name_and_back_through_json(clip: Path) -> None:

@@ -80,6 +80,14 @@ def test_a_full_scale_sine_is_one_and_silence_minus_one() -> None:
     assert torch.equal(conditioner.spectrogram(torch.zeros(1, 64)), torch.full((1, 3, 12), -1.0))
 
 
+def test_it_is_not_rounded_by_autocast() -> None:
+    conditioner = AudioTokens(**OPTIONS)
+    waveform = torch.randn(1, 100, generator=torch.Generator().manual_seed(0))
+    plain = conditioner.spectrogram(waveform)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conditioner.spectrogram(waveform), plain)
+
+
 def test_tokens_of_several_lengths_count_to_their_ends() -> None:
     conditioner = AudioTokens(**OPTIONS)
     generator = torch.Generator().manual_seed(0)

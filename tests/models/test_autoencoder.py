@@ -96,6 +96,15 @@ def test_small_loss_by_definition() -> None:
     assert torch.equal(autoencoder.encode_raw(x), mean)
 
 
+@pytest.mark.parametrize("log_variance", [-1e4, 1e4])
+def test_small_loss_is_finite_whatever_the_variance(log_variance: float) -> None:
+    torch.manual_seed(0)
+    autoencoder = SmallAutoencoder(in_channels=1, latent_channels=2, channels=4, halvings=1)
+    with torch.no_grad():
+        autoencoder.encoder[-1].bias[2:] = log_variance
+    assert autoencoder.loss(torch.zeros(1, 1, 4, 4), torch.ones(1, 2, 2, 2)).isfinite().all()
+
+
 def test_by_name_and_back_through_json() -> None:
     made = make_autoencoder({"type": "small", "in_channels": 1, "halvings": 1})
     assert isinstance(made, SmallAutoencoder)
