@@ -27,7 +27,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -316,10 +316,10 @@ class CompositeConditioner(Conditioner):
     @property
     def parts(self) -> dict[str, Conditioner]:
         """Name -> conditioner."""
-        return dict(zip(self.names, self.modules_in_order, strict=True))
+        return dict(zip(self.names, cast(Any, self.modules_in_order), strict=True))
 
     @property
-    def config(self) -> CompositeConfig:  # type: ignore[override]
+    def config(self) -> CompositeConfig:
         """What builds its like; a part that is not registered has none, which is refused."""
         return CompositeConfig(
             parts={name: conditioner_config(part) for name, part in self.parts.items()},
