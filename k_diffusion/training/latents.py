@@ -53,7 +53,8 @@ class LatentSource(Source):
 
     Args:
         source: the images.
-        autoencoder: is put into evaluation mode, and stays on its device.
+        autoencoder: is put into evaluation mode, and stays on its device; on a GPU a config's
+            `workers` must be 0, for other processes cannot use what is there.
 
     Raises:
         DataError: the autoencoder does not take such images.
