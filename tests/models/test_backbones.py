@@ -30,6 +30,7 @@ class Backbone:
         size, small: of images that it takes; and of the few values of gradcheck.
         dropping: the options with which it drops activations in training.
         rate: a learning rate at which it learns 16 images in 300 steps.
+        waking: standard deviation of what begins at zero, in a network that is to speak.
     """
 
     config: dict[str, Any]
@@ -38,10 +39,25 @@ class Backbone:
     small: tuple[int, ...] = (4, 2)
     dropping: dict[str, Any] = field(default_factory=lambda: {"dropout": 0.5})
     rate: float = 3e-3
+    waking: float = 0.2
 
 
 UNET: dict[str, Any] = {"channels": 16, "channel_mults": (1, 2), "blocks": 1, "head_channels": 8}
 BACKBONES = {
+    # Cosines times 10 make sharp attention, which random blocks in a row would make sharper.
+    "hourglass": Backbone(
+        {
+            "patch_size": 4,
+            "widths": (96, 96),
+            "depths": (1, 1),
+            "kernel_size": 1,
+            "head_channels": 16,
+            "mapping_width": 96,
+            "mapping_depth": 1,
+        },
+        {"patch_size": 1, "widths": (8, 8), "head_channels": 8, "mapping_width": 4},
+        waking=0.05,
+    ),
     "unet": Backbone(
         {**UNET, "attention": (False, True), "resampling": "antialiased"},
         {"channels": 4, "head_channels": 4},
@@ -79,14 +95,14 @@ def build(name: str, awake: bool = True, **options: Any) -> Network:
     network = make_model({"type": name, **config})
     assert isinstance(network, Network)
     if awake:
-        wake(network)
+        wake(network, BACKBONES[name].waking)
     return network
 
 
-def wake(network: nn.Module) -> None:
+def wake(network: nn.Module, std: float = 0.2) -> None:
     for parameter in network.parameters():
         if not parameter.detach().any():
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=std)
 
 
 def inputs(name: str, network: Network, batch: int = 3) -> tuple[Tensor, Tensor]:
