@@ -142,7 +142,7 @@ def train(name: str, size: int, source: ArraySource, seconds: float) -> tuple[Tr
         "total_images": BATCH,
         "batch_size": BATCH,
         "seed": 0,
-        "label_dropout": 0.1,
+        "condition_dropout": 0.1,
         "ema": {"max_decay": 0.999},
     })  # fmt: skip
     trainer = Trainer(config, source=source)
