@@ -7,11 +7,10 @@ Letters in shapes: B samples, C channels, E the width of the embedding, L tokens
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k_diffusion.models.attention import CrossAttention, SelfAttention
-from k_diffusion.models.checkpointing import recomputed
+from k_diffusion.models.fused import normed_convolution
 from k_diffusion.models.layers import AdaptiveGroupNorm, GroupNorm, Pointwise, convolution, zeroed
 
 
@@ -75,20 +74,13 @@ class ResidualBlock(nn.Module):
         """
         if mirrored is not None:
             x = torch.cat([x, mirrored], 1)
-        h = recomputed(self._first, x)
+        h = normed_convolution(self.norm1, self.conv1, x)
         # The skip before the second convolution: under checkpointing that one then ends what is
         # computed again, and is left out.
         kept = x if self.skip is None else self.skip(x)
-        drops = self.training and self.dropout.p > 0
-        h = kept + recomputed(self._second, h, embedding, random=drops)
+        h = kept + normed_convolution(self.norm2, self.conv2, h, embedding, dropout=self.dropout)
         if self.attention is not None:
             h = self.attention(h)
         if self.cross_attention is not None and context is not None:
             h = self.cross_attention(h, context, mask)
         return h
-
-    def _first(self, x: Tensor) -> Tensor:
-        return self.conv1(F.silu(self.norm1(x)))
-
-    def _second(self, h: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv2(self.dropout(F.silu(self.norm2(h, embedding))))

@@ -88,6 +88,14 @@ SMALL = 2**17
 to fill the memory that it spares."""
 
 
+def spares(x: Tensor) -> bool:
+    """Whether to keep less of what is made of x is possible now, and worth it."""
+    # Compiled, the compiler decides what to keep; transforms such as torch.func.grad take no hooks
+    # on what is saved.
+    compiling = torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and x.numel() >= SMALL and not compiling and not transforming()
+
+
 def recomputed(
     function: Callable[..., Tensor], x: Tensor, *args: Tensor, random: bool = False
 ) -> Tensor:
@@ -95,7 +103,7 @@ def recomputed(
 
     For what is cheap before something dear: of norm, activation and convolution, the backward
     pass computes norm and activation again, and stops at the convolution, whose result nobody
-    needs. Compiled, the compiler decides what to keep.
+    needs.
 
     Args:
         function: nothing in it but its end is costly. What it reads beside its arguments are
@@ -103,9 +111,7 @@ def recomputed(
         x, args: tensors.
         random: whether it draws from torch's own generators, whose state is kept then.
     """
-    wanted = torch.is_grad_enabled() and x.numel() >= SMALL
-    # Transforms such as torch.func.grad take no hooks on what is saved.
-    if not wanted or torch.compiler.is_compiling() or transforming():
+    if not spares(x):
         return function(x, *args)
     return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=random)
 

@@ -79,6 +79,10 @@ class GroupNorm(nn.GroupNorm):
         # torch's forward derivative of it knows no channels_last.
         return super().forward(x.contiguous() if transforming() else x)
 
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and shift of x's samples, shapes (B, C)."""
+        return self.weight.expand(len(x), -1), self.bias.expand(len(x), -1)
+
 
 def zeroed(layer: Any) -> Any:
     """The layer with all its parameters zero, so that what it ends begins as nothing."""
@@ -105,6 +109,11 @@ class AdaptiveGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x normalised, scaled and shifted, shape (B, C, ...), for an embedding (B, E)."""
-        modulation = self.modulation(embedding).reshape(x.shape[0], -1, *[1] * (x.ndim - 2))
-        scale, shift = modulation.chunk(2, 1)
-        return torch.addcmul(shift, self.norm(x), 1 + scale)
+        factors = self.factors(x, embedding)
+        scale, shift = (n.reshape(*n.shape, *[1] * (x.ndim - 2)) for n in factors)
+        return torch.addcmul(shift, self.norm(x), scale)
+
+    def factors(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and shift of x's samples, shapes (B, C), for an embedding (B, E)."""
+        scale, shift = self.modulation(embedding).chunk(2, 1)
+        return 1 + scale, shift

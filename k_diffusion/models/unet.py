@@ -20,12 +20,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k_diffusion.models.attention import hide_masked
 from k_diffusion.models.blocks import ResidualBlock
-from k_diffusion.models.checkpointing import recomputed
+from k_diffusion.models.fused import normed_convolution
 from k_diffusion.models.layers import GroupNorm, channels_last, convolution, zeroed
 from k_diffusion.models.mapping import TIME_FEATURES, MappingNetwork, TimeFeatures
 from k_diffusion.models.network import Network, NetworkConfig
@@ -248,11 +247,8 @@ class UNet(Network):
                 h = run(block, h, skips.pop(), level)
             if level > 0:
                 h = self.upsample[level - 1](h)
-        y = crop(recomputed(self._end, h), x.shape[2:])
+        y = crop(normed_convolution(self.norm_out, self.conv_out, h), x.shape[2:])
         return y.contiguous() if x.is_contiguous() else y
-
-    def _end(self, h: Tensor) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(h)))
 
     def _check_size(self, x: Tensor) -> None:
         axes = AXES[self.config.dims]
@@ -271,7 +267,7 @@ class UNet(Network):
 register_preset(
     "unet_tiny", "unet", channels=32, channel_mults=(1, 2), attention=(False, True), blocks=1
 )
-register_preset("unet_small", "unet", channels=96, channel_mults=(1, 1, 2), blocks=2)
+register_preset("unet_small", "unet", channels=96, blocks=1)
 register_preset(
     "unet_base",
     "unet",

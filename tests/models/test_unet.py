@@ -1,4 +1,4 @@
-"""The UNet: its parts, sizes of any kind, layouts, presets, memory. More: test_backbones.py."""
+"""The UNet: its parts, sizes, layouts, presets. More: test_backbones.py, test_unet_memory.py."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from k_diffusion.denoiser import DENOISERS, make_denoiser
@@ -288,112 +287,6 @@ def test_moved_by_the_factor_the_output_moves_along(resampling: str) -> None:
         assert difference(1) > 0.7  # 0.8 was measured
     else:
         assert difference(1) < 0.6  # 0.5
-
-
-# ---------------------------------------------------------------- memory
-
-
-class Operations(TorchDispatchMode):
-    """The names of all operations that run, in their order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        self.names.append(function._schema.name.removeprefix("aten::"))
-        return function(*args, **(kwargs or {}))
-
-
-def saved_bytes(model: UNet, x: Tensor, t: Tensor) -> int:
-    """Bytes kept for the backward pass, parameters left out."""
-    storages = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held = []  # or a freed one's address would be given to the next
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        held.append(model(x, t))
-    return sum(storages.values())
-
-
-@pytest.mark.parametrize("resampling", ["strided", "antialiased"])
-def test_bytes_at_the_size_that_is_benchmarked(resampling: str) -> None:
-    """Plainly 2.94 MB per GFLOP of the forward pass; and full checkpointing in 0.36 of it."""
-    x, t = torch.randn(8, 3, 32, 32), torch.linspace(0, 900, 8)
-    model = make_model({"type": "unet_small", "resampling": resampling})
-    assert isinstance(model, UNet)
-    plain = saved_bytes(model, x, t)
-    model.checkpointing = checkpointing.Checkpointing(True)
-    assert saved_bytes(model, x, t) < 0.4 * plain
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(x, t)
-    assert plain / counter.get_total_flops() < 2.95e6 / 1e9
-
-
-def test_what_is_computed_again_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, t = inputs()
-    results = []
-    for small in (2**60, 0):
-        monkeypatch.setattr(checkpointing, "SMALL", small)
-        model = tiny(dropout=0.3, channel_mults=(1, 2), attention=(False, False))
-        torch.manual_seed(5)
-        kept = saved_bytes(model, x, t)
-        torch.manual_seed(5)
-        model(x, t).square().mean().backward()
-        results.append((kept, [p.grad for p in model.parameters()]))
-    (plain, gradients), (lean, again) = results
-    assert lean < 0.6 * plain
-    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))  # type: ignore[arg-type]
-
-
-def test_no_convolution_is_computed_again_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms and activations are; and under checkpointing, one convolution of two."""
-    monkeypatch.setattr(checkpointing, "SMALL", 0)
-    x, t = inputs()
-    for policy, again in ((False, 0), (True, 6)):
-        model = tiny(channel_mults=(1, 1), attention=(False, False), checkpointing=policy)
-        loss = model(x, t).sum()
-        with Operations() as operations:
-            loss.backward()
-        # Six blocks; that of the middle with attention computes both of its convolutions again.
-        assert operations.names.count("convolution") == again + (again > 0)
-        assert operations.names.count("native_group_norm") >= 13
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
-def test_transforms_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpointing, "SMALL", 0)
-    model = tiny().double()
-    x, t = inputs()
-    x, along = x.double(), torch.randn(3, 2, 8, 8, dtype=torch.float64)
-    _, forward = torch.func.jvp(lambda x: model(x, t), (x,), (along,))
-    assert isinstance(forward, Tensor)
-    with torch.no_grad():
-        difference = (model(x + 1e-6 * along, t) - model(x - 1e-6 * along, t)) / 2e-6
-    assert (forward - difference).abs().max() < 1e-6 * difference.abs().max()
-    expected = torch.autograd.grad(model(x.requires_grad_(), t).sum(), x)[0]
-    found = torch.func.grad(lambda x: model(x, t).sum())(x.detach())
-    assert (found - expected).abs().max() < 1e-12 * expected.abs().max()
-
-
-def test_checkpointing_rests_where_no_gradient_is_asked_for(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """It would read the device's random state at every block."""
-    model = tiny(checkpointing=True)
-    x, t = inputs()
-    expected = model(x, t)
-    monkeypatch.setattr(checkpointing, "checkpoint", None)
-    with torch.no_grad():
-        assert torch.equal(model(x, t), expected)
 
 
 # ---------------------------------------------------------------- the compiler
