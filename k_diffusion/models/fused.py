@@ -97,7 +97,7 @@ class NormSiLU(torch.autograd.Function):
     """silu(scale * normed(x) + shift), shape (B, C, ...) in channels_last."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float
     ) -> Tensor:
         """Of x (B, C, ...) in channels_last, scale and shift (B, C)."""
@@ -115,7 +115,7 @@ class NormSiLU(torch.autograd.Function):
         return as_data(F.silu(u, inplace=True), x)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         """The gradients of x, scale and shift; see the head of this file."""
         x, scale, shift, m, r = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient of this gradient will be asked for

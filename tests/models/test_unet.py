@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from k_diffusion.denoiser import DENOISERS, make_denoiser
-from k_diffusion.models import UNet, UNetConfig, checkpointing, make_model, model_config
+from k_diffusion.models import UNet, UNetConfig, make_model, model_config
 from k_diffusion.models.network import PREDICTIONS
 
 
