@@ -161,7 +161,7 @@ def test_under_transforms_and_forward_derivatives() -> None:
 
     with torch.no_grad():
         expected = (function(x + 1e-6 * along) - function(x - 1e-6 * along)) / 2e-6
-    _, found = torch.func.jvp(function, (x,), (along,))
+    _, found = torch.func.jvp(function, (x,), (along,))  # type: ignore[misc]
     assert (found - expected).abs().max() < 1e-7
     with torch.autograd.forward_ad.dual_level():
         assert not fused.fits(x)

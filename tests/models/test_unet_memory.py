@@ -139,7 +139,7 @@ def test_transforms_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny().double()
     x, t = inputs()
     x, along = x.double(), torch.randn(3, 2, 8, 8, dtype=torch.float64)
-    _, forward = torch.func.jvp(lambda x: model(x, t), (x,), (along,))
+    _, forward = torch.func.jvp(lambda x: model(x, t), (x,), (along,))  # type: ignore[misc]
     assert isinstance(forward, Tensor)
     with torch.no_grad():
         difference = (model(x + 1e-6 * along, t) - model(x - 1e-6 * along, t)) / 2e-6
