@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models import DiT
+from k_diffusion.models import DiT, make_model
 from k_diffusion.models.dit import Attention, CrossAttention, DiTBlock, DiTConfig, grid_positions
 
 SMALL: dict[str, Any] = {"in_channels": 2, "width": 32, "depth": 2, "head_channels": 16}
@@ -33,15 +33,14 @@ def inputs(batch: int = 3, height: int = 8, width: int = 8) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize(
-    ("width", "depth", "head_channels", "millions"),
-    [(384, 12, 64, 33), (768, 12, 64, 130), (1024, 24, 64, 458), (1152, 28, 72, 675)],
+    ("size", "heads", "millions"), [("s", 6, 33), ("b", 12, 130), ("l", 16, 458), ("xl", 16, 675)]
 )
-def test_sizes_are_those_of_the_paper(
-    width: int, depth: int, head_channels: int, millions: int
-) -> None:
+def test_presets_have_the_sizes_of_the_paper(size: str, heads: int, millions: int) -> None:
     options = {"in_channels": 4, "out_channels": 8, "num_classes": 1000}
     with torch.device("meta"):
-        model = DiT(width=width, depth=depth, head_channels=head_channels, **options)
+        model: Any = make_model({"type": f"dit_{size}", **options})
+    assert model.config.width // model.config.head_channels == heads
+    assert model.config.patch_size == 2
     assert round(sum(p.numel() for p in model.parameters()) / 1e6) == millions
 
 
@@ -227,9 +226,9 @@ def test_no_query_is_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x, t, context, mask = told()
     plain, masks = F.scaled_dot_product_attention, []
 
-    def watch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    def watch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
         masks.append(mask)
-        return plain(q, k, v, mask)
+        return plain(q, k, v, mask, dropout)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
     model(x, t, context=context, context_mask=mask)
@@ -283,8 +282,11 @@ def test_a_context_of_another_dtype() -> None:
         ({"depth": -1}, ["depth = -1 is too small", "give at least 1"]),
         ({"patch_size": 0}, ["patch_size = 0 is too small"]),
         ({"width": 30}, ["width = 30 has no room", "such as 32"]),
-        ({"head_channels": 36}, ["head_channels = 36 does not divide width = 384", "= 32 works"]),
-        ({"width": 8}, ["head_channels = 64 does not divide width = 8", "head_channels = 8 works"]),
+        (
+            {"head_channels": 36},
+            ["= 36 does not divide the 384 channels of its width", "= 32 works"],
+        ),
+        ({"width": 8}, ["= 64 does not divide the 8 channels", "head_channels = 8 works"]),
         ({"mlp_ratio": 0.0}, ["mlp_ratio = 0.0 leaves MLPs no hidden", "such as 4"]),
         ({"mlp_ratio": -1}, ["mlp_ratio = -1"]),
         ({"context_dim": -4}, ["context_dim = -4 is negative", "give 0 for none"]),
@@ -307,8 +309,8 @@ def test_sizes_that_patches_do_not_fill() -> None:
     model = tiny(patch_size=4)
     for shape, wanted in (
         ((1, 2, 7, 8), "x has height 7, which patches of 4 do not fill; .* works: 4 or 8 "),
-        ((1, 2, 0, 8), "x has height 0, .* works: 4 "),
-        ((1, 2, 8, 3), "x has width 3, .* works: 4 .a multiple of patch_size"),
+        ((1, 2, 0, 8), "x has height 0, .*: give at least 1"),
+        ((1, 2, 8, 3), "x has width 3, .* works: 4 .a multiple of 4"),
         ((1, 2, 8), r"x has shape \(1, 2, 8\); this model takes \(batch, 2, height, width"),
     ):
         with pytest.raises(ValueError, match=wanted):

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.models import make_model, model_config
 from k_diffusion.training import load_denoiser
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint
-from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig
+from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig, make_config
 from k_diffusion.training.dataset import ArraySource, Digits
 from k_diffusion.training.optimizer import learning_rate, load_moments, make_adamw
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
@@ -107,7 +108,10 @@ def test_a_longer_run_goes_on_from_a_shorter(make_run_config: MakeConfig, tmp_pa
         ({"seed": 4}, "a run with seed = 3, not 4"),
         ({"batch_size": 16}, "batch_size = 32, not 16"),
         ({"data": {"source": "digits", "split": "all"}}, "data.images = 1438, not 1797"),
-        ({"model": {"type": "tiny", "width": 9}}, r"model\.dropout = 0.2, not None"),
+        (
+            {"model": {"type": "tiny", "width": 9}},
+            r"model\.dropout = 0.2, not 0.0; .*; model\.width = 8, not 9",
+        ),
         ({"process": {"name": "karras"}}, r"process = None, not None|process\.name = None"),
     ],
 )
@@ -546,7 +550,10 @@ def test_unet_trains_resumes_and_loads(make_run_config: MakeConfig, tmp_path: Pa
     )
     denoiser, info = load_denoiser(tmp_path / "rest.safetensors")
     assert denoiser.process.time_max == 0.99
-    assert info.config == config.model_copy(update={"model": {**model, "in_channels": 1}}).to_json()
+    full = model_config(make_model({**model, "in_channels": 1}))
+    assert full["out_channels"] is None
+    assert info.config == config.model_copy(update={"model": full}).to_json()
+    assert make_config(info.config).to_json() == info.config
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.9])
     labels = torch.tensor([3, 10])
     assert denoiser(x, sigma, class_label=labels).isfinite().all()
