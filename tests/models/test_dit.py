@@ -198,58 +198,6 @@ def told(**options: Any) -> tuple[DiT, Tensor, Tensor, Tensor, Tensor]:
     return model, x, t, context, mask
 
 
-@pytest.mark.parametrize("junk", [1e30, torch.inf, torch.nan])
-def test_hidden_tokens_are_ignored_exactly(junk: float) -> None:
-    model, x, t, context, mask = told(qk_norm=True)
-    plain = model(x, t, context=context, context_mask=mask)
-    other = context.masked_fill(~mask[:, :, None], junk).requires_grad_()
-    y = model(x, t, context=other, context_mask=mask)
-    assert torch.equal(y, plain)
-    y.square().sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    assert other.grad is not None
-    assert torch.equal(other.grad.abs().amax(2) > 0, mask)
-
-
-def test_a_sample_with_nothing_to_attend_to_is_one_without_context() -> None:
-    model, x, t, context, mask = told()
-    y = model(x, t, context=context, context_mask=mask)
-    assert torch.equal(y[2], model(x, t)[2])
-    assert (y[:2] - model(x, t)[:2]).abs().amax((1, 2, 3)).min() > 0.01
-    none = model(x, t, context=context, context_mask=torch.zeros_like(mask))
-    assert torch.equal(none, model(x, t))
-    assert torch.equal(none, model(x, t, context=None, context_mask=None))
-
-
-def test_no_query_is_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What attention to nothing gives differs between kernels."""
-    model, x, t, context, mask = told()
-    plain, masks = F.scaled_dot_product_attention, []
-
-    def watch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-        masks.append(mask)
-        return plain(q, k, v, mask, dropout)
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watch)
-    model(x, t, context=context, context_mask=mask)
-    given = [m for m in masks if m is not None]
-    assert len(given) == model.config.depth
-    assert all(m.any(-1).all() for m in given)
-
-
-def test_no_mask_is_a_mask_of_all() -> None:
-    model, x, t, context, mask = told()
-    y = model(x, t, context=context)
-    assert torch.equal(y, model(x, t, context=context, context_mask=torch.ones_like(mask)))
-
-
-def test_hidden_tokens_are_as_if_they_were_not_there() -> None:
-    model, x, t, context, mask = told()
-    y = model(x, t, context=context, context_mask=mask)[1]
-    short = model(x[1:2], t[1:2], context=context[1:2, mask[1]])[0]
-    assert (y - short).abs().max() < 1e-5
-
-
 def test_the_order_of_tokens_is_theirs_to_tell() -> None:
     model, x, t, context, mask = told()
     y = model(x, t, context=context, context_mask=mask)
