@@ -231,14 +231,14 @@ class ImageV1(Network):
             ValueError: a shape or a dtype that does not fit.
         """
         joined = self.join(x, t, condition)
-        vectors = [
-            x.new_zeros(len(x), width) if (given := condition.get(name)) is None else given
-            for name, width in (
-                ("augmentation", self.config.augmentation_dim),
-                ("embedding", self.config.embedding_dim),
-            )
-            if width
-        ]
+        vectors = []
+        for name, width in (
+            ("augmentation", self.config.augmentation_dim),
+            ("embedding", self.config.embedding_dim),
+        ):
+            if width:
+                given = condition.get(name)
+                vectors.append(x.new_zeros(len(x), width) if given is None else given)
         vector = torch.cat([v.to(x.dtype) for v in vectors], 1) if vectors else None
         mask = condition.get("context_mask")
         padding = None if mask is None else ~mask

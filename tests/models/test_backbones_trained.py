@@ -141,13 +141,24 @@ def test_checkpointing_saves_memory_and_changes_no_gradient(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again, gradients[0], strict=True))  # type: ignore[arg-type]
 
 
-COMPILED = [(name, i) for name, kind in BACKBONES.items() for i in range(len(kind.compiled))]
+COMPILED = [
+    pytest.param(name, which, is_told, marks=[pytest.mark.slow] if which or is_told else [])
+    for name, kind in BACKBONES.items()
+    for which in range(len(kind.compiled))
+    for is_told in (False, True)
+]
+"""Of each backbone one always: its code takes some 20 seconds to build, most of it in headers."""
 
 
-@pytest.mark.parametrize(("name", "which"), COMPILED)
+@pytest.mark.parametrize(("name", "which", "is_told"), COMPILED)
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the compiler's own
-def test_it_compiles_as_one_graph(name: str, which: int) -> None:
-    network = build(name, **{**told(name), **BACKBONES[name].compiled[which]}).eval()
+def test_it_compiles_as_one_graph(
+    name: str, which: int, is_told: bool, request: pytest.FixtureRequest
+) -> None:
+    if (which or is_told) and "slow" not in request.config.option.markexpr:
+        pytest.skip("one of each backbone is enough for every day: run pytest -m slow")
+    options = told(name) if is_told else {}
+    network = build(name, **{**options, **BACKBONES[name].compiled[which]}).eval()
     x, t = inputs(name, network)
     given = conditions(network, x)
     torch.compiler.reset()

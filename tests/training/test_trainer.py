@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.models import make_model, model_config
+from k_diffusion.models import PRESETS, make_model, model_config
 from k_diffusion.training import load_denoiser
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint
 from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig, make_config
@@ -557,6 +557,37 @@ def test_unet_trains_resumes_and_loads(make_run_config: MakeConfig, tmp_path: Pa
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.9])
     labels = torch.tensor([3, 10])
     assert denoiser(x, sigma, class_label=labels).isfinite().all()
+
+
+def test_a_run_from_a_preset_outlives_the_preset(
+    make_run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"channels": 8, "channel_mults": [1], "attention": [False], "head_channels": 8}
+    monkeypatch.setitem(PRESETS, "brief", {"type": "unet", **small, "blocks": 1})
+    config = make_run_config(model={"type": "brief"}, total_images=64)
+    path = tmp_path / "a.safetensors"
+    train(config, path, 1)
+    assert read_checkpoint(path)[0].config["model"]["type"] == "unet"
+    assert Trainer(config, resume=path).step == 1  # of the same TOML
+    monkeypatch.setitem(PRESETS, "brief", {"type": "unet", **small, "blocks": 2})
+    assert load_denoiser(path)[0].network.config.blocks == 1
+    message = r"a run with model\.blocks = 1, not 2: resume with the same"
+    with pytest.raises(CheckpointError, match=message):
+        Trainer(config, resume=path)
+    with pytest.raises(CheckpointError, match=r"does not fit UNet: .*, with blocks = 1, not 2$"):
+        load_denoiser(path, network=make_model({"type": "brief", "in_channels": 1}))
+
+
+def test_a_checkpoint_that_holds_only_what_was_given_resumes(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    trainer = Trainer(make_run_config())
+    given = {key: value for key, value in trainer.config.model.items() if key != "width"}
+    trainer.config = trainer.config.model_copy(update={"model": given})
+    trainer.save(path)
+    assert "width" not in read_checkpoint(path)[0].config["model"]
+    assert Trainer(make_run_config(), resume=path).step == 0
 
 
 def test_after_step_follows_each_step_and_comes_before_the_average(
