@@ -24,6 +24,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_samplers.py --check
 	$(BIN)/python docs/make_schedules.py --check
+	$(BIN)/python docs/make_models.py --check
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -40,12 +41,14 @@ $(PEERS)/.installed: $(STAMP) Makefile
 	  certifi charset_normalizer
 	$(PEER)/azula azula==0.11.1 einops==0.8.2
 	$(PEER)/smalldiffusion smalldiffusion==0.5.0 einops==0.8.2
+	$(PEER)/denoising_diffusion_pytorch denoising_diffusion_pytorch==2.3.4 einops==0.8.2
 	touch $@
 
 bench: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/samplers.py
+	$(BIN)/python benchmarks/models.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

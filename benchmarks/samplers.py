@@ -13,68 +13,27 @@ import argparse
 import itertools
 import json
 import math
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from processes import Worker, machine, pretty
 from sampler_bench import report, summary
 from sampler_bench.problems import PROBLEMS
 
 HERE = Path(__file__).resolve().parent
+WORKER = "sampler_bench.worker"
 PEERS = ("k_diffusion", "diffusers", "azula", "smalldiffusion")
 BUDGETS = (5, 6, 8, 10, 15, 20, 30, 50)
 QUICK_SCHEDULES = ("karras from 0.002", "exponential from 0.002", "kl_optimal from 0.002")
 SHAPES = ((1, 4, 64, 64), (16, 3, 64, 64))
 STEPS = 30  # of a timed run
 WIDEST, FINEST = 80.0, 0.002  # the way that a schedule must cover, in sigma / alpha (EDM's)
-
-
-class Worker:
-    """A library's process."""
-
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        command = [sys.executable, "-m", "sampler_bench.worker", name, str(folder.resolve())]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE
-        )
-
-    @cached_property
-    def about(self) -> dict[str, Any]:
-        """Name, version and methods of the library."""
-        found: dict[str, Any] = self.ask(do="about")
-        return found
-
-    def ask(self, **order: Any) -> Any:
-        """The answer to an order.
-
-        Raises:
-            RuntimeError: the library failed, with its words.
-        """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the process of {self.name} ended: see its words above")
-        reply = json.loads(line)
-        if "failed" in reply:
-            raise RuntimeError(f"{self.name}, {order}: {reply['failed']}")
-        return reply["answer"]
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
 
 
 def settle(ratio: float) -> float:
@@ -155,7 +114,7 @@ def measure_errors(
 
     # Ours has the most methods: two processes share them.
     twice = [w for w in workers if w.name == "ours"]
-    twins = [Worker("ours", HERE) for _ in twice]
+    twins = [Worker(WORKER, "ours", HERE) for _ in twice]
     jobs = [(w, slice(0, None, 2)) for w in twice] + [(w, slice(1, None, 2)) for w in twins]
     jobs += [(w, slice(None)) for w in workers if w.name != "ours"]
     with ThreadPoolExecutor(2) as pool:
@@ -220,32 +179,6 @@ def measure_times(
     return rows
 
 
-def pretty(value: Any, depth: int = 0) -> str:
-    """JSON with a line for each row, so that two runs can be compared line by line."""
-    text = json.dumps(value)
-    if len(text) <= 300 or not isinstance(value, (dict, list)) or not value:
-        return text
-    inside, end = "\n" + " " * (depth + 1), "\n" + " " * depth
-    if isinstance(value, list):
-        parts = [pretty(v, depth + 1) for v in value]
-        return "[" + inside + ("," + inside).join(parts) + end + "]"
-    parts = [f"{json.dumps(k)}: {pretty(v, depth + 1)}" for k, v in value.items()]
-    return "{" + inside + ("," + inside).join(parts) + end + "}"
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.split(":")[1].strip() for line in text.splitlines() if "model name" in line]
-    return {
-        "processor": names[0] if names else platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": 1,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer budgets, rounds, schedules")
@@ -261,7 +194,9 @@ def main() -> None:
     missing = [name for name in PEERS if not (args.peers / name).exists()]
     if missing:
         sys.exit(f"{', '.join(missing)} not installed in {args.peers}: run `make bench`")
-    workers = [Worker("ours", HERE)] + [Worker(name, args.peers / name) for name in PEERS]
+    workers = [Worker(WORKER, "ours", HERE)] + [
+        Worker(WORKER, name, args.peers / name) for name in PEERS
+    ]
     budgets = (5, 10, 20) if args.quick else BUDGETS
     wanted = set(args.parts.split(","))
     results: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}

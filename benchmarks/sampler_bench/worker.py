@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import quiet_stdout, serve
 
 from sampler_bench import measure
 from sampler_bench.problems import load_problem
@@ -21,9 +21,7 @@ from sampler_bench.problems import load_problem
 
 def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
-    # What a library prints must not come between the answers.
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = quiet_stdout()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     library = importlib.import_module(f"sampler_bench.peer_{name}").library(folder)
@@ -79,13 +77,7 @@ def main() -> None:
         raise ValueError(f"unknown order {what!r}")
 
     torch.set_grad_enabled(False)
-    for line in sys.stdin:
-        try:
-            reply = {"answer": answer(json.loads(line))}
-        except Exception as failure:
-            reply = {"failed": f"{type(failure).__name__}: {failure}"}
-        answers.write(json.dumps(reply) + "\n")
-        answers.flush()
+    serve(answer, answers)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from .plugins import Plugins, load_plugins
 from .values import newest_in
 
 if TYPE_CHECKING:
@@ -22,10 +23,13 @@ class Info:
     """A .safetensors file that `k-diffusion train` wrote, or a run's folder: the newest in it."""
     json: bool = False
     """Print JSON."""
+    plugin: Plugins = ()
+    """A Python file or module of your own, which registers models; again for more."""
 
     def run(self) -> None:
         from k_diffusion.training.checkpoint import read_info
 
+        load_plugins(self.plugin)
         facts = checkpoint_facts(read_info(newest_in(self.checkpoint)))
         if self.json:
             print(json.dumps(facts, indent=2))
@@ -43,7 +47,10 @@ class Info:
 
 def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
     """What `info` tells, as JSON data."""
+    from k_diffusion.models.registry import MODELS, PRESETS, model_trait
+
     model = info.config.get("model", {})
+    known = model.get("type") in {*MODELS, *PRESETS}
     return {
         "checkpoint": str(info.path),
         "sha256": info.sha256,
@@ -51,7 +58,8 @@ def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
         "images seen": info.images_seen,
         "steps": info.step,
         "model": model.get("type", "?"),
-        "prediction": model.get("prediction", "eps"),
+        "known here": known,  # else --plugin FILE.py makes it known
+        "prediction": model_trait(model, "prediction", "eps") if known else "?",
         "parameters": info.parameters,
         "weights": sorted({name.partition("/")[0] for name in info.tensors}),
         "data": info.data,

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from .plugins import Plugins, load_plugins
 from .problems import Stopped, UsageError, as_usage
 from .signals import Terminated
-from .values import Classes, Settings, newest_in, show_settings
+from .values import Classes, Settings, Words, newest_in, show_settings
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,9 @@ class Sample:
     """The folder to write to; made where it is missing."""
     overwrite: bool = False
     """Replace images that are already there."""
+    condition: Words = ()
+    """What the model is told, where it was trained with a conditioner: a text, a class, a file; of
+    several parts each as part=value, and the option again for the next."""
     sampler_options: Settings = field(default_factory=dict)
     """Options of the method, such as eta=0.5."""
     scheduler_options: Settings = field(default_factory=dict)
@@ -66,16 +70,21 @@ class Sample:
     """Take the last weights, not their moving average."""
     device: str = ""
     """cpu, cuda, cuda:1, mps...; without it a GPU where there is one."""
+    plugin: Plugins = ()
+    """A Python file or module of your own, which registers models and conditioners; again for
+    more."""
 
     def run(self) -> None:
         self._check()
         import torch
 
+        from k_diffusion.models.registry import known_classes
         from k_diffusion.sampling import NOISES, KSampler, Solver, find_solver
         from k_diffusion.training.checkpoint import load_denoiser
         from k_diffusion.utils.maths import unknown
         from k_diffusion.utils.scheduler import make_scheduler
 
+        load_plugins(self.plugin)
         with as_usage():
             solver = find_solver(self.sampler)
             if self.noise not in NOISES:
@@ -86,8 +95,10 @@ class Sample:
         device = pick_device(self.device)
         checkpoint = newest_in(self.checkpoint)
         denoiser, info = load_denoiser(checkpoint, ema=not self.no_ema, device=device)
+        check_shape(info)
+        condition = self._condition(info, denoiser, device)
         seeds = [self.seed + index for index in range(self.number)]
-        labels = self._labels(getattr(denoiser.network, "num_classes", 0))
+        labels = self._labels(known_classes(denoiser.network), condition)
         with as_usage():
             sampler = KSampler(denoiser, scheduler, solver, churn=churn, **options)
             calls = None  # adaptive steps are not known beforehand
@@ -120,6 +131,7 @@ class Sample:
                     info.data["shape"],
                     seeds,
                     labels,
+                    condition,
                     steps=self.steps,
                     batch_size=self.batch_size,
                     device=device,
@@ -162,8 +174,21 @@ class Sample:
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}; give a whole number of at least 0")
 
-    def _labels(self, num_classes: int) -> list[int]:
-        """The class of each image; empty for a model without classes."""
+    def _labels(self, num_classes: int, condition: Mapping[str, torch.Tensor]) -> list[int]:
+        """The class of each image; empty for a model without classes, or that is told it already.
+
+        Args:
+            num_classes: that the model knows.
+            condition: what `--condition` tells it.
+        """
+        if self.condition and "class_label" in condition:
+            if not self.class_label:
+                return []
+            if (told := int(condition["class_label"][0])) != num_classes:
+                raise UsageError(
+                    f"--class-label is {self.class_label[0]}, but --condition tells class {told}; "
+                    "leave one of them away"
+                )
         if self.class_label and not num_classes:
             raise UsageError(
                 f"--class-label is {self.class_label[0]}, but {self.checkpoint} was trained "
@@ -179,6 +204,37 @@ class Sample:
             return []
         turn = self.class_label or tuple(range(num_classes))
         return [turn[index % len(turn)] for index in range(self.number)]
+
+    def _condition(
+        self, info: CheckpointInfo, denoiser: Any, device: torch.device
+    ) -> dict[str, torch.Tensor]:
+        """What all images are told, as a batch of one; none where the checkpoint knows of none."""
+        from k_diffusion.training.checkpoint import load_conditioner
+
+        if not self.condition and not info.config.get("conditioner"):
+            return {}
+        conditioner = load_conditioner(info, device)
+        if conditioner is None:
+            raise UsageError(
+                f"--condition is {self.condition[0]!r}, but {self.checkpoint} was trained without "
+                "any; leave the option away"
+            )
+        if not self.condition:
+            try:
+                return conditioner.null(1)
+            except ValueError:  # its shape is not known beforehand
+                return {}
+        with as_usage():
+            raws = [conditioner.read(word) for word in self.condition]
+            if isinstance(raws[0], Mapping):
+                raws = [{name: raw for part in raws for name, raw in part.items()}]
+            elif len(raws) > 1:
+                raise ValueError(
+                    f"--condition is given {len(raws)} times, but this model is told one thing"
+                )
+            condition = conditioner(raws[0])
+            denoiser.check_condition(1, **condition)
+        return condition
 
     def _make_room(self, names: list[str]) -> None:
         """Make the folder, and refuse, before the work, to replace what is there unasked."""
@@ -215,6 +271,7 @@ class Sample:
             "noise on cpu": "yes" if self.noise_on_cpu else "",
             "seed": str(seed),
             "images": str(number),
+            "condition": "; ".join(self.condition),
             "class": ",".join(map(str, dict.fromkeys(classes))),
         }
         command = ["k-diffusion", "sample", str(info.path)]
@@ -227,6 +284,9 @@ class Sample:
         command += ["--seed", str(seed), "-n", str(number)]
         if said["class"]:
             command += ["--class-label", said["class"]]
+        for name, words in (("--condition", self.condition), ("--plugin", self.plugin)):
+            for word in words:
+                command += [name, word]
         said["command"] = shlex.join(command + ["--no-ema"] * self.no_ema)
         return {key: value for key, value in said.items() if value}
 
@@ -236,6 +296,7 @@ def draw(
     shape: Sequence[int],
     seeds: Sequence[int],
     labels: Sequence[int] = (),
+    condition: Mapping[str, torch.Tensor] | None = None,
     *,
     steps: int,
     batch_size: int,
@@ -251,6 +312,7 @@ def draw(
         shape: of one image, (channels, height, width).
         seeds: one an image.
         labels: one class an image, or none.
+        condition: what all images are told beside, keyword -> value of a batch of one.
         steps: steps from noise to image.
         batch_size: images drawn at a time.
         device: where the model is.
@@ -271,17 +333,37 @@ def draw(
 
     for first in range(0, len(seeds), batch_size):
         chosen = list(seeds[first : first + batch_size])
-        classes = torch.tensor(labels[first : first + batch_size], device=device)
+        told = {
+            keyword: value.expand(len(chosen), *value.shape[1:])
+            for keyword, value in (condition or {}).items()
+        }
+        if labels:
+            told["class_label"] = torch.tensor(labels[first : first + batch_size], device=device)
         images = sampler.sample(
             unit_noise(shape, chosen, device),
             steps=steps,
-            condition={"class_label": classes} if labels else None,
+            condition=told or None,
             seed=chosen,
             noise=noise,
             noise_on_cpu=noise_on_cpu,
             callback=asked,
         )
         yield first, images.cpu()
+
+
+def check_shape(info: CheckpointInfo) -> None:
+    """Refuse a checkpoint whose samples are no images."""
+    if autoencoder := info.data.get("autoencoder"):
+        raise UsageError(
+            f"{info.path} makes latents of the autoencoder {autoencoder['sha256'][:12]}, not "
+            "images: sample it in Python, and decode by the autoencoder"
+        )
+    shape = info.data.get("shape", [])
+    if len(shape) != 3 or not 1 <= shape[0] <= 4:
+        raise UsageError(
+            f"{info.path} makes data of shape {tuple(shape)}, which is no image (1 to 4 channels, "
+            "height, width): sample it in Python, by KSampler"
+        )
 
 
 def pick_device(name: str) -> torch.device:

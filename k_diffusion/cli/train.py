@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .plugins import Plugins, load_plugins
 from .problems import Stopped, as_usage
 from .values import Settings, WholeOrNone
 
@@ -39,10 +40,14 @@ class Train:
     """Go on from this checkpoint."""
     overwrite: bool = False
     """Begin anew where the out folder holds a run, and remove that one's checkpoints."""
+    plugin: Plugins = ()
+    """A Python file or module of your own, which registers models and conditioners; again for
+    more."""
 
     def run(self) -> None:
         from k_diffusion.training import load_config, run_training
 
+        load_plugins(self.plugin)
         with as_usage():
             given = self._overrides()
             if "data.path" in given and load_config(self.config).data.source != "folder":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ WholeOrNone = Annotated[int | None, _spec("INT", whole, _or_default)]
 Classes = Annotated[
     tuple[int, ...], _spec("INT[,INT...]", classes, lambda value: ",".join(map(str, value)))
 ]
+Words = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="VALUE")]
 Settings = Annotated[dict[str, Any], _spec("NAME=VALUE[,...]", settings, show_settings)]
 
 

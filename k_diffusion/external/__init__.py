@@ -1,4 +1,4 @@
-"""Foreign models as Denoisers: the established wrappers.
+"""What comes from elsewhere: the established wrappers, text encoders, autoencoders.
 
 Names are resolved when they are asked for, so that importing this brings in nothing.
 """
@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from k_diffusion.external.autoencoder import PretrainedAutoencoder
     from k_diffusion.external.established import (
         CompVisDenoiser,
         CompVisVDenoiser,
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
         OpenAIDenoiser,
         VDenoiser,
     )
+    from k_diffusion.external.text import TextEncoder
 
 _HOMES = {
+    "autoencoder": ("PretrainedAutoencoder",),
     "established": (
         "CompVisDenoiser",
         "CompVisVDenoiser",
@@ -29,6 +32,7 @@ _HOMES = {
         "OpenAIDenoiser",
         "VDenoiser",
     ),
+    "text": ("TextEncoder",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -39,6 +43,8 @@ __all__ = [
     "DiscreteSchedule",
     "DiscreteVDDPMDenoiser",
     "OpenAIDenoiser",
+    "PretrainedAutoencoder",
+    "TextEncoder",
     "VDenoiser",
 ]
 

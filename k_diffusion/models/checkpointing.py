@@ -5,14 +5,17 @@ Source: Chen et al. 2016, arXiv:1604.06174.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from k_diffusion.models.flags import get_checkpointing
+from k_diffusion.models import flags
 from k_diffusion.models.layers import transforming
 
 Policy = bool | int | tuple[int, ...]
@@ -75,7 +78,7 @@ class Checkpointing:
             index, level: see `chooses`.
         """
         # Without gradients nothing is kept anyhow, and the random state would be read for nothing.
-        if torch.is_grad_enabled() and (get_checkpointing() or self.chooses(index, level)):
+        if torch.is_grad_enabled() and (flags.get_checkpointing() or self.chooses(index, level)):
             return checkpoint(block, *args, use_reentrant=False)
         return block(*args)
 
@@ -105,3 +108,14 @@ def recomputed(
     if not wanted or torch.compiler.is_compiling() or transforming():
         return function(x, *args)
     return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=random)
+
+
+class _Switch(ModuleType):
+    """This module, which can be called: `models.checkpointing()` is the established switch, too."""
+
+    def __call__(self, enable: bool = True) -> AbstractContextManager[None]:
+        """See `flags.checkpointing`."""
+        return flags.checkpointing(enable)
+
+
+sys.modules[__name__].__class__ = _Switch

@@ -16,8 +16,6 @@ sampled by its name from then on:
 
     make_model({"type": "mine", "width": 32})
 
-A config, too, can have a name: `register_preset("mine_large", "mine", width=256)`.
-
 It keeps the config as `self.config` (which is done for it where it does not). A class that is built
 otherwise has a `from_config`, which takes the fields as plain data.
 """
@@ -25,7 +23,9 @@ otherwise has a `from_config`, which takes the fields as plain data.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
+import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -34,46 +34,139 @@ from torch import nn
 
 from k_diffusion.utils.maths import nearest, unknown
 
-MODELS: dict[str, type[nn.Module]] = {}
-"""Name -> class."""
-
-PRESETS: dict[str, dict[str, Any]] = {}
-"""Name -> a config, whose options are overridden by those that are given with the name."""
-
-Model = TypeVar("Model", bound=type[nn.Module])
+Registered = TypeVar("Registered", bound=type)
 
 
-def register_model(name: str) -> Callable[[Model], Model]:
-    """Make a model class known by a name.
+class Registry(dict[str, type[Any]]):
+    """Name -> class, of one kind of part that configs name: models, conditioners, autoencoders.
 
     Args:
-        name: the "type" of its configs.
-
-    Raises:
-        ValueError: another class has the name.
-        TypeError: the class is no `nn.Module`, or has neither `Config` nor `from_config`.
+        kind: what its classes are called in errors.
+        base: what they derive from.
+        homes: name -> module of this package, of classes that register themselves when that module
+            is imported, which is not done before they are asked for.
     """
 
-    def add(cls: Model) -> Model:
-        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-            raise TypeError(f"model {name!r} must be a class derived from nn.Module, got {cls!r}")
-        if not callable(getattr(cls, "from_config", None)) and not dataclasses.is_dataclass(
-            getattr(cls, "Config", None)
-        ):
-            raise TypeError(
-                f"model {name!r}: {cls.__name__} needs a dataclass as its `Config`, from which it "
-                "is built, or a from_config(dict) classmethod"
-            )
-        if name in MODELS:
-            taken = MODELS[name]
-            raise ValueError(
-                f"model type {name!r} is taken by {taken.__module__}.{taken.__name__}: "
-                f"register {cls.__name__} under another name"
-            )
-        MODELS[name] = cls
-        return cls
+    def __init__(self, kind: str, base: type, homes: Mapping[str, str] | None = None) -> None:
+        super().__init__()
+        self.kind, self.base, self.homes = kind, base, dict(homes or {})
+        self.presets: dict[str, dict[str, Any]] = {}
 
-    return add
+    def register(self, name: str) -> Callable[[Registered], Registered]:
+        """A decorator that makes a class known by a name.
+
+        Raises:
+            ValueError: another class has the name.
+            TypeError: the class is not of the kind, or has neither `Config` nor `from_config`.
+        """
+
+        def add(cls: Registered) -> Registered:
+            base = "nn.Module" if self.base is nn.Module else self.base.__name__
+            if not (isinstance(cls, type) and issubclass(cls, self.base)):
+                raise TypeError(
+                    f"{self.kind} {name!r} must be a class derived from {base}, got {cls!r}"
+                )
+            if not callable(getattr(cls, "from_config", None)) and not dataclasses.is_dataclass(
+                getattr(cls, "Config", None)
+            ):
+                raise TypeError(
+                    f"{self.kind} {name!r}: {cls.__name__} needs a dataclass as its `Config`, from "
+                    "which it is built, or a from_config(dict) classmethod"
+                )
+            if name in self:
+                taken = self[name]
+                raise ValueError(
+                    f"{self.kind} type {name!r} is taken by {taken.__module__}.{taken.__name__}: "
+                    f"register {cls.__name__} under another name"
+                )
+            self[name] = cls
+            return cls
+
+        return add
+
+    def find(self, config: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The class that a config names, and the config's other keys.
+
+        Raises:
+            ValueError: no mapping, no type, or an unknown one; the nearest one is offered.
+        """
+        if not isinstance(config, Mapping):
+            raise ValueError(
+                f"{_a(self.kind)}'s config must be a mapping, got {type(config).__name__}"
+            )
+        known = dict.fromkeys([*self, *self.homes, *self.presets])
+        if "type" not in config:
+            raise ValueError(f"the {self.kind}'s type is missing; known: {', '.join(known)}")
+        name = config["type"]
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(
+                f"{unknown(f'{self.kind} type', name, known)}. One of your own is known once its "
+                "file is imported: on the command line by --plugin FILE.py"
+            )
+        if name in self.presets:
+            config = {**self.presets[name], **config, "type": self.presets[name]["type"]}
+            name = config["type"]
+        if name not in self:
+            importlib.import_module(self.homes[name])
+        return self[name], {key: value for key, value in config.items() if key != "type"}
+
+    def settings(self, config: Mapping[str, Any]) -> Any:
+        """The dataclass of a config, checked, without building what it describes.
+
+        None for a class that has only `from_config`.
+
+        Raises:
+            ValueError: see `find`; an unknown option, a missing one, or a value that does not fit.
+        """
+        cls, options = self.find(config)
+        if not dataclasses.is_dataclass(getattr(cls, "Config", None)):
+            return None
+        given = known_fields(cls.Config, options, self.kind)
+        for field in dataclasses.fields(cls.Config):
+            no_default = field.default is field.default_factory is dataclasses.MISSING
+            if field.init and no_default and field.name not in given:
+                raise ValueError(f"{field.name} is missing: {config['type']!r} cannot do without")
+        settings = cls.Config(**given)
+        check_types(settings)
+        return settings
+
+    def make(self, config: Mapping[str, Any]) -> Any:
+        """What a config describes, from plain data.
+
+        Raises:
+            ValueError: see `settings`.
+        """
+        cls, options = self.find(config)
+        if hasattr(cls, "from_config"):
+            return cls.from_config(options)
+        settings = self.settings(config)
+        made = cls(settings)
+        if getattr(made, "config", None) is None:
+            made.config = settings
+        return made
+
+    def config(self, made: Any) -> dict[str, Any]:
+        """The plain data (as JSON has it) from which `make` builds its like.
+
+        Raises:
+            ValueError: its class is not registered.
+        """
+        for name, cls in self.items():
+            if type(made) is cls:
+                return {"type": name, **_plain(dataclasses.asdict(made.config))}
+        raise ValueError(
+            f"{type(made).__name__} has no type: register it with register_{self.kind}"
+        )
+
+
+MODELS = Registry("model", nn.Module)
+"""Name -> class."""
+
+PRESETS = MODELS.presets
+"""Name -> a config, whose options are overridden by those that are given with the name."""
+
+register_model = MODELS.register
+"""`@register_model("name")` on a class makes it the "type" of configs, see above."""
 
 
 def register_preset(name: str, model: str, **options: Any) -> None:
@@ -104,27 +197,7 @@ def make_model(config: Mapping[str, Any]) -> nn.Module:
         ValueError: no type, an unknown type or option (the nearest one is offered), or a value
             that does not fit.
     """
-    if not isinstance(config, Mapping):
-        raise ValueError(f"a model's config must be a mapping, got {type(config).__name__}")
-    if "type" not in config:
-        known = ", ".join([*MODELS, *PRESETS])
-        raise ValueError(f"the model's type is missing; known: {known}")
-    name = config["type"]
-    if isinstance(name, str) and name in PRESETS:
-        config = {**PRESETS[name], **config, "type": PRESETS[name]["type"]}
-        name = config["type"]
-    if not isinstance(name, str) or name not in MODELS:
-        raise ValueError(unknown("model type", name, {**MODELS, **PRESETS}))
-    options = {key: value for key, value in config.items() if key != "type"}
-    cls: Any = MODELS[name]
-    if hasattr(cls, "from_config"):
-        return cls.from_config(options)
-    settings = cls.Config(**known_fields(cls.Config, options))
-    check_types(settings)
-    model = cls(settings)
-    if getattr(model, "config", None) is None:
-        model.config = settings
-    return model
+    return MODELS.make(config)
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:
@@ -133,20 +206,59 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     Raises:
         ValueError: the model's class is not registered.
     """
-    for name, cls in MODELS.items():
-        if type(model) is cls:
-            fields = dataclasses.asdict(model.config)  # type: ignore[call-overload]
-            plain = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
-            return {"type": name, **plain}
-    raise ValueError(f"{type(model).__name__} has no type: register it with register_model")
+    return MODELS.config(model)
 
 
-def known_fields(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
+def model_trait(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    """What a model of this config has as an attribute, told without building it.
+
+    Args:
+        config: see `make_model`.
+        name: a field of the model's config, or an attribute of its class, such as "prediction".
+        default: where it has neither.
+
+    Raises:
+        ValueError: the config is refused.
+    """
+    cls, options = MODELS.find(config)
+    if name in options:
+        return options[name]
+    return getattr(MODELS.settings(config), name, getattr(cls, name, default))
+
+
+def known_classes(model: Any) -> int:
+    """How many classes a model knows: its `num_classes`, or its config's; 0: none."""
+    own = getattr(model, "num_classes", None)
+    return int(getattr(getattr(model, "config", None), "num_classes", 0) if own is None else own)
+
+
+def takes_option(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a model of this config's type has such an option.
+
+    True, too, for a class of which that is not known, since it has only `from_config`.
+    """
+    Config = getattr(MODELS.find(config)[0], "Config", None)
+    fields = dataclasses.fields(Config) if dataclasses.is_dataclass(Config) else None
+    return fields is None or name in [field.name for field in fields]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _a(kind: str) -> str:
+    return f"an {kind}" if kind[0] in "aeiou" else f"a {kind}"
+
+
+def known_fields(cls: type, config: Mapping[str, Any], kind: str = "model") -> dict[str, Any]:
     """A config's keys and values, once every key is known to be a field of a dataclass.
 
     Args:
         cls: the dataclass.
         config: plain data.
+        kind: what the options are those of.
 
     Raises:
         ValueError: a key is no field; the nearest one is offered.
@@ -158,28 +270,27 @@ def known_fields(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
         if key not in names:
             close = nearest(key, names)
             hint = f"did you mean {close}?" if close else f"known: {', '.join(names)}"
-            raise ValueError(f"{key} = {value!r} is no option of this model; {hint}")
+            raise ValueError(f"{key} = {value!r} is no option of this {kind}; {hint}")
     return dict(config)
 
 
 def check_types(config: Any) -> None:
     """Refuse a dataclass field whose value is not of its annotated type; lists become tuples.
 
-    Understands bool, int, float (a whole number will do), str, None, tuple[..., ...] and unions.
+    Understands bool, int, float (a whole number will do), str, None, tuples, lists, mappings,
+    Literal and unions; what is annotated otherwise passes unless it is of another class.
 
     Raises:
         ValueError: names the field, its value and what it takes.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, list):  # JSON knows no tuples
+        value, hint = getattr(config, field.name), hints[field.name]
+        if isinstance(value, list) and typing.get_origin(hint) is not list:  # JSON has no tuples
             value = tuple(value)
             object.__setattr__(config, field.name, value)
-        if not _fits(value, hints[field.name]):
-            raise ValueError(
-                f"{field.name} = {value!r} does not fit; give {_wanted(hints[field.name])}"
-            )
+        if not _fits(value, hint):
+            raise ValueError(f"{field.name} = {value!r} does not fit; give {_wanted(hint)}")
 
 
 _PLURALS = {bool: "true or false values", int: "whole numbers", float: "numbers", str: "names"}
@@ -187,22 +298,37 @@ _SINGULARS = {bool: "true or false", int: "a whole number", float: "a number", s
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) is tuple:
-        inner = typing.get_args(hint)[0]
-        return isinstance(value, tuple) and all(_fits(v, inner) for v in value)
-    if typing.get_args(hint):
-        return any(_fits(value, part) for part in typing.get_args(hint))
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is tuple and inner[-1] is not Ellipsis:
+        every = isinstance(value, tuple) and len(value) == len(inner)
+        return every and all(map(_fits, value, inner))
+    if origin in (tuple, list):
+        return isinstance(value, origin) and all(_fits(v, inner[0]) for v in value)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in inner)
     if hint is float:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return number and math.isfinite(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    if hint is Any:  # a class of its own from Python 3.11 on
+        return True
+    kind = origin or hint
+    return not isinstance(kind, type) or isinstance(value, kind)
 
 
 def _wanted(hint: Any) -> str:
-    if typing.get_origin(hint) is tuple:
-        return f"a list of {_PLURALS[typing.get_args(hint)[0]]}"
-    if typing.get_args(hint):
-        return " or ".join(_wanted(part) for part in typing.get_args(hint))
-    return _SINGULARS.get(hint, "none")
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, inner))}"
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return f"a list of {len(inner)}: {', '.join(map(_wanted, inner))}"
+    if origin in (tuple, list):
+        return f"a list of {_PLURALS.get(inner[0], 'values')}"
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_wanted, inner))
+    if isinstance(origin or hint, type) and issubclass(origin or hint, Mapping):
+        return "a table of names and values"
+    return _SINGULARS.get(hint) or ("none" if hint is type(None) else f"a {hint}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from k_diffusion.training.checkpoint import (
         CheckpointError,
         CheckpointInfo,
+        load_conditioner,
         load_denoiser,
         read_info,
         save_inference,
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
     )
     from k_diffusion.training.ema import Ema
     from k_diffusion.training.folder import Folder
+    from k_diffusion.training.latents import (
+        LatentSource,
+        check_autoencoder,
+        load_autoencoder,
+        save_autoencoder,
+        train_autoencoder,
+    )
     from k_diffusion.training.loss import (
         denoising_loss,
         make_density,
@@ -41,6 +49,7 @@ _HOMES = {
     "checkpoint": (
         "CheckpointError",
         "CheckpointInfo",
+        "load_conditioner",
         "load_denoiser",
         "read_info",
         "save_inference",
@@ -50,6 +59,13 @@ _HOMES = {
     "ema": ("Ema",),
     "folder": ("Folder",),
     "loss": ("denoising_loss", "make_density", "make_weighting", "uncertainty_loss"),
+    "latents": (
+        "LatentSource",
+        "check_autoencoder",
+        "load_autoencoder",
+        "save_autoencoder",
+        "train_autoencoder",
+    ),
     "run": ("RunResult", "latest_checkpoint", "run_training"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
 }
@@ -64,6 +80,7 @@ __all__ = [
     "Digits",
     "Ema",
     "Folder",
+    "LatentSource",
     "RunResult",
     "Source",
     "Stream",
@@ -71,8 +88,11 @@ __all__ = [
     "TrainState",
     "Trainer",
     "TrainingError",
+    "check_autoencoder",
     "denoising_loss",
     "latest_checkpoint",
+    "load_autoencoder",
+    "load_conditioner",
     "load_config",
     "load_denoiser",
     "make_config",
@@ -81,7 +101,9 @@ __all__ = [
     "make_weighting",
     "read_info",
     "run_training",
+    "save_autoencoder",
     "save_inference",
+    "train_autoencoder",
     "uncertainty_loss",
 ]
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.denoiser import make_denoiser
-from k_diffusion.models import make_model
+from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
+from k_diffusion.models.registry import model_trait
 from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
@@ -399,6 +400,34 @@ def load_denoiser(
         ) from None
     load_into(network, chosen, info)
     return denoiser.to(device).eval().requires_grad_(False), info
+
+
+def load_conditioner(
+    info: CheckpointInfo, device: str | torch.device = "cpu"
+) -> Conditioner | None:
+    """What makes a network's condition, as it was trained with; None: it is told nothing.
+
+    Args:
+        info: of the checkpoint.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: it cannot be made here.
+    """
+    try:
+        if config := info.config.get("conditioner"):
+            return make_conditioner(config).to(device)
+        classes = int(model_trait(info.config["model"], "num_classes", 0))
+        if not classes:
+            return None
+        names = info.data.get("class_names") or ()
+        return ClassConditioner(
+            num_classes=classes, class_names=tuple(names) if len(names) == classes else ()
+        ).to(device)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint {info.path} has a conditioner that cannot be made here ({_line(error)})"
+        ) from None
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Tensor], info: CheckpointInfo) -> None:

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,8 @@ from pydantic import (
 )
 
 from k_diffusion.denoiser import DENOISERS
-from k_diffusion.models import make_model
+from k_diffusion.models import CONDITIONERS, make_model
+from k_diffusion.models.registry import model_trait
 from k_diffusion.training.loss import check_options
 from k_diffusion.utils.maths import nearest, unknown
 from k_diffusion.utils.scheduler import make_scheduler
@@ -173,6 +175,11 @@ class TrainConfig(_Config):
         "left to the data."
     )
     data: DataConfig = Field(description="Where the images come from.")
+    conditioner: dict[str, Any] | None = Field(
+        default=None,
+        description="What the network is told, made from raw inputs: its type and its options; "
+        "none: the class, where the network knows classes.",
+    )
     total_images: Count = Field(description="The run's length, in images seen.")
     process: dict[str, Any] | None = Field(
         default=None,
@@ -186,8 +193,8 @@ class TrainConfig(_Config):
     seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED)] = Field(
         default=0, description="Decides the first weights and everything random in every step."
     )
-    label_dropout: Share = Field(
-        default=0.1, description="Share of images shown without their class, for guidance."
+    condition_dropout: Share = Field(
+        default=0.1, description="Share of images shown without their condition, for guidance."
     )
     grad_clip: Positive | None = Field(
         default=1.0, description="Largest norm of the gradient; none: any."
@@ -227,8 +234,8 @@ class TrainConfig(_Config):
     @field_validator("model")
     @classmethod
     def _model(cls, value: dict[str, Any]) -> dict[str, Any]:
-        prediction = value.get("prediction", "eps")
-        if prediction not in DENOISERS:
+        prediction = value.get("prediction")
+        if prediction is not None and prediction not in DENOISERS:
             raise ValueError(unknown("prediction", prediction, DENOISERS))
         sigma_data = value.get("sigma_data", 1.0)
         if sigma_data != AUTO and not (
@@ -238,6 +245,16 @@ class TrainConfig(_Config):
         ):
             raise ValueError(f"sigma_data = {sigma_data!r}; give a number above 0, or 'auto'")
         check_model(value)
+        prediction = model_trait(settled(value), "prediction", "eps")
+        if prediction not in DENOISERS:
+            raise ValueError(unknown("prediction", prediction, DENOISERS))
+        return value
+
+    @field_validator("conditioner")
+    @classmethod
+    def _conditioner(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            _plainly(CONDITIONERS.settings, value)
         return value
 
     @property
@@ -248,7 +265,7 @@ class TrainConfig(_Config):
     @property
     def prediction(self) -> str:
         """What the network predicts."""
-        return str(self.model.get("prediction", "eps"))
+        return str(model_trait(settled(self.model), "prediction", "eps"))
 
     @property
     def weighting(self) -> str:
@@ -272,9 +289,13 @@ def check_model(model: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the registry of models or the model itself refuses them.
     """
-    settled = {**model, **({"sigma_data": 1.0} if model.get("sigma_data") == AUTO else {})}
-    with torch.device("meta"):
-        _plainly(make_model, settled)
+    with torch.device("meta"), suppress(NotImplementedError, RuntimeError):  # meta lacks some
+        _plainly(make_model, settled(model))
+
+
+def settled(model: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's config with a number where only the data can tell it."""
+    return {**model, **({"sigma_data": 1.0} if model.get("sigma_data") == AUTO else {})}
 
 
 def _plainly(function: Any, *args: Any, **options: Any) -> None:

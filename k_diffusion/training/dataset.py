@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,36 +39,39 @@ class Purpose(enum.IntEnum):
     LABELS = 6
     NETWORK = 7
     SPLIT = 8
+    CONDITION = 9
 
 
 class Batch(NamedTuple):
     """Images of one step.
 
     Attributes:
-        images: uint8, or floats in [-1, 1], shape (B, C, H, W).
+        images: uint8, or floats in [-1, 1], shape (B, C, H, W), or (B, C, L), (B, C, D, H, W).
         labels: class indices, int64, shape (B,); 0 where the source has no classes.
         indices: the images' numbers in the source, int64, shape (B,).
         bad: (number in the source, reason) of images that turned out broken; each was replaced by
             the next good one.
+        raws: name -> raw inputs of the samples, for a conditioner: a list or a tensor of B each.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     bad: tuple[tuple[int, str], ...] = ()
+    raws: Mapping[str, Any] = {}
 
 
 class Source:
     """A list of labelled images; abstract.
 
     Attributes:
-        shape: of one image, (C, H, W).
+        shape: of one image, (C, H, W); of a sound (C, L), of a video or volume (C, D, H, W).
         class_names: one name a class; empty where the images have no classes.
         bad_files: file -> what is wrong with it; these are skipped.
         augments: whether `batch` looks at its seeds.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
     augments: bool = False
 
@@ -143,13 +146,14 @@ class ArraySource(Source):
     """Images that are in memory already.
 
     Args:
-        images: floats in [-1, 1] or uint8, shape (N, C, H, W).
+        images: floats in [-1, 1] or uint8, shape (N, C, H, W), or (N, C, L), (N, C, D, H, W).
         labels: class indices, shape (N,); None: no classes.
         class_names: one name a class.
         flip: mirror half of the images left to right.
+        raws: name -> raw inputs for a conditioner (texts, sounds...): a list or tensor of N each.
 
     Raises:
-        DataError: no images, another shape, or a label without a name.
+        DataError: no images, another shape, a label without a name, or not one raw input an image.
     """
 
     def __init__(
@@ -158,16 +162,24 @@ class ArraySource(Source):
         labels: Tensor | None = None,
         class_names: Sequence[str] = (),
         flip: bool = False,
+        raws: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        if images.ndim != 4 or not len(images):
+        if images.ndim not in (3, 4, 5) or not len(images):
             raise DataError(
                 f"images have shape {tuple(images.shape)}; training takes (N, C, H, W) with N > 0"
             )
         self.images = images
         self.labels = torch.zeros(len(images), dtype=torch.int64) if labels is None else labels
         self.class_names = tuple(class_names)
-        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+        self.shape = tuple(images.shape[1:])
+        self.raws = dict(raws or {})
+        for name, raw in self.raws.items():
+            if len(raw) != len(images):
+                raise DataError(
+                    f"raws[{name!r}] has {len(raw)} raw inputs for {len(images)} images: give one "
+                    "an image"
+                )
         self.augments = flip
         low, high = int(self.labels.min()), int(self.labels.max())
         if self.labels.shape != images.shape[:1] or low < 0 or high >= max(1, self.num_classes):
@@ -183,7 +195,11 @@ class ArraySource(Source):
         images = self.images[indices]
         if seeds is not None and self.augments:
             images = random_flip(images, seeds)
-        return Batch(images, self.labels[indices], indices)
+        raws = {
+            name: raw[indices] if isinstance(raw, Tensor) else [raw[i] for i in indices.tolist()]
+            for name, raw in self.raws.items()
+        }
+        return Batch(images, self.labels[indices], indices, raws=raws)
 
 
 SPLITS = ("train", "test", "all")

@@ -31,6 +31,7 @@ from typing import Any, TextIO
 
 from torch import nn
 
+from k_diffusion.models import Conditioner
 from k_diffusion.training.checkpoint import SUFFIX, CheckpointError, read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
@@ -78,6 +79,7 @@ def run_training(
     say: Callable[[str], None] | None = None,
     network: nn.Module | None = None,
     source: Source | None = None,
+    conditioner: Conditioner | None = None,
 ) -> RunResult:
     """Train to the end of the run, or until Ctrl-C or SIGTERM; both leave a checkpoint.
 
@@ -91,6 +93,7 @@ def run_training(
         say: takes each line of news; None: stderr.
         network: trained instead of one built from the config.
         source: trained on instead of the config's data.
+        conditioner: makes what the network is told, instead of the config's.
 
     Raises:
         ConfigError: the folder holds a run that is neither resumed nor to be overwritten, or the
@@ -111,7 +114,7 @@ def run_training(
             print(line, file=sys.stderr, flush=True)
 
     start = _start_point(out, resume, overwrite, tell)
-    trainer = Trainer(config, resume=start, network=network, source=source)
+    trainer = Trainer(config, resume=start, network=network, source=source, conditioner=conditioner)
     main = trainer.accelerator.is_main_process
     config = trainer.config
     if main:

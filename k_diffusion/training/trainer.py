@@ -1,8 +1,8 @@
 """The training loop: an iterator, so that logging and saving stay outside it.
 
 Every step is a function of (seed, step): which images, their augmentation, noise levels, noise,
-dropped labels and the network's own randomness. So a resumed run is bitwise the one that was never
-stopped. The clock is images seen.
+hidden conditions and the network's own randomness. So a resumed run is bitwise the one that was
+never stopped. The clock is images seen.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
-from k_diffusion.models import make_model
+from k_diffusion.models import (
+    ClassConditioner,
+    Conditioner,
+    conditioner_config,
+    make_conditioner,
+    make_model,
+)
+from k_diffusion.models.registry import known_classes, takes_option
 from k_diffusion.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
@@ -43,7 +50,7 @@ from k_diffusion.training.optimizer import learning_rate, load_moments, make_ada
 from k_diffusion.utils.maths import fold_seed
 from k_diffusion.utils.scheduler import make_scheduler
 
-FIXED = ("seed", "batch_size", "model", "data", "process")
+FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner")
 """What a resumed run must share with the one it continues: else its steps would be others."""
 
 
@@ -102,9 +109,11 @@ class Trainer:
         resume: a checkpoint of this run, to go on from there.
         network: trained instead of one built from the config.
         source: trained on instead of the config's data.
+        conditioner: makes what the network is told, instead of the config's.
 
     Raises:
-        ConfigError: model and data do not fit each other, or the machine has no such precision.
+        ConfigError: model, conditioner and data do not fit each other, or the machine has no such
+            precision.
         DataError: the data cannot be used.
         CheckpointError: the checkpoint is damaged, or of another run.
     """
@@ -116,14 +125,15 @@ class Trainer:
         resume: str | Path | None = None,
         network: nn.Module | None = None,
         source: Source | None = None,
+        conditioner: Conditioner | None = None,
     ) -> None:
         self.accelerator = _accelerator(config.precision)
         self.device: torch.device = self.accelerator.device
         options = config.data.model_dump()
         self.source = make_source(**options) if source is None else source
-        self.config = config = settle(config, self.source)
-        if network is None:
-            _check_shape(config.model, self.source)
+        self.config = config = settle(config, self.source, conditioner)
+        if conditioner is None and config.conditioner is not None:
+            conditioner = make_conditioner(config.conditioner)
         self.stream = Stream(
             self.source,
             config.batch_size,
@@ -133,14 +143,20 @@ class Trainer:
         )
 
         torch.manual_seed(fold_seed(config.seed, Purpose.INIT))
-        network = make_model(config.model) if network is None else network
+        given, network = network, make_model(config.model) if network is None else network
+        self.num_classes = known_classes(network)
+        if conditioner is None and self.num_classes:
+            _check_classes(self.num_classes, self.source)
+            conditioner = ClassConditioner(num_classes=self.num_classes)
+        self.conditioner = None if conditioner is None else conditioner.to(self.device)
+        example = self._example(network)
+        if given is None:
+            _check_shape(config.model, self.source, example)
         model = full_model(network, config.model)
         self.config = config = config.model_copy(update={"model": model})
         self.network = network.to(self.device).train()
         process = make_scheduler(**config.process) if config.process else None
         self.denoiser: NetworkDenoiser = make_denoiser(self.network, process)
-        self.num_classes = int(getattr(self.network, "num_classes", 0))
-        _check_classes(self.num_classes, self.source)
         self._density = make_density(
             config.density, self.denoiser.process, **config.loss.density_options
         )
@@ -275,12 +291,50 @@ class Trainer:
         generator = torch.Generator(device).manual_seed(self._seed(Purpose.NOISE))
         shape = (config.batch_size, *x0.shape[1:])
         noise = torch.randn(shape, generator=generator, device=device)[mine]
-        if not self.num_classes:
+        if self.conditioner is None:
             return x0, sigma, noise, {}
         generator = torch.Generator().manual_seed(self._seed(Purpose.LABELS))
-        hidden = torch.rand(config.batch_size, generator=generator)[mine] < config.label_dropout
-        labels = batch.labels.masked_fill(hidden, self.num_classes)
-        return x0, sigma, noise, {"class_label": labels.to(device, non_blocking=True)}
+        hidden = torch.rand(config.batch_size, generator=generator)[mine] < config.condition_dropout
+        first = self.images_seen + mine.start
+        condition = self._condition(batch, x0, range(first, first + share))
+        drop = getattr(self.network, "drop_condition", self.conditioner.hide)
+        return x0, sigma, noise, drop(condition, hidden.to(device, non_blocking=True))
+
+    @torch.no_grad()
+    def _condition(self, batch: Batch, x0: Tensor, places: Sequence[int]) -> dict[str, Tensor]:
+        """What the conditioner makes of a batch; places: the samples' in the whole run."""
+        assert self.conditioner is not None
+        raws: dict[str, Any] = {"clean": x0}
+        names = self.source.class_names
+        if names:
+            raws["label"] = batch.labels
+            raws["class_name"] = [names[label] for label in batch.labels.tolist()]
+        seeds = [fold_seed(self.config.seed, Purpose.CONDITION, place) for place in places]
+        return self.conditioner.from_batch({**raws, **batch.raws}, seeds)
+
+    def _example(self, network: nn.Module) -> dict[str, Tensor]:
+        """The condition of the first image, once it is seen to fit the network."""
+        if self.conditioner is None:
+            return {}
+        for name, parameter in self.conditioner.named_parameters():
+            if parameter.requires_grad:
+                raise ConfigError(
+                    f"{type(self.conditioner).__name__} has weights that ask for gradients "
+                    f"({name}), but only the network is trained: freeze them by "
+                    "requires_grad_(False), or make them part of the network"
+                )
+        try:
+            batch = self.source.batch(torch.tensor([0]))
+            example = self._condition(batch, as_float(batch.images.to(self.device)), [0])
+            check: Any = getattr(network, "check_condition", None)
+            if check is not None:
+                check(1, **example)
+            _check_null(network, self.conditioner, example)
+        except ValueError as error:
+            raise ConfigError(
+                f"model, conditioner and data do not fit each other: {error}"
+            ) from None
+        return example
 
     # ------------------------------------------------------------ checkpoints
 
@@ -353,15 +407,20 @@ def _seed_network(seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
 
 
-def settle(config: TrainConfig, source: Source) -> TrainConfig:
+def settle(
+    config: TrainConfig, source: Source, conditioner: Conditioner | None = None
+) -> TrainConfig:
     """The config with what the data decides: in_channels, and a sigma_data of "auto".
+
+    The conditioner's own config, where it has one, takes the place of the one that is there.
 
     Raises:
         ConfigError: the data is constant, so that it has no sigma_data.
     """
     model = dict(config.model)
-    model.setdefault("in_channels", source.shape[0])
-    if model["in_channels"] != source.shape[0]:
+    if takes_option(model, "in_channels"):
+        model.setdefault("in_channels", source.shape[0])
+    if model.get("in_channels", source.shape[0]) != source.shape[0]:
         raise ConfigError(
             f"model.in_channels is {model['in_channels']}, but the data has {source.shape[0]} "
             "channels: leave it out, and the data decides"
@@ -370,16 +429,34 @@ def settle(config: TrainConfig, source: Source) -> TrainConfig:
         if source.std < 1e-6:
             raise ConfigError("model.sigma_data is auto, but all values of the data are equal")
         model["sigma_data"] = source.std
-    return config.model_copy(update={"model": model})
+    update: dict[str, Any] = {"model": model}
+    if conditioner is not None:
+        update["conditioner"] = None
+        with suppress(ValueError):  # one that is not registered has no config
+            update["conditioner"] = conditioner_config(conditioner)
+    return config.model_copy(update=update)
 
 
-def _check_shape(model: Mapping[str, Any], source: Source) -> None:
+def _check_shape(model: Mapping[str, Any], source: Source, example: Mapping[str, Tensor]) -> None:
     """Run the network on one image without memory, to see whether it takes the data's shape."""
+    condition = {keyword: value.to("meta") for keyword, value in example.items()}
     with torch.device("meta"), torch.no_grad(), suppress(NotImplementedError, RuntimeError):
         try:
-            make_model(model)(torch.zeros(1, *source.shape), torch.zeros(1))
-        except ValueError as error:
+            make_model(model)(torch.zeros(1, *source.shape), torch.zeros(1), **condition)
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"model and data do not fit each other: {error}") from None
+
+
+def _check_null(
+    network: nn.Module, conditioner: Conditioner, example: Mapping[str, Tensor]
+) -> None:
+    """Refuse a conditioner whose "no class" the network takes for a class, or for none at all."""
+    null = conditioner.null(1, example)
+    if "class_label" in null and int(null["class_label"][0]) != known_classes(network):
+        raise ValueError(
+            f"the conditioner knows {int(null['class_label'][0])} classes, but the model's "
+            f"num_classes is {known_classes(network)}: give the same number"
+        )
 
 
 def _check_classes(num_classes: int, source: Source) -> None:

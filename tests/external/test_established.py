@@ -256,7 +256,7 @@ def test_other_arguments_keep_their_place() -> None:
         "CompVisDenoiser": ["model", "quantize", "device"],
         "CompVisVDenoiser": ["model", "quantize", "device"],
     }
-    assert set(expected) == set(external.__all__)
+    assert set(expected) < set(external.__all__)
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(external, name)).parameters) == parameters
 

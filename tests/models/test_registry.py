@@ -7,37 +7,30 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from torch import nn
 
-from k_diffusion.models import (
-    MODELS,
+from k_diffusion.models import MODELS, UNet, make_model, model_config, register_model
+from k_diffusion.models.registry import (
     PRESETS,
-    UNet,
-    make_model,
-    model_config,
-    register_model,
+    check_types,
+    known_classes,
+    known_fields,
+    model_trait,
     register_preset,
+    takes_option,
 )
-from k_diffusion.models.registry import check_types, known_fields
 
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    before = dict(MODELS)
+    before, presets = dict(MODELS), dict(PRESETS)
     yield
-    MODELS.clear()
-    MODELS.update(before)
-
-
-@pytest.fixture
-def presets() -> Iterator[None]:
-    before = dict(PRESETS)
-    yield
-    PRESETS.clear()
-    PRESETS.update(before)
+    for table, kept in ((MODELS, before), (PRESETS, presets)):
+        table.clear()
+        table.update(kept)
 
 
 @dataclass(frozen=True)
@@ -110,24 +103,6 @@ def test_a_class_with_a_config_needs_no_more(registry: None) -> None:
         make_model({"type": "plain", "width": "7"})
 
 
-def test_presets_are_configs_whose_options_are_overridden(presets: None) -> None:
-    register_preset("unet_odd", "unet", channels=8, head_channels=4, blocks=1)
-    model = make_model({"type": "unet_odd", "blocks": 2})
-    assert isinstance(model, UNet)
-    assert (model.config.channels, model.config.head_channels, model.config.blocks) == (8, 4, 2)
-    assert make_model(model_config(model)).config == model.config
-    assert PRESETS["unet_odd"]["blocks"] == 1
-    with pytest.raises(ValueError, match="blocs = 3 is no option of this model; did you mean blo"):
-        make_model({"type": "unet_odd", "blocs": 3})
-    for name in ("unet", "unet_odd"):
-        with pytest.raises(ValueError, match=f"model type '{name}' is taken"):
-            register_preset(name, "unet")
-    with pytest.raises(ValueError, match="unknown model type 'unett'; did you mean 'unet'"):
-        register_preset("other", "unett")
-    with pytest.raises(ValueError, match="unknown model type 'unet_od'; did you mean 'unet_odd'"):
-        make_model({"type": "unet_od"})
-
-
 def test_register_refuses(registry: None) -> None:
     with pytest.raises(TypeError, match=r"model 'a' must be a class derived from nn\.Module"):
         register_model("a")(MineConfig)  # type: ignore[type-var]
@@ -157,17 +132,82 @@ def test_model_config_refuses_the_unregistered() -> None:
 
 
 @dataclass(frozen=True)
+class Needs:
+    width: int
+    num_classes: int = 4
+
+
+def test_what_a_model_has_is_told_without_building_it(registry: None) -> None:
+    @register_model("needs")
+    class Builds(nn.Module):
+        Config = Needs
+        prediction = "flow"
+
+        def __init__(self, config: Needs) -> None:
+            raise AssertionError("it was built")
+
+    config = {"type": "needs", "width": 3}
+    assert model_trait(config, "prediction", "eps") == "flow"  # of the class
+    assert model_trait(config, "num_classes", 0) == 4  # of its config's defaults
+    assert model_trait({**config, "num_classes": 7}, "num_classes", 0) == 7
+    assert model_trait(config, "sigma_data", 0.5) == 0.5
+    assert model_trait({"type": "unet", "prediction": "edm"}, "time_convention", "") == "log_sigma"
+    assert takes_option(config, "width")
+    assert not takes_option(config, "in_channels")
+    assert takes_option({"type": "unet"}, "in_channels")
+    with pytest.raises(ValueError, match="width is missing: 'needs' cannot do without"):
+        make_model({"type": "needs"})
+    with pytest.raises(ValueError, match="unknown model type 'x'.* by --plugin FILE.py"):
+        model_trait({"type": "x"}, "prediction", "eps")
+
+
+def test_known_classes() -> None:
+    model = nn.Module()
+    assert known_classes(model) == 0
+    model.config = Needs(width=1)
+    assert known_classes(model) == 4
+    model.num_classes = 0
+    assert known_classes(model) == 0
+
+
+def test_presets(registry: None) -> None:
+    register_model("mine")(Mine)
+    register_preset("mine_wide", "mine", width=32)
+    assert model_config(make_model({"type": "mine_wide"})) == {"type": "mine", "width": 32}
+    assert make_model({"type": "mine_wide", "width": 8}).config.width == 8
+    with pytest.raises(ValueError, match="model type 'mine_wide' is taken"):
+        register_preset("mine_wide", "mine")
+    with pytest.raises(ValueError, match="unknown model type 'min'; did you mean 'mine'"):
+        register_preset("small", "min")
+
+
+@dataclass(frozen=True)
 class Typed:
     flag: bool = False
     share: float | None = None
     sizes: tuple[int, ...] = ()
+    kind: Literal["a", "b"] = "a"
+    table: dict[str, Any] | None = None
+    pair: tuple[int, float] = (1, 2.0)
+    anything: Any = None
+
+
+@dataclass
+class Listed:
+    names: list[str]
 
 
 def test_check_types() -> None:
     typed = Typed(share=2, sizes=[1, 2])  # type: ignore[arg-type]
     check_types(typed)
     assert typed.sizes == (1, 2)
+    check_types(Typed(kind="b", table={"x": 1}, pair=(3, 4), anything=object()))
+    check_types(Listed(names=["x"]))
     for wrong, wanted in (
+        ({"kind": "c"}, "kind = 'c' does not fit; give one of 'a', 'b'"),
+        ({"table": 3}, "table = 3 does not fit; give a table of names and values or none"),
+        ({"pair": (1,)}, "give a list of 2: a whole number, a number"),
+        ({"pair": (1, "x")}, "give a list of 2: a whole number, a number"),
         ({"flag": 1}, "flag = 1 does not fit; give true or false"),
         ({"share": True}, "share = True does not fit; give a number or none"),
         ({"share": "inf"}, "give a number or none"),

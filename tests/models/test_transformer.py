@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.models import checkpointing
 from k_diffusion.models.transformer import (
     AdaRMSNorm,
     AxialRoPE,
@@ -24,6 +24,9 @@ from k_diffusion.models.transformer import (
     global_attention,
     rotated,
 )
+
+# The package has a function of the same name.
+recomputation = sys.modules["k_diffusion.models.checkpointing"]
 
 
 def awake(module: Any) -> Any:
@@ -214,7 +217,7 @@ def test_recomputation_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [x, mapping, *layer.parameters(), *ff.parameters()]
 
     def gradients(small: int) -> tuple[int, list[Tensor]]:
-        monkeypatch.setattr(checkpointing, "SMALL", small)
+        monkeypatch.setattr(recomputation, "SMALL", small)
         sizes = {}
 
         def pack(tensor: Tensor) -> Tensor:

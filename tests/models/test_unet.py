@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import json
 from typing import Any
@@ -15,11 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from k_diffusion.denoiser import DENOISERS, make_denoiser
-from k_diffusion.models import UNet, UNetConfig, make_model, model_config
+from k_diffusion.models import UNet, UNetConfig, checkpointing, make_model, model_config
 from k_diffusion.models.network import PREDICTIONS
-
-# The package's attribute of that name is the established switch.
-checkpointing = importlib.import_module("k_diffusion.models.checkpointing")
 
 
 def tiny(awake: bool = True, **options: Any) -> UNet:

@@ -155,6 +155,6 @@ def test_unusable_arrays_are_refused() -> None:
 
 def test_purposes_keep_their_numbers() -> None:
     """A changed number would change every run of every seed."""
-    assert [purpose.value for purpose in dataset.Purpose] == [1, 2, 3, 4, 5, 6, 7, 8]
-    names = "INIT ORDER AUGMENT LEVELS NOISE LABELS NETWORK SPLIT"
+    assert [purpose.value for purpose in dataset.Purpose] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    names = "INIT ORDER AUGMENT LEVELS NOISE LABELS NETWORK SPLIT CONDITION"
     assert [purpose.name for purpose in dataset.Purpose] == names.split()

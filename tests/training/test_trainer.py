@@ -196,7 +196,7 @@ FLOW = {"type": "tiny", "num_classes": 10, "prediction": "flow", "time_conventio
 def test_steps_draw_anew_and_independently(make_run_config: MakeConfig) -> None:
     spy = Spy()
     source = ArraySource(torch.zeros(64, 1, 4, 4), torch.arange(64) % 10, list("0123456789"))
-    config = make_run_config(model=FLOW, total_images=32 * 200, label_dropout=0.25)
+    config = make_run_config(model=FLOW, total_images=32 * 200, condition_dropout=0.25)
     for _ in Trainer(config, network=spy, source=source):
         pass
     assert len(spy.seen) == 200

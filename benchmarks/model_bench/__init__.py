@@ -1,0 +1,1 @@
+"""Parts of benchmarks/models.py: one adapter a library, measures, the report."""
