@@ -441,7 +441,8 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], info: Checkpoin
         copy_tensors(weights, named_tensors(network))
     except ValueError as error:
         trained = filled(info.config).get("model", {})
-        differing = differences(flat(trained), flat(full_model(network, trained)))
+        ours = full_model(network, trained) if trained else {}
+        differing = differences(flat(trained), flat(ours))
         way = f", with {'; '.join(differing)}" if differing else ""
         raise CheckpointError(
             f"checkpoint {info.path} does not fit {type(network).__name__}: {error}; "
