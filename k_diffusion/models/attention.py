@@ -35,7 +35,8 @@ def attend(
         q: shape (B, N, C).
         k, v: shape (B, L, C).
         head_channels: divides C.
-        mask: true where a value may be taken, shape (B, L); at least one a sample.
+        mask: true where a value may be taken, shape (B, L); a sample that may take none gets zeros.
+            Values that may not be taken are finite, too (see `hide_masked`).
         dropout: share of the weights to drop: 0 in evaluation, of which a function knows nothing.
 
     Returns:
@@ -44,11 +45,16 @@ def attend(
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2.
     """
     q, k, v = (part.unflatten(2, (-1, head_channels)).transpose(1, 2) for part in (q, k, v))
-    allowed = None if mask is None else mask[:, None, None, :]
+    some = allowed = None
+    if mask is not None:
+        some = mask.any(1, keepdim=True)
+        # A softmax over nothing is no number in some of torch's implementations.
+        allowed = (mask | ~some)[:, None, None, :]
     # Of torch's implementations this one alone has a forward derivative.
     with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
         mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
-    return mixed.transpose(1, 2).flatten(2)
+    mixed = mixed.transpose(1, 2).flatten(2)
+    return mixed if some is None else mixed * some[:, :, None]
 
 
 class SelfAttention(nn.Module):
@@ -92,7 +98,8 @@ class CrossAttention(nn.Module):
         self.norm_context = nn.LayerNorm(context_dim)
         self.query = nn.Linear(channels, channels)
         self.key_value = nn.Linear(context_dim, 2 * channels)
-        self.out = zeroed(nn.Linear(channels, channels))
+        # Without a bias, which would be added where there is no context, too.
+        self.out = zeroed(nn.Linear(channels, channels, bias=False))
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Shape (B, C, ...) in and out.
@@ -103,15 +110,8 @@ class CrossAttention(nn.Module):
             mask: true where a token counts, shape (B, L); None: everywhere.
         """
         k, v = self.key_value(self.norm_context(context)).chunk(2, 2)
-        some = None
-        if mask is not None:
-            some = mask.any(1, keepdim=True)
-            # A softmax over nothing is no number in some of torch's implementations.
-            mask = mask | ~some
         mixed = attend(self.query(as_tokens(self.norm(x))), k, v, self.head_channels, mask)
         added = self.out(mixed)
-        if some is not None:
-            added = added * some[:, :, None]
         return x + added.transpose(1, 2).reshape(x.shape)
 
 

@@ -18,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k_diffusion.models.attention import attend, hide_masked
+from k_diffusion.models.checks import check_axes, check_heads, check_sides
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.mapping import TIME_FEATURES, MappingNetwork, TimeFeatures, sinusoids
 from k_diffusion.models.network import Network, NetworkConfig
-from k_diffusion.models.registry import register_model
+from k_diffusion.models.registry import register_model, register_preset
+from k_diffusion.models.transformer import RMSNorm
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.scheduler import Scheduler
 
@@ -32,9 +35,6 @@ TIME_COUNT = 128
 @dataclass(frozen=True, kw_only=True)
 class DiTConfig(NetworkConfig):
     """What a DiT is built from, beside what every network is.
-
-    The networks of the paper's table 1 have width 384, 768, 1024, 1152; depth 12, 12, 24, 28; and
-    head_channels 64, 64, 64, 72 (DiT-S, B, L, XL).
 
     Args:
         patch_size: height and width of the patch of x that one token holds.
@@ -77,13 +77,7 @@ class DiTConfig(NetworkConfig):
                 f"width = {self.width} has no room for sine and cosine of rows and columns; give a "
                 f"multiple of 4, such as {-(-self.width // 4) * 4}"
             )
-        if self.width % self.head_channels:
-            most = min(self.head_channels, self.width)
-            fitting = next(n for n in range(most, 0, -1) if self.width % n == 0)
-            raise ValueError(
-                f"head_channels = {self.head_channels} does not divide width = {self.width}; "
-                f"head_channels = {fitting} works"
-            )
+        check_heads(self.head_channels, [self.width], "of its width")
         if self.hidden < 1:
             raise ValueError(
                 f"mlp_ratio = {self.mlp_ratio} leaves MLPs no hidden layer; give a number such as 4"
@@ -153,8 +147,8 @@ class Attention(nn.Module):
         self.q = linear(width, width)
         self.kv = linear(width if context_dim is None else context_dim, 2 * width)
         self.out = linear(width, width)
-        self.norm_q = nn.RMSNorm(head_channels, eps=1e-6) if qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(head_channels, eps=1e-6) if qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(head_channels) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(head_channels) if qk_norm else nn.Identity()
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
@@ -163,22 +157,20 @@ class Attention(nn.Module):
 
         Args:
             context: attended to, shape (B, L, context_dim); None: x.
-            mask: which of its tokens count, booleans (B, L), at least one a sample; None: all.
+            mask: which of its tokens count, booleans (B, L); None: all.
         """
-        source = x if context is None else context
-        q = self.norm_q(self._heads(self.q(x)))
-        k, v = self.kv(source).chunk(2, -1)
-        k, v = self.norm_k(self._heads(k)), self._heads(v)
-        attends = None if mask is None else mask[:, None, None]
-        mixed = F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attends)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        k, v = self.kv(x if context is None else context).chunk(2, -1)
+        q, k = self._normed(self.norm_q, self.q(x)), self._normed(self.norm_k, k)
+        return self.out(attend(q, k, v, self.head_channels, mask))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (-1, self.head_channels)).transpose(1, 2)
+    def _normed(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return norm(x.unflatten(2, (-1, self.head_channels))).flatten(2)
 
 
 class CrossAttention(nn.Module):
     """Attention of every token to those of a context, added to its input; at first nothing.
+
+    To a sample all of whose tokens are masked it adds nothing ever.
 
     Args:
         width: E.
@@ -191,15 +183,12 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.attention = Attention(width, head_channels, qk_norm, context_dim)
-        zeroed(self.attention.out)
+        # Without a bias, which would be added where there is no context, too.
+        self.attention.out = zeroed(nn.Linear(width, width, bias=False))
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Shape (B, N, E) of x (B, N, E), a context (B, L, context_dim) and its mask (B, L)."""
-        # Attention to nothing has no value. So a sample without any token is let attend to all of
-        # its own, and nothing is made of it.
-        some = mask.any(1, keepdim=True)
-        mixed = self.attention(self.norm(x), context, mask | ~some)
-        return x + mixed.masked_fill(~some[:, :, None], 0.0)
+        return x + self.attention(self.norm(x), context, mask)
 
 
 class DiTBlock(nn.Module):
@@ -290,20 +279,16 @@ class DiT(Network):
             ValueError: a shape or a dtype that does not fit. Values are not read, which would wait
                 for the device: `check_condition` does that, once before a run.
         """
-        joined = self.join(x, t, condition)
         self._check_size(x)
-        context, mask = condition.pop("context", None), condition.pop("context_mask", None)
+        joined = self.join(x, t, condition)
+        mask = condition.get("context_mask")
+        context = hide_masked(condition.get("context"), mask, x.dtype)
         embedding = self.mapping(t, **condition)
         size = self.config.patch_size
         patches = F.pixel_unshuffle(joined, size)
         height, width = patches.shape[2:]
         h = self.patch_in(patches.flatten(2).transpose(1, 2))
         h = h + grid_positions(height, width, h.shape[2], h)
-        if context is not None:
-            if mask is None:
-                mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
-            # What is hidden may hold anything, and zero times infinity is no number.
-            context = context.masked_fill(~mask[:, :, None], 0.0).to(h.dtype)
         for index, block in enumerate(self.blocks):
             h = self.checkpointing.run(block, h, embedding, context, mask, index=index)
         scale, shift = self.modulation_out(embedding).chunk(2, 1)
@@ -312,16 +297,17 @@ class DiT(Network):
 
     def _check_size(self, x: Tensor) -> None:
         size = self.config.patch_size
-        if x.ndim != 4:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; this model takes (batch, {self.config.in_channels},"
-                " height, width)"
-            )
-        for name, n in (("height", x.shape[2]), ("width", x.shape[3])):
-            if n % size or n == 0:
-                near = [m for m in (n // size * size, -(-n // size) * size) if m]
-                works = " or ".join(str(m) for m in dict.fromkeys(near or [size]))
-                raise ValueError(
-                    f"x has {name} {n}, which patches of {size} do not fill; the nearest that "
-                    f"works: {works} (a multiple of patch_size)"
-                )
+        check_axes(x, self.config.in_channels, ("height", "width"))
+        check_sides(x, [(size, size)] * 2, f"patches of {size} do not fill")
+
+
+# The networks of the paper's table 1, for latents of an image of 256 or 512 pixels.
+for _name, _width, _depth, _head_channels in (
+    ("dit_s", 384, 12, 64),
+    ("dit_b", 768, 12, 64),
+    ("dit_l", 1024, 24, 64),
+    ("dit_xl", 1152, 28, 72),
+):
+    register_preset(
+        _name, "dit", width=_width, depth=_depth, head_channels=_head_channels, patch_size=2
+    )

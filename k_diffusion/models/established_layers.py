@@ -203,13 +203,7 @@ class CrossAttention2d(ConditionedModule):
         if tokens is None:
             return input + self.out_proj(torch.zeros_like(input))
         k, v = self.kv_proj(self.norm_enc(tokens)).chunk(2, 2)
-        some = None
-        if mask is not None:
-            some = mask.any(1, keepdim=True)
-            mask = mask | ~some  # a softmax over nothing would be no number
         mixed = attend(q, k, v, q.shape[2] // self.n_head, mask, _share(self.dropout))
-        if some is not None:
-            mixed = mixed * some[:, :, None]
         return input + self.out_proj(_as_image(mixed, input))
 
 

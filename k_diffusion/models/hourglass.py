@@ -21,11 +21,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from k_diffusion.models.checkpointing import Checkpointing
+from k_diffusion.models.checks import check_axes, check_sides
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.mapping import FourierFeatures
 from k_diffusion.models.neighborhood import check_backend, check_kernel, neighborhood_attention
 from k_diffusion.models.network import TIME_SCALES, Network, NetworkConfig
-from k_diffusion.models.registry import register_model
+from k_diffusion.models.registry import register_model, register_preset
 from k_diffusion.models.transformer import (
     FeedForward,
     Mapping,
@@ -298,22 +299,12 @@ class HourglassLayers(nn.Module):
 
     def _check_size(self, x: Tensor) -> None:
         config = self.hourglass
-        if x.ndim != 4:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; this model takes (batch, {config.in_channels}, "
-                "height, width)"
-            )
-        for axis, name in enumerate(("height", "width")):
-            size = x.shape[2 + axis]
-            factor, least = config.sides(axis)
-            if size % factor or size < least:
-                near = [max(least, n * factor) for n in (size // factor, -(-size // factor))]
-                works = " or ".join(str(n) for n in dict.fromkeys(near))
-                raise ValueError(
-                    f"x has {name} {size}, which patches, merges and windows cannot share out or a "
-                    f"neighbourhood is larger than; the nearest that works: {works} (a multiple of "
-                    f"{factor}, at least {least})"
-                )
+        check_axes(x, config.in_channels, ("height", "width"))
+        check_sides(
+            x,
+            [config.sides(axis) for axis in (0, 1)],
+            "patches, merges and windows cannot share out or a neighbourhood is larger than",
+        )
 
 
 def _blocks(config: HourglassConfig, level: int) -> nn.ModuleList:
@@ -368,7 +359,7 @@ class Hourglass(Network, HourglassLayers):
         super().__init__(config, process=process, **options)
         self.add_layers(self.config)
         # Fourier's frequencies are laid for a span of about four: TIME_SCALES makes it a thousand.
-        self.time_scale = TIME_SCALES[self.time_convention] / 250
+        self.time_scale = TIME_SCALES[self.time_convention] / TIME_SCALES["log_sigma"]
 
     def forward(self, x: Tensor, t: Tensor, **condition: Tensor | None) -> Tensor:
         """What the network predicts.
@@ -390,3 +381,12 @@ class Hourglass(Network, HourglassLayers):
         names = ("class_label", "embedding", "augmentation")
         mapping = self.embed(t * self.time_scale, *(condition.get(name) for name in names))
         return self.run(h, mapping, self.checkpointing)
+
+
+# For small images, and for images of 64 pixels and up. They stay as they are, see `unet`.
+register_preset(
+    "hourglass_tiny", "hourglass", patch_size=2, widths=(64, 128), depths=(1, 2), head_channels=32
+)
+register_preset(
+    "hourglass_small", "hourglass", patch_size=4, widths=(128, 256, 512), depths=(2, 2, 6)
+)

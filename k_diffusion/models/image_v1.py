@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k_diffusion.models.checks import check_axes, check_sides
 from k_diffusion.models.conditions import Image, Tokens, Vector
 from k_diffusion.models.established_layers import FourierFeatures, UNet
 from k_diffusion.models.image_v1_blocks import (
@@ -230,14 +231,14 @@ class ImageV1(Network):
             ValueError: a shape or a dtype that does not fit.
         """
         joined = self.join(x, t, condition)
-        vectors = [
-            x.new_zeros(len(x), width) if (given := condition.get(name)) is None else given
-            for name, width in (
-                ("augmentation", self.config.augmentation_dim),
-                ("embedding", self.config.embedding_dim),
-            )
-            if width
-        ]
+        vectors = []
+        for name, width in (
+            ("augmentation", self.config.augmentation_dim),
+            ("embedding", self.config.embedding_dim),
+        ):
+            if width:
+                given = condition.get(name)
+                vectors.append(x.new_zeros(len(x), width) if given is None else given)
         vector = torch.cat([v.to(x.dtype) for v in vectors], 1) if vectors else None
         mask = condition.get("context_mask")
         padding = None if mask is None else ~mask
@@ -286,20 +287,11 @@ class ImageV1(Network):
         return (prediction, h[:, -1].flatten(1).mean(1)) if return_variance else prediction
 
     def _check_size(self, x: Tensor) -> None:
-        if x.ndim != 4:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; this model takes (batch, "
-                f"{self.config.in_channels}, height, width)"
-            )
+        check_axes(x, self.config.in_channels, ("height", "width"))
         factor = self.config.factor
         # What is blurred is reflected at its border, and must have something to reflect.
         least = factor if factor == self.config.patch_size else 2 * factor
-        for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
-            if size % factor or size < least:
-                raise ValueError(
-                    f"x has {name} {size}; this model takes multiples of {factor} from {least} on "
-                    f"(its patches and levels): pad it to {max(least, -(-size // factor) * factor)}"
-                )
+        check_sides(x, [(factor, least)] * 2, "its patches and levels cannot share out")
 
 
 class ImageDenoiserModelV1(ImageV1):

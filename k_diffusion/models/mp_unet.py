@@ -12,13 +12,13 @@ Source: Karras et al. 2024, arXiv:2312.02696, config G, figure 21.
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.models.checks import check_axes, check_heads, check_levels
 from k_diffusion.models.mp_layers import (
     DecoderBlock,
     EncoderBlock,
@@ -29,7 +29,8 @@ from k_diffusion.models.mp_layers import (
     UnitRows,
 )
 from k_diffusion.models.network import TIME_SCALES, Network, NetworkConfig
-from k_diffusion.models.registry import register_model
+from k_diffusion.models.registry import register_model, register_preset
+from k_diffusion.models.resampling import crop, pad_to_multiple
 from k_diffusion.utils.scheduler import Scheduler
 
 UNCERTAINTY_FEATURES = 128
@@ -38,9 +39,6 @@ UNCERTAINTY_FEATURES = 128
 @dataclass(frozen=True, kw_only=True)
 class MPUNetConfig(NetworkConfig):
     """What a magnitude-preserving UNet is built from, beside what every network is.
-
-    The networks of the paper have channel_mults (1, 2, 3, 4), attention (false, false, true, true)
-    and 3 blocks, with 128 (XS), 192 (S), 256 (M), 320 (L), 384 (XL) or 448 (XXL) channels.
 
     Args:
         channels: channels of the finest level, times the first of channel_mults.
@@ -70,30 +68,12 @@ class MPUNetConfig(NetworkConfig):
         super().__post_init__()
         self.at_least(1, "channels", "blocks", "head_channels")
         self.check_shares("dropout")
-        if not self.channel_mults or min(self.channel_mults) < 1:
-            raise ValueError(
-                f"channel_mults = {self.channel_mults} has no level, or one without channels; give "
-                "one factor of at least 1 a level, such as (1, 2)"
-            )
-        levels = len(self.channel_mults)
-        if len(self.attention) != levels:
-            raise ValueError(
-                f"attention = {self.attention} has {len(self.attention)} entries, but "
-                f"channel_mults = {self.channel_mults} makes {levels} levels; give true or false "
-                f"for each, such as {(*[False] * (levels - 1), True)}"
-            )
-        self.check_checkpointing(levels)
+        check_levels(self.channel_mults, attention=self.attention)
+        self.check_checkpointing(len(self.channel_mults))
         # The middle, of the coarsest level, always attends.
         attends = (*self.attention[:-1], True)
-        attending = [w for w, a in zip(self.widths, attends, strict=True) if a]
-        for channels in attending:
-            if channels % self.head_channels:
-                most = min(self.head_channels, common := math.gcd(*attending))
-                fitting = next(n for n in range(most, 0, -1) if common % n == 0)
-                raise ValueError(
-                    f"head_channels = {self.head_channels} does not divide the {channels} channels "
-                    f"of a level with attention; head_channels = {fitting} works"
-                )
+        attending = list(itertools.compress(self.widths, attends))
+        check_heads(self.head_channels, attending, "of a level with attention")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -102,7 +82,7 @@ class MPUNetConfig(NetworkConfig):
 
     @property
     def factor(self) -> int:
-        """What height and width must be multiples of."""
+        """What height and width are padded to multiples of."""
         return 2 ** (len(self.channel_mults) - 1)
 
 
@@ -173,8 +153,8 @@ class MPUNet(Network):
         """What the network predicts.
 
         Args:
-            x: noisy data of about unit variance, shape (B, in_channels, H, W), H and W multiples of
-                `config.factor`.
+            x: noisy data of about unit variance, shape (B, in_channels, H, W); sizes that are no
+                multiples of `config.factor` are padded to such, and the output is cropped.
             t: time in the network's convention, shape (B,).
             condition: what the config's `conditions` lists; None or left out: absent.
 
@@ -185,8 +165,8 @@ class MPUNet(Network):
             ValueError: a shape or a dtype that does not fit. Values are not read, which would wait
                 for the device: `check_condition` does that, once before a run.
         """
-        h = self.join(x, t, condition)
-        self._check_size(x)
+        check_axes(x, self.config.in_channels, ("height", "width"))
+        h = pad_to_multiple(self.join(x, t, condition), self.config.factor)
         embedding = self.mapping(t, **condition)
         h = self._enter(h)
         skips = [h]
@@ -204,7 +184,7 @@ class MPUNet(Network):
                 h = self.checkpointing.run(
                     block, h, embedding, mirrored, index=next(index), level=last - i
                 )
-        return self.conv_out(h) * self.gain_out
+        return crop(self.conv_out(h) * self.gain_out, x.shape[2:])
 
     def _enter(self, x: Tensor) -> Tensor:
         """The first convolution, of x, image and ones, of unit magnitude whatever the image's."""
@@ -251,19 +231,14 @@ class MPUNet(Network):
             if isinstance(module, UnitRows):
                 module.force()
 
-    def _check_size(self, x: Tensor) -> None:
-        config = self.config
-        if x.ndim != 4:
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; this model takes (batch, {config.in_channels}, "
-                "height, width)"
-            )
-        factor = config.factor
-        for name, size in (("height", x.shape[2]), ("width", x.shape[3])):
-            if size % factor or size == 0:
-                near = [n for n in (size // factor * factor, -(-size // factor) * factor) if n]
-                works = " or ".join(str(n) for n in dict.fromkeys(near or [factor]))
-                raise ValueError(
-                    f"x has {name} {size}, which {len(config.channel_mults)} levels cannot halve "
-                    f"to whole numbers; the nearest that works: {works} (a multiple of {factor})"
-                )
+
+# The networks of the paper's table 1, for latents of an image of 512 pixels, or images of 64.
+for _size, _channels in {"xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}.items():
+    register_preset(
+        f"edm2_{_size}",
+        "mp_unet",
+        channels=_channels,
+        channel_mults=(1, 2, 3, 4),
+        attention=(False, False, True, True),
+        blocks=3,
+    )

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from k_diffusion.denoiser import make_denoiser
 from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
 from k_diffusion.models.registry import model_trait
+from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
 
@@ -397,7 +398,7 @@ def load_denoiser(
         raise CheckpointError(
             f"checkpoint {path} holds a network that cannot be built here ({_line(error)})"
         ) from None
-    load_into(network, chosen, path)
+    load_into(network, chosen, info)
     return denoiser.to(device).eval().requires_grad_(False), info
 
 
@@ -429,18 +430,23 @@ def load_conditioner(
         ) from None
 
 
-def load_into(network: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
+def load_into(network: nn.Module, weights: Mapping[str, Tensor], info: CheckpointInfo) -> None:
     """Copy a checkpoint's weights into a network.
 
     Raises:
-        CheckpointError: names or shapes differ; nothing is copied then.
+        CheckpointError: names or shapes differ; nothing is copied then. The message has the keys in
+            which the network's config differs from the one trained, where both are known.
     """
     try:
         copy_tensors(weights, named_tensors(network))
     except ValueError as error:
+        trained = filled(info.config).get("model", {})
+        ours = full_model(network, trained) if trained else {}
+        differing = differences(flat(trained), flat(ours))
+        way = f", with {'; '.join(differing)}" if differing else ""
         raise CheckpointError(
-            f"checkpoint {path} does not fit {type(network).__name__}: {error}; "
-            "use the config that it was trained with"
+            f"checkpoint {info.path} does not fit {type(network).__name__}: {error}; "
+            f"use the config that it was trained with{way}"
         ) from None
 
 

@@ -261,5 +261,5 @@ def load_autoencoder(path: str | Path, device: str | torch.device = "cpu") -> Au
         raise CheckpointError(
             f"checkpoint {path} holds an autoencoder that cannot be built here ({error})"
         ) from None
-    load_into(autoencoder, parts["autoencoder"], path)
+    load_into(autoencoder, parts["autoencoder"], info)
     return autoencoder.to(device).eval().requires_grad_(False)

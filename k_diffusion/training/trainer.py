@@ -36,6 +36,7 @@ from k_diffusion.training.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
 from k_diffusion.training.ema import Ema
@@ -151,6 +152,8 @@ class Trainer:
         example = self._example(network)
         if given is None:
             _check_shape(config.model, self.source, example)
+        model = full_model(network, config.model)
+        self.config = config = config.model_copy(update={"model": model})
         self.network = network.to(self.device).train()
         process = make_scheduler(**config.process) if config.process else None
         self.denoiser: NetworkDenoiser = make_denoiser(self.network, process)
@@ -367,7 +370,7 @@ class Trainer:
             raise CheckpointError(
                 f"checkpoint {path} holds weights for sampling only: it cannot be resumed"
             )
-        load_into(self.network, parts["model"], path)
+        load_into(self.network, parts["model"], info)
         try:
             self.ema.load_state_dict(parts["ema"], info.state["ema_updates"])
             load_moments(self.optimizer, self.network, parts["optimizer"])
@@ -382,26 +385,17 @@ class Trainer:
         self.extra = dict(info.state["extra"])
 
     def _check_same_run(self, info: CheckpointInfo) -> None:
-        theirs, ours = _flat(info.config), _flat(self.config.to_json())
+        theirs, ours = flat(filled(info.config)), flat(filled(self.config.to_json()))
         theirs["data.images"], ours["data.images"] = info.data.get("images"), len(self.source)
-        for key in sorted(set(theirs) | set(ours)):
-            old, new = theirs.get(key), ours.get(key)
-            if key.split(".")[0] in FIXED and key != "data.path" and old != new:
-                raise CheckpointError(
-                    f"checkpoint {info.path} is of a run with {key} = {old!r}, not {new!r}: "
-                    f"resume with the same, or begin a new run"
-                )
-
-
-def _flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{above}{key}.")
-        else:
-            flat[above + key] = value
-    return flat
+        theirs, ours = (
+            {k: v for k, v in both.items() if k.split(".")[0] in FIXED and k != "data.path"}
+            for both in (theirs, ours)
+        )
+        if differing := differences(theirs, ours):
+            raise CheckpointError(
+                f"checkpoint {info.path} is of a run with {'; '.join(differing)}: resume with the "
+                "same, or begin a new run"
+            )
 
 
 def _seed_network(seed: int, device: torch.device) -> None:

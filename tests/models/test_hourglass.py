@@ -1,19 +1,16 @@
-"""The hourglass: its shapes, what it refuses, where it is equivariant, memory and the compiler."""
+"""The hourglass: its shapes, what it refuses, where it is equivariant. More: test_backbones.py."""
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import torch
+from backbones import saved_bytes
 from torch import Tensor, nn
 
 from k_diffusion.models import Hourglass, HourglassConfig, make_model, model_config
 from k_diffusion.models.neighborhood import has_natten
-
-# The package has a function of the same name.
-recomputation = sys.modules["k_diffusion.models.checkpointing"]
 
 TINY: dict[str, Any] = {
     "in_channels": 2,
@@ -167,56 +164,15 @@ def test_a_sample_is_one_whatever_the_time_convention_calls_it() -> None:
         assert (out - outs[0]).abs().max() < 1e-3
 
 
-# ---------------------------------------------------------------- memory and the compiler
-
-
-def kept(model: Hourglass, x: Tensor, t: Tensor) -> tuple[int, list[Tensor]]:
-    """Bytes kept for the backward pass, parameters left out, and the gradients."""
-    storages = {}
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = model(x, t)
-    return sum(storages.values()), list(
-        torch.autograd.grad(out.square().sum(), list(model.parameters()))
-    )
-
-
-def test_checkpointing_keeps_less_and_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {"widths": (32, 64), "depths": (2, 2), "head_channels": 16}
-    x, t = inputs(2, 16, 16)
-    monkeypatch.setattr(recomputation, "SMALL", 0)
-    plain, wanted = kept(tiny(**options), x, t)
-    most = {True: 0.25, 2: 0.70, (0,): 0.60, (1,): 0.90}
-    for policy, share in most.items():
-        used, gradients = kept(tiny(**options, checkpointing=policy), x, t)
-        assert used < share * plain, policy
-        assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+# ---------------------------------------------------------------- memory
 
 
 def test_full_checkpointing_against_a_plain_model_that_recomputes_nothing() -> None:
     options: dict[str, Any] = {"widths": (32, 64), "depths": (2, 2), "head_channels": 16}
     x, t = inputs(2, 16, 16)
-    plain, _ = kept(tiny(**options), x, t)
-    used, _ = kept(tiny(**options, checkpointing=True), x, t)
+    plain, _ = saved_bytes(tiny(**options), x, t)
+    used, _ = saved_bytes(tiny(**options, checkpointing=True), x, t)
     assert used < 0.15 * plain
-
-
-@pytest.mark.parametrize("kind", ["neighborhood", "shifted_window"])
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_it_compiles_as_one_graph(kind: str) -> None:
-    model = tiny(widths=(16,), depths=(2,), attention=kind).eval()
-    x, t = inputs(1, 24, 24)
-    torch.compiler.reset()
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True)(x, t)
-        assert (compiled - model(x, t)).abs().max() < 1e-4
 
 
 # ---------------------------------------------------------------- refusals

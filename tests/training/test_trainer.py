@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.models import PRESETS, make_model, model_config
 from k_diffusion.training import load_denoiser
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint
-from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig
+from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig, make_config
 from k_diffusion.training.dataset import ArraySource, Digits
 from k_diffusion.training.optimizer import learning_rate, load_moments, make_adamw
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
@@ -107,7 +108,10 @@ def test_a_longer_run_goes_on_from_a_shorter(make_run_config: MakeConfig, tmp_pa
         ({"seed": 4}, "a run with seed = 3, not 4"),
         ({"batch_size": 16}, "batch_size = 32, not 16"),
         ({"data": {"source": "digits", "split": "all"}}, "data.images = 1438, not 1797"),
-        ({"model": {"type": "tiny", "width": 9}}, r"model\.dropout = 0.2, not None"),
+        (
+            {"model": {"type": "tiny", "width": 9}},
+            r"model\.dropout = 0.2, not 0.0; .*; model\.width = 8, not 9",
+        ),
         ({"process": {"name": "karras"}}, r"process = None, not None|process\.name = None"),
     ],
 )
@@ -546,10 +550,44 @@ def test_unet_trains_resumes_and_loads(make_run_config: MakeConfig, tmp_path: Pa
     )
     denoiser, info = load_denoiser(tmp_path / "rest.safetensors")
     assert denoiser.process.time_max == 0.99
-    assert info.config == config.model_copy(update={"model": {**model, "in_channels": 1}}).to_json()
+    full = model_config(make_model({**model, "in_channels": 1}))
+    assert full["out_channels"] is None
+    assert info.config == config.model_copy(update={"model": full}).to_json()
+    assert make_config(info.config).to_json() == info.config
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 0.9])
     labels = torch.tensor([3, 10])
     assert denoiser(x, sigma, class_label=labels).isfinite().all()
+
+
+def test_a_run_from_a_preset_outlives_the_preset(
+    make_run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"channels": 8, "channel_mults": [1], "attention": [False], "head_channels": 8}
+    monkeypatch.setitem(PRESETS, "brief", {"type": "unet", **small, "blocks": 1})
+    config = make_run_config(model={"type": "brief"}, total_images=64)
+    path = tmp_path / "a.safetensors"
+    train(config, path, 1)
+    assert read_checkpoint(path)[0].config["model"]["type"] == "unet"
+    assert Trainer(config, resume=path).step == 1  # of the same TOML
+    monkeypatch.setitem(PRESETS, "brief", {"type": "unet", **small, "blocks": 2})
+    assert load_denoiser(path)[0].network.config.blocks == 1
+    message = r"a run with model\.blocks = 1, not 2: resume with the same"
+    with pytest.raises(CheckpointError, match=message):
+        Trainer(config, resume=path)
+    with pytest.raises(CheckpointError, match=r"does not fit UNet: .*, with blocks = 1, not 2$"):
+        load_denoiser(path, network=make_model({"type": "brief", "in_channels": 1}))
+
+
+def test_a_checkpoint_that_holds_only_what_was_given_resumes(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.safetensors"
+    trainer = Trainer(make_run_config())
+    given = {key: value for key, value in trainer.config.model.items() if key != "width"}
+    trainer.config = trainer.config.model_copy(update={"model": given})
+    trainer.save(path)
+    assert "width" not in read_checkpoint(path)[0].config["model"]
+    assert Trainer(make_run_config(), resume=path).step == 0
 
 
 def test_after_step_follows_each_step_and_comes_before_the_average(
