@@ -16,7 +16,6 @@ norms and attention at several levels: Dhariwal and Nichol 2021, arXiv:2105.0523
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from k_diffusion.models.attention import hide_masked
 from k_diffusion.models.blocks import ResidualBlock
+from k_diffusion.models.checks import check_axes, check_heads, check_levels
 from k_diffusion.models.fused import normed_convolution
 from k_diffusion.models.layers import GroupNorm, channels_last, convolution, zeroed
 from k_diffusion.models.mapping import TIME_FEATURES, MappingNetwork, TimeFeatures
@@ -88,43 +88,19 @@ class UNetConfig(NetworkConfig):
             raise ValueError(unknown("resampling", self.resampling, RESAMPLING))
         if self.time_features not in TIME_FEATURES:
             raise ValueError(unknown("time_features", self.time_features, TIME_FEATURES))
-        if not self.channel_mults or min(self.channel_mults) < 1:
+        check_levels(
+            self.channel_mults, attention=self.attention, cross_attention=self.cross_attention
+        )
+        if any(self.cross_attention or ()) and not self.context_dim:
             raise ValueError(
-                f"channel_mults = {self.channel_mults} has no level, or one without channels; give "
-                "one factor of at least 1 a level, such as (1, 2)"
+                f"cross_attention = {self.cross_attention} has nothing to attend to; give "
+                "context_dim, the width of the context's tokens, or leave cross_attention out"
             )
-        self._check_levels("attention", self.attention)
-        if self.cross_attention is not None:
-            self._check_levels("cross_attention", self.cross_attention)
-            if any(self.cross_attention) and not self.context_dim:
-                raise ValueError(
-                    f"cross_attention = {self.cross_attention} has nothing to attend to; give "
-                    "context_dim, the width of the context's tokens, or leave cross_attention out"
-                )
         self.check_checkpointing(len(self.channel_mults))
-        self._check_heads()
-
-    def _check_levels(self, name: str, given: tuple[bool, ...]) -> None:
-        levels = len(self.channel_mults)
-        if len(given) != levels:
-            raise ValueError(
-                f"{name} = {given} has {len(given)} entries, but channel_mults = "
-                f"{self.channel_mults} makes {levels} levels; give true or false for each, such "
-                f"as {(*[False] * (levels - 1), True)}"
-            )
-
-    def _check_heads(self) -> None:
         # The middle, of the coarsest level, always attends.
         attends = (a or c for a, c in zip(self.attention, self.attended_contexts, strict=True))
         attending = [*itertools.compress(self.widths, attends), self.widths[-1]]
-        for channels in attending:
-            if channels % self.head_channels:
-                most = min(self.head_channels, common := math.gcd(*attending))
-                fitting = next(n for n in range(most, 0, -1) if common % n == 0)
-                raise ValueError(
-                    f"head_channels = {self.head_channels} does not divide the {channels} channels "
-                    f"of a level with attention; head_channels = {fitting} works"
-                )
+        check_heads(self.head_channels, attending, "of a level with attention")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -220,7 +196,7 @@ class UNet(Network):
             ValueError: a shape or a dtype that does not fit. Values are not read, which would wait
                 for the device: `check_condition` does that, once before a run.
         """
-        self._check_size(x)
+        check_axes(x, self.config.in_channels, AXES[self.config.dims])
         h = pad_to_multiple(self.join(x, t, condition), self.config.factor)
         mask = condition.get("context_mask")
         context = hide_masked(condition.get("context"), mask, x.dtype)
@@ -249,17 +225,6 @@ class UNet(Network):
                 h = self.upsample[level - 1](h)
         y = crop(normed_convolution(self.norm_out, self.conv_out, h), x.shape[2:])
         return y.contiguous() if x.is_contiguous() else y
-
-    def _check_size(self, x: Tensor) -> None:
-        axes = AXES[self.config.dims]
-        if x.ndim != 2 + len(axes):
-            raise ValueError(
-                f"x has shape {tuple(x.shape)}; this model takes (batch, "
-                f"{self.config.in_channels}, {', '.join(axes)})"
-            )
-        for name, size in zip(axes, x.shape[2:], strict=True):
-            if size == 0:
-                raise ValueError(f"x has {name} 0, of shape {tuple(x.shape)}: give at least 1")
 
 
 # For a first try; for small images; for images of 64 and up, and latents. What they are stays as it
