@@ -155,6 +155,12 @@ def test_from_files(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=r"config.json is no JSON .*configs are plain data"):
             K.config.load_config(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"config.json is no JSON "):
+        K.config.load_config(path)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ValueError, match=r"config.json is no text in UTF-8: give a JSON file"):
+        K.config.load_config(path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match=r"a config is an object, {...}, got list"):
         K.config.load_config(path)
@@ -631,11 +637,28 @@ class Harmful:
 def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
     path = tmp_path / "m.pth"
     torch.save({"model_ema": Harmful()}, path)
-    with pytest.raises(ValueError, match=r"m.pth holds more than weights .*\.safetensors"):
+    with pytest.raises(ValueError, match=r"m.pth holds more than weights .*\.safetensors") as said:
         K.config.load_model(path, config(V1))
     assert not Harmful.ran
+    assert "weights_only" not in str(said.value)  # torch advises to load it all the same
     with pytest.raises(FileNotFoundError):
         K.config.load_model(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, -1])
+def test_a_part_of_a_file_is_refused(tmp_path: Path, left: int) -> None:
+    path = inference_file(tmp_path / "m.safetensors")
+    path.write_bytes(path.read_bytes()[:left])
+    for load in (K.config.load_config, K.config.load_model):
+        with pytest.raises(ValueError, match=r"m.safetensors is truncated, damaged or no"):
+            load(path)
+
+
+@pytest.mark.parametrize("averaged", [3, {"a": 3}])
+def test_averaged_weights_are_a_state_dict(tmp_path: Path, averaged: Any) -> None:
+    torch.save({"model_ema": averaged, "config": config(V1)}, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"m.pth .*: its model_ema is no state dict"):
+        K.config.load_model(tmp_path / "m.pth")
 
 
 def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:

@@ -36,12 +36,16 @@ def load_plugins(names: Sequence[str]) -> None:
         path = Path(name).resolve()
         if is_file and not (path.is_file() and path.suffix == ".py"):
             raise UsageError(f"--plugin {name} does not exist: give a file of Python, FILE.py")
+        if not is_file and not all(part.isidentifier() for part in name.split(".")):
+            raise UsageError(f"--plugin {name!r} is no module's name; a file is given as FILE.py")
         _look_in(path.parent if is_file else Path.cwd())
         try:
             if is_file:
                 _load(path)
-            else:
-                importlib.import_module(name)
+            elif _is_bare_folder(importlib.import_module(name)):  # which runs nothing
+                raise UsageError(f"--plugin {name} is a folder; give a file in it, FILE.py")
+        except UsageError:
+            raise
         except (Exception, SystemExit) as error:
             if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
                 reason = f"there is no module {error.name}; a file is given as FILE.py"
@@ -65,6 +69,10 @@ def _load(path: Path) -> None:
         del sys.modules[spec.name]
         raise
     _LOADED[path] = module
+
+
+def _is_bare_folder(module: ModuleType) -> bool:
+    return hasattr(module, "__path__") and getattr(module, "__file__", None) is None
 
 
 def _look_in(folder: Path) -> None:

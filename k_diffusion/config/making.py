@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from k_diffusion import layers
 from k_diffusion.config.keys import COMMON, check
-from k_diffusion.config.reading import load_config
+from k_diffusion.config.reading import load_config, metadata_of
 from k_diffusion.models.augment_wrapper import AUGMENT_DIM, KarrasAugmentWrapper
 from k_diffusion.models.image_transformer_v1 import ImageTransformerDenoiserModelV1
 from k_diffusion.models.image_transformer_v2 import (
@@ -229,9 +229,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | No
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        from k_diffusion.utils import get_safetensors_metadata
-
-        metadata = get_safetensors_metadata(path) or {}
+        metadata = metadata_of(path)
         if metadata.get("format") == "k_diffusion":
             raise ValueError(
                 f"{path} is a checkpoint of this library: load it with training.load_denoiser"
@@ -239,16 +237,19 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | No
         return load_file(path), load_config(path) if "config" in metadata else None
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except OSError:
         raise
-    except Exception as error:
+    except Exception:  # whose words advise to load the file with all the code in it
         raise ValueError(
-            f"{path} holds more than weights and plain data, or is damaged "
-            f"({' '.join(str(error).split())[:200]}): convert it to .safetensors where it was made"
+            f"{path} holds more than weights and plain data, so that code could run, or is "
+            "damaged: convert it to .safetensors where it was made"
         ) from None
     if not isinstance(held, Mapping) or "model_ema" not in held:
         raise ValueError(f"{path} is no training checkpoint: it holds no model_ema")
-    return dict(held["model_ema"]), held.get("config")
+    weights = held["model_ema"]
+    if not isinstance(weights, Mapping) or not all(map(torch.is_tensor, weights.values())):
+        raise ValueError(f"{path} is no training checkpoint: its model_ema is no state dict")
+    return dict(weights), held.get("config")
 
 
 def _differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:

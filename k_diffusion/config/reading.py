@@ -91,17 +91,36 @@ def load_config(path_or_dict: str | Path | Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        text = (utils.get_safetensors_metadata(path) or {}).get("config")
+        text = metadata_of(path).get("config")
         if text is None:
             raise ValueError(
                 f"{path} holds no config in its metadata: give its config as a JSON file"
             )
     else:
-        text = path.read_text()
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(f"{path} is no text in UTF-8: give a JSON file") from None
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}): configs are plain data") from None
+
+
+def metadata_of(path: Path) -> Mapping[str, str]:
+    """What a safetensors file says beside its tensors.
+
+    Raises:
+        ValueError: the file is damaged, or no safetensors file.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return utils.get_safetensors_metadata(path) or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated, damaged or no safetensors file ({error}): use another copy"
+        ) from None
 
 
 def _merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

@@ -97,15 +97,19 @@ class Autoencoder(nn.Module, ABC):
             batches: data, each of shape (B, C, H, W).
 
         Raises:
-            ValueError: a channel is the same everywhere.
+            ValueError: there are no data, or a channel is the same everywhere or not finite.
         """
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for x in batches:
             z = self.encode_raw(x).double().transpose(0, 1).flatten(1)
             count += z.shape[1]
             total, squares = total + z.sum(1).cpu(), squares + z.square().sum(1).cpu()
+        if not count:
+            raise ValueError("there are no data to measure the latents of: give at least one batch")
         mean = total / count
         variance = squares / count - mean**2
+        if not bool(variance.isfinite().all()):
+            raise ValueError("the latents of these data are not finite: look for NaN in the data")
         if not bool((variance > 1e-12).all()):
             raise ValueError("a channel of the latents is constant: train the autoencoder first")
         self.shift.copy_(mean)

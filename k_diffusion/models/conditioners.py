@@ -24,6 +24,7 @@ the network. One of your own is a class and a dataclass:
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -185,6 +186,8 @@ class ClassConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes = {self.num_classes} is negative; give their number")
         count = self.num_classes or len(self.class_names)
         object.__setattr__(self, "num_classes", count)
         if count < 1:
@@ -194,6 +197,9 @@ class ClassConfig:
                 f"num_classes = {count}, but class_names has {len(self.class_names)}; give one "
                 "name a class, or leave num_classes out"
             )
+        twice = [name for name in self.class_names if self.class_names.count(name) > 1]
+        if twice:
+            raise ValueError(f"class_names has {twice[0]!r} twice; give each class its own name")
 
 
 @register_conditioner("class")
@@ -229,9 +235,12 @@ class ClassConditioner(Conditioner):
             if one not in names:
                 raise ValueError(unknown("class", one, names))
             return names.index(one)
-        index = int(one)  # type: ignore[call-overload]
+        try:
+            index = operator.index(one)  # type: ignore[arg-type]
+        except TypeError:  # 1.5 is no class, and not the class 1
+            index = -1
         if not 0 <= index < count:
-            raise ValueError(f"class {index} does not exist: there are 0 to {count - 1}")
+            raise ValueError(f"class {one} does not exist: there are 0 to {count - 1}")
         return index
 
 
@@ -255,15 +264,17 @@ class CompositeConfig:
         check_types(self)
         if not self.parts:
             raise ValueError("parts is empty; give at least one conditioner")
-        if not 0 <= self.part_dropout < 1:
-            raise ValueError(
-                f"part_dropout = {self.part_dropout} is outside [0, 1); give 0 to hide none"
-            )
+        _check_share(self.part_dropout)
         for name, part in self.parts.items():
             try:
                 CONDITIONERS.settings(part)
             except ValueError as error:  # noqa: PERF203 (a few parts, each to be named)
                 raise ValueError(f"parts.{name}: {error}") from None
+
+
+def _check_share(part_dropout: float) -> None:
+    if not 0 <= part_dropout < 1:
+        raise ValueError(f"part_dropout = {part_dropout} is outside [0, 1); give 0 to hide none")
 
 
 @register_conditioner("composite")
@@ -299,6 +310,7 @@ class CompositeConditioner(Conditioner):
         else:
             parts = {name: make_conditioner(part) for name, part in config.parts.items()}
             part_dropout = config.part_dropout
+        _check_share(part_dropout)
         nn.Module.__init__(self)
         self.register_buffer("_here", torch.zeros(0), persistent=False)
         self.names = tuple(parts)
@@ -376,7 +388,11 @@ class CompositeConditioner(Conditioner):
 
     def _merge(self, made: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
         """One condition of the parts' own; what a part does not give is absent."""
-        batch = len(next(iter(next(iter(made.values())).values())))
+        counts = {name: len(next(iter(condition.values()))) for name, condition in made.items()}
+        batch = next(iter(counts.values()))
+        if set(counts.values()) != {batch}:
+            each = ", ".join(f"{count} of {name!r}" for name, count in counts.items())
+            raise ValueError(f"the parts are told of different samples, {each}: give one a sample")
         merged: dict[str, Tensor] = {}
         whose: dict[str, str] = {}
         for name, part in self.parts.items():

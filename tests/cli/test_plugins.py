@@ -309,6 +309,27 @@ def test_a_plugin_that_fails_is_one_line(
     assert f"--plugin {gone} does not exist: give a file of Python" in error(capsys)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("bare_folder", "--plugin bare_folder is a folder; give a file in it"),
+        ("", "--plugin '' is no module's name; a file is given as FILE.py"),
+        (".mine", "--plugin '.mine' is no module's name"),
+    ],
+)
+def test_what_names_neither_file_nor_module(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    said: str,
+) -> None:
+    (tmp_path / "bare_folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--config", write(tmp_path), "--plugin", name]) == 2
+    assert said in error(capsys)
+
+
 def test_a_config_or_a_checkpoint_names_no_code(
     tmp_path: Path, plugin: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,10 @@ def test_measured_latents_have_mean_0_and_variance_1() -> None:
     assert (z - by_hand).abs().max() < 1e-5
     with pytest.raises(ValueError, match="a channel of the latents is constant"):
         autoencoder.measure([torch.ones(2, 1, 4, 4)])
+    with pytest.raises(ValueError, match="there are no data to measure"):
+        autoencoder.measure([])
+    with pytest.raises(ValueError, match="the latents of these data are not finite"):
+        autoencoder.measure([x, torch.full((1, 1, 4, 4), torch.nan)])
 
 
 def test_shapes_are_refused_by_name() -> None:

@@ -79,6 +79,8 @@ def test_classes_by_name_index_and_tensor() -> None:
     for wrong, said in (
         (["cow"], "unknown class 'cow'"),
         ([3], "class 3 does not exist: there are 0 to 2"),
+        ([1.5], "class 1.5 does not exist: there are 0 to 2"),
+        ([float("nan")], "class nan does not exist"),
         ([-1], "class -1 does not exist"),
         (torch.zeros(2), "class indices are integers of shape .B,., got torch.float32"),
         (torch.zeros(2, 1, dtype=torch.int64), r"got torch.int64 of \(2, 1\)"),
@@ -94,6 +96,8 @@ def test_classes_by_name_index_and_tensor() -> None:
         ({"num_classes": 2, "class_names": ("a",)}, "num_classes = 2, but class_names has 1"),
         ({"num_class": 2}, "num_class = 2 is no option of this conditioner; did you mean num_cl"),
         ({"num_classes": "2"}, "num_classes = '2' does not fit; give a whole number"),
+        ({"num_classes": -1}, "num_classes = -1 is negative"),
+        ({"class_names": ("a", "b", "a")}, "class_names has 'a' twice"),
     ],
 )
 def test_classes_refuse(options: dict[str, Any], said: str) -> None:
@@ -251,6 +255,11 @@ def test_what_cannot_be_joined_is_refused() -> None:
     for wrong in ([1, 2], {}):
         with pytest.raises(ValueError, match="takes a mapping, part -> raw input"):
             both(wrong)
+    picture = CompositeConditioner(kind=classes, words=tokens("context", 3, 2)())
+    with pytest.raises(ValueError, match="of different samples, 1 of 'kind', 2 of 'words'"):
+        picture({"kind": [1], "words": [1, 2]})
+    with pytest.raises(ValueError, match=r"part_dropout = 2 is outside \[0, 1\)"):
+        CompositeConditioner(kind=classes, part_dropout=2)
     with pytest.raises(ValueError, match="made of conditioners by name"):
         CompositeConditioner()
     with pytest.raises(ValueError, match=r"part_dropout = 1 is outside \[0, 1\)"):
