@@ -128,7 +128,7 @@ class HourglassConfig(NetworkConfig):
             )
         self.none_negative("mapping_depth")
         self.check_shares("mapping_dropout")
-        check_backend(self.neighborhood_backend)
+        check_backend(self.neighborhood_backend, "neighborhood_backend")
         self.check_checkpointing(levels)
 
     def _check_level(self, i: int) -> None:

@@ -51,17 +51,21 @@ def check_kernel(kernel_size: int) -> None:
         )
 
 
-def check_backend(backend: str) -> None:
+def check_backend(backend: str, name: str = "backend") -> None:
     """Refuse a backend that is not known, or not here.
+
+    Args:
+        backend: one of `BACKENDS`.
+        name: what whoever gave it knows it as.
 
     Raises:
         ValueError: names the backend and the way out.
     """
     if backend not in BACKENDS:
-        raise ValueError(unknown("backend", backend, BACKENDS))
+        raise ValueError(unknown(name, backend, BACKENDS))
     if backend == "natten" and not has_natten():
         raise ValueError(
-            'backend = "natten" asks for NATTEN, which is not installed; install natten, or give '
+            f'{name} = "natten" asks for NATTEN, which is not installed; install natten, or give '
             '"auto" for the best that is here'
         )
 

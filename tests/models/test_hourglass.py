@@ -73,11 +73,11 @@ def test_blocks_begin_as_identities() -> None:
 def test_levels_and_their_settings() -> None:
     model: Any = tiny(
         widths=(16, 24, 40),
-        depths=(1, 3, 2),
-        attention=("neighborhood", "shifted_window", "none"),
+        depths=(3, 1, 2),
+        attention=("shifted_window", "neighborhood", "none"),
         head_channels=(8, 24, 7),
-        kernel_size=(5, 4, 4),
-        window_size=(1, 2, 1),
+        kernel_size=(4, 5, 4),
+        window_size=(2, 1, 1),
         ff_widths=(20, 30, 50),
         dropout=(0.1, 0.2, 0.3),
         neighborhood_backend="tiles",
@@ -88,7 +88,7 @@ def test_levels_and_their_settings() -> None:
         ([model.mid_level], [2]),
     ):
         for blocks, level in zip(path, levels, strict=True):
-            assert len(blocks) == (1, 3, 2)[level]
+            assert len(blocks) == (3, 1, 2)[level]
             for i, block in enumerate(blocks):
                 assert block.ff.up_proj.weight.shape == (
                     2 * (20, 30, 50)[level],
@@ -102,10 +102,28 @@ def test_levels_and_their_settings() -> None:
                 assert block.self_attn.scale.shape == ((2,), (1,))[level]
                 settings = block.self_attn.mix.keywords
                 wanted: dict[str, Any] = {"window_size": 2, "shift": i % 2, "scale": 1.0}
-                if level == 0:
+                if level == 1:
                     wanted = {"kernel_size": 5, "backend": "tiles", "scale": 1.0}
                 assert settings == wanted
     assert len(model.merges) == len(model.splits) == 2
+
+
+def test_a_split_is_laid_onto_what_its_level_put_out_on_the_way_down() -> None:
+    model: Any = tiny(widths=(16, 24, 40), depths=(2, 2, 1), attention="global")
+    ends: dict[int, Tensor] = {}
+    laid: dict[int, tuple[Tensor, Tensor]] = {}
+    for i in range(2):
+        model.down_levels[i][-1].register_forward_hook(
+            lambda module, args, out, i=i: ends.update({i: out})
+        )
+        model.splits[i].register_forward_hook(
+            lambda module, args, out, i=i: laid.update({i: (args[1], out)})
+        )
+        # At 0 the split adds nothing: what went down goes on alone.
+        model.splits[i].fac.data.zero_()
+    model(*inputs())
+    for i in range(2):
+        assert all(torch.equal(part, ends[i]) for part in laid[i])
 
 
 def test_every_level_is_told_the_mapping_and_takes_part() -> None:
@@ -210,7 +228,7 @@ def test_full_checkpointing_against_a_plain_model_that_recomputes_nothing() -> N
         ({"mapping_width": 0}, "mapping_width = 0 is too small; give at least 1"),
         ({"mapping_depth": -1}, "mapping_depth = -1 is negative; give 0 for none"),
         ({"mapping_dropout": 1.5}, r"mapping_dropout = 1.5 is outside \[0, 1\)"),
-        ({"neighborhood_backend": "cuda"}, "unknown backend 'cuda'"),
+        ({"neighborhood_backend": "cuda"}, "unknown neighborhood_backend 'cuda'"),
         ({"checkpointing": (2,)}, "names level 2, but the model has levels 0 to 1"),
         ({"width": (16, 24)}, "width = .* is no option of this model; did you mean widths?"),
     ],
@@ -223,7 +241,7 @@ def test_refusals(options: dict[str, Any], text: str) -> None:
 @pytest.mark.skipif(has_natten(), reason="NATTEN is here")
 def test_natten_is_asked_for_when_the_model_is_built() -> None:
     with pytest.raises(
-        ValueError, match='backend = "natten" asks for NATTEN, which is not install'
+        ValueError, match='neighborhood_backend = "natten" asks for NATTEN, which is not install'
     ):
         Hourglass(**TINY, neighborhood_backend="natten")
 

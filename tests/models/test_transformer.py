@@ -156,6 +156,16 @@ def test_self_attention() -> None:
     assert (attention(x, mapping, positions) - wanted).abs().max() < 1e-5
 
 
+def test_the_smallest_queries_are_lengthened_less() -> None:
+    attention = awake(SelfAttention(16, 8, 6, global_attention))
+    lengths = torch.tensor([1e-4, 1e-3, 1e-2, 1.0], dtype=torch.float64)
+    qk = numbers(1, 1, 4, 2, 2, 8)
+    qk = qk / qk.norm(dim=-1, keepdim=True) * lengths[:, None, None, None]
+    unit = attention._cosine(qk, torch.ones_like(attention.scale), numbers(1, 4, 2, 2))
+    wanted = lengths / (lengths.square() + 1e-6).sqrt()
+    assert (unit.norm(dim=-1) - wanted[:, None, None]).abs().max() < 1e-12
+
+
 def test_a_query_of_nothing_attends_to_all_alike() -> None:
     attention = awake(SelfAttention(16, 8, 6, global_attention))
     attention.qkv_proj.weight.data[:32] = 0
