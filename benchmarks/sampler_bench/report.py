@@ -33,9 +33,9 @@ Each part (errors; times and memory) was measured in one run of all libraries, {
 on {processor}, one thread, Python {python}, PyTorch {torch}:
 {libraries}.
 
-Each library runs in a process of its own; timed runs take turns. Figures of time move by some tenths
-from run to run on a machine that does other work beside; all others are exact and come out the same
-everywhere.
+Each library runs in a process of its own; timed runs take turns. Figures of time move by some
+tenths from run to run on a machine that does other work beside; all others are exact and come out
+the same everywhere.
 """
 ERRORS = """\
 ## Error against exact solutions
