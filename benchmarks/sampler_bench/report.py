@@ -29,10 +29,13 @@ ABOUT = """\
 
 Made by `make bench` (`python benchmarks/samplers.py`): do not edit.
 
-All libraries were measured in one run of {minutes} on {processor}, one thread, Python {python},
-PyTorch {torch}: {libraries}. Each runs in a process of its own; timed runs take turns. Figures of
-time move by some tenths from run to run on a machine that does other work beside; all others are
-exact and come out the same everywhere.
+Each part (errors; times and memory) was measured in one run of all libraries, {minutes} together,
+on {processor}, one thread, Python {python}, PyTorch {torch}:
+{libraries}.
+
+Each library runs in a process of its own; timed runs take turns. Figures of time move by some
+tenths from run to run on a machine that does other work beside; all others are exact and come out
+the same everywhere.
 """
 ERRORS = """\
 ## Error against exact solutions
