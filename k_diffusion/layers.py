@@ -151,6 +151,16 @@ class Denoiser(VarianceExploding):
         total = sigma**2 + self.sigma_data**2
         return self.sigma_data**2 / total, sigma * self.sigma_data / total**0.5, 1 / total**0.5
 
+    def check_condition(self, batch: int, **condition: Any) -> None:
+        """Refuses by name what the network cannot take, if it can tell; done once before a run.
+
+        Raises:
+            ValueError: an unknown keyword, a wrong shape or a value out of range.
+        """
+        check = getattr(self.inner_model, "check_condition", None)
+        if check is not None:
+            check(batch, **condition)
+
     def loss(self, input: Tensor, noise: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
         """The weighted mean squared error of the network's output, float32 or better, shape (B,).
 

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.models.conditions import Condition, Vector
+from k_diffusion.models.established_conditions import check_established
+
 AUGMENT_DIM = 9
 """Numbers that say how an image was augmented (Karras et al. 2022, arXiv:2206.00364, app. F.2)."""
 
@@ -21,6 +24,21 @@ class KarrasAugmentWrapper(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.inner_model = model
+
+    def check_condition(self, batch: int, **condition: Any) -> None:
+        """See `Network.check_condition`; where the network has such a check."""
+        own = {name: condition.pop(name, None) for name in ("aug_cond", "mapping_cond")}
+        more = getattr(self.inner_model, "mapping_cond_dim", None)
+        widths: dict[Condition, int] = {Vector("aug_cond", AUGMENT_DIM): AUGMENT_DIM}
+        if more is None:
+            own.pop("mapping_cond")
+        else:
+            more = max(0, more - AUGMENT_DIM)
+            widths[Vector("mapping_cond", more)] = more
+        check_established(widths, batch, None, own, values=True)
+        check = getattr(self.inner_model, "check_condition", None)
+        if check is not None:
+            check(batch, **condition)  # type: ignore[operator]
 
     def forward(
         self,

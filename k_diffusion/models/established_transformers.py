@@ -19,6 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k_diffusion.models.checkpointing import Checkpointing, Policy, check_policy, recomputed
+from k_diffusion.models.checks import check_axes
+from k_diffusion.models.conditions import ClassLabel, Condition, Vector
+from k_diffusion.models.established_conditions import check_established
 from k_diffusion.models.hourglass import HourglassConfig, HourglassLayers
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.mapping import FourierFeatures
@@ -37,7 +40,33 @@ AUGMENTATIONS = 9
 """Numbers that say how a sample was augmented (Karras et al. 2022, arXiv:2206.00364, app. F)."""
 
 
-class ImageTransformerV2(HourglassLayers):
+class _Told(nn.Module):
+    """What both versions check before they compute; abstract."""
+
+    num_classes: int
+    mapping_cond_dim: int = 0
+
+    def check_condition(self, batch: int, **condition: Any) -> None:
+        """See `Network.check_condition`; under the established names."""
+        check_established(self._conditions(), batch, None, condition, values=True)
+
+    def _conditions(self) -> dict[Condition, int]:
+        return {
+            ClassLabel("class_cond", self.num_classes): self.num_classes,
+            Vector("mapping_cond", self.mapping_cond_dim): self.mapping_cond_dim,
+            Vector("aug_cond", AUGMENTATIONS): AUGMENTATIONS,
+        }
+
+    def _check(self, x: Tensor, sigma: Tensor, **condition: Tensor | None) -> None:
+        """Refuse shapes that broadcasting would take for others; reads no value."""
+        if sigma.shape != x.shape[:1]:
+            raise ValueError(
+                f"sigma has shape {tuple(sigma.shape)}; give one a sample, shape ({x.shape[0]},)"
+            )
+        check_established(self._conditions(), x.shape[0], x.shape[2:], condition, values=False)
+
+
+class ImageTransformerV2(_Told, HourglassLayers):
     """The network of "image_transformer_v2": the hourglass of Crowson et al. 2024.
 
     Args:
@@ -108,6 +137,7 @@ class ImageTransformerV2(HourglassLayers):
             checkpointing=checkpointing,
         )
         self.num_classes = num_classes
+        self.mapping_cond_dim = mapping_cond_dim
         self.checkpointing = Checkpointing(config.checkpointing)
         self.add_layers(config)
 
@@ -127,7 +157,12 @@ class ImageTransformerV2(HourglassLayers):
             aug_cond: how the samples were augmented, shape (B, 9); None: not at all.
             class_cond: classes, shape (B,), num_classes for none; None: none.
             mapping_cond: shape (B, mapping_cond_dim); None: zeros.
+
+        Raises:
+            ValueError: a condition that it was not built for, or a shape or dtype that does not
+                fit.
         """
+        self._check(x, sigma, class_cond=class_cond, mapping_cond=mapping_cond, aug_cond=aug_cond)
         mapping = self.embed(sigma.log() / 4, class_cond, mapping_cond, aug_cond)
         return self.run(x, mapping, self.checkpointing)
 
@@ -173,7 +208,7 @@ def _attention(self_attns: Sequence[Dictionary[str, Any]] | None) -> dict[str, A
 # ---------------------------------------------------------------- version 1
 
 
-class ImageTransformerV1(nn.Module):
+class ImageTransformerV1(_Told):
     """The network of "image_transformer_v1": one level, global attention, heads of 64 channels.
 
     Args:
@@ -221,6 +256,7 @@ class ImageTransformerV1(nn.Module):
         check_policy(checkpointing, 1)
         hidden = d_ff or rounded(width * 8 / 3)
         self.num_classes = num_classes
+        self.input_channels = input_channels
         self.patch = (patch_size[0], patch_size[1])
         self.checkpointing = Checkpointing(checkpointing)
         pixels = input_channels * math.prod(self.patch)
@@ -246,6 +282,8 @@ class ImageTransformerV1(nn.Module):
     ) -> Tensor:
         """The network's output, shape of x; arguments as of `ImageTransformerV2.forward`."""
         high, wide = self.patch
+        check_axes(x, self.input_channels, ("height", "width"))
+        self._check(x, sigma, class_cond=class_cond, aug_cond=aug_cond)
         if x.shape[2] % high or x.shape[3] % wide:
             raise ValueError(
                 f"x is {x.shape[2]} x {x.shape[3]} pixels, which patches of {high} x {wide} cannot "

@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k_diffusion.models.checks import check_axes, check_sides
-from k_diffusion.models.conditions import Image, Tokens, Vector
+from k_diffusion.models.conditions import Condition, Image, Tokens, Vector
+from k_diffusion.models.established_conditions import check_established
 from k_diffusion.models.established_layers import FourierFeatures, UNet
 from k_diffusion.models.image_v1_blocks import (
     GROUP_SIZE,
@@ -373,19 +374,13 @@ class ImageDenoiserModelV1(ImageV1):
         Raises:
             ValueError: a condition that it was not built for, or a shape that does not fit.
         """
-        batch, size = len(input), input.shape[2:]
-        for kind, value, width in (
-            (Vector("mapping_cond", self.mapping_cond_dim), mapping_cond, self.mapping_cond_dim),
-            (Tokens("cross_cond", self.cross_cond_dim), cross_cond, self.cross_cond_dim),
-            (Image("unet_cond", self.unet_cond_dim), unet_cond, self.unet_cond_dim),
-        ):
-            if value is not None and not width:
-                raise ValueError(
-                    f"{kind.name} was given, but this model takes none: leave it out, or build the "
-                    f"model with {kind.name}_dim"
-                )
-            if value is not None:
-                kind.check_shapes(batch, size, {kind.name: value})
+        check_established(
+            self._established(),
+            len(input),
+            input.shape[2:],
+            {"mapping_cond": mapping_cond, "unet_cond": unet_cond, "cross_cond": cross_cond},
+            values=False,
+        )
         if cross_cond_padding is not None and (
             cross_cond is None or cross_cond_padding.shape != cross_cond.shape[:2]
         ):
@@ -397,6 +392,18 @@ class ImageDenoiserModelV1(ImageV1):
         # Below float32 the logarithm would be too coarse for the features' frequencies.
         time = sigma.to(torch.promote_types(sigma.dtype, torch.float32)).log() / 4
         return self._predict(x, time, mapping_cond, cross_cond, cross_cond_padding, return_variance)
+
+    def check_condition(self, batch: int, **condition: Any) -> None:
+        """See `Network.check_condition`; under the established names."""
+        condition.pop("cross_cond_padding", None)  # any numbers will do: `forward` sees the shape
+        check_established(self._established(), batch, None, condition, values=True)
+
+    def _established(self) -> dict[Condition, int]:
+        return {
+            Vector("mapping_cond", self.mapping_cond_dim): self.mapping_cond_dim,
+            Tokens("cross_cond", self.cross_cond_dim): self.cross_cond_dim,
+            Image("unet_cond", self.unet_cond_dim): self.unet_cond_dim,
+        }
 
     def param_groups(self, base_lr: float = 2e-4) -> list[dict[str, Any]]:
         """Groups for an optimizer: weights of the mapping and the UNet decay, nothing else does."""

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from k_diffusion import layers
+from k_diffusion.models import ImageDenoiserModelV1
+from k_diffusion.models.augment_wrapper import KarrasAugmentWrapper
 from k_diffusion.models.established_transformers import (
     ImageTransformerV1,
     ImageTransformerV2,
     rounded,
 )
+from k_diffusion.sampling import KSampler
 
 V1: dict[str, Any] = {"input_channels": 2, "patch_size": [2, 2], "width": 64, "depth": 1}
 V2: dict[str, Any] = {
@@ -203,3 +207,78 @@ def test_version_1_refuses(options: dict[str, Any], text: str) -> None:
 def test_version_1_refuses_sizes() -> None:
     with pytest.raises(ValueError, match="x is 16 x 15 pixels, which patches of 2 x 2 cannot"):
         ImageTransformerV1(**V1)(torch.zeros(1, 2, 16, 15), torch.ones(1))
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    (
+        {"class_cond": torch.zeros(1, dtype=torch.long)},
+        r"class_cond has shape \(1,\), but the batch",
+    ),
+    ({"class_cond": torch.zeros(3)}, "class_cond is of torch.float32; class indices are integers"),
+    ({"class_cond": "cat"}, "class_cond must be a tensor, got str"),
+    ({"mapping_cond": torch.zeros(3, 5)}, r"mapping_cond has shape \(3, 5\); .* take \(3, 4\)"),
+    ({"mapping_cond": torch.zeros(1, 4)}, r"mapping_cond has shape \(1, 4\)"),
+    ({"aug_cond": torch.zeros(3, 8)}, r"aug_cond has shape \(3, 8\); .* take \(3, 9\)"),
+]
+VALUES: list[tuple[dict[str, Any], str]] = [
+    (
+        {"class_cond": torch.tensor([0, 11, 1])},
+        "class_cond holds 11; this model knows classes 0 to",
+    ),
+    ({"class_cond": torch.tensor([0, -1, 1])}, "class_cond holds -1"),
+    ({"aug_cond": torch.full((3, 9), math.nan)}, "aug_cond holds values that are not finite"),
+    ({"class_label": torch.zeros(3)}, "unknown condition 'class_label'"),
+]
+
+
+@pytest.mark.parametrize(("condition", "text"), WRONG)
+def test_wrong_conditions_are_refused_by_every_call(condition: dict[str, Any], text: str) -> None:
+    x, sigma = inputs()
+    with pytest.raises(ValueError, match=text):
+        ImageTransformerV2(**V2, num_classes=10, mapping_cond_dim=4)(x, sigma, **condition)
+    if "mapping_cond" not in condition:
+        with pytest.raises(ValueError, match=text):
+            ImageTransformerV1(**V1, num_classes=10)(x, sigma, **condition)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_model_without_classes_is_told_of_none(version: int) -> None:
+    network: Any = ImageTransformerV1(**V1) if version == 1 else ImageTransformerV2(**V2)
+    x, sigma = inputs()
+    with pytest.raises(ValueError, match="class_cond was given, but .* model with num_classes"):
+        network(x, sigma, class_cond=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"sigma has shape \(\); give one a sample"):
+        network(x, sigma[0])
+    with pytest.raises(ValueError, match=r"x has shape \(2, 16, 16\)"):
+        network(x[0], sigma[:2])
+
+
+def test_version_2_without_a_mapping_cond() -> None:
+    with pytest.raises(ValueError, match="mapping_cond was given, .* with mapping_cond_dim"):
+        ImageTransformerV2(**V2)(*inputs(), mapping_cond=torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize(("condition", "text"), [*WRONG, *VALUES])
+def test_wrong_conditions_are_refused_before_a_run(condition: dict[str, Any], text: str) -> None:
+    network = ImageTransformerV2(**V2, num_classes=10, mapping_cond_dim=4)
+    sampler = KSampler(layers.Denoiser(network), "karras")
+    with pytest.raises(ValueError, match=text):
+        sampler.sample(inputs()[0], 1, condition=condition)
+
+
+def test_the_established_unet_is_asked_before_a_run_too() -> None:
+    network = ImageDenoiserModelV1(
+        2, 16, [1, 1], [16, 32], [False, True], mapping_cond_dim=13, unet_cond_dim=2
+    )
+    denoiser = layers.Denoiser(KarrasAugmentWrapper(network))
+    good = {"mapping_cond": torch.zeros(3, 4), "unet_cond": torch.zeros(3, 2, 8, 8)}
+    denoiser.check_condition(3, **good, aug_cond=torch.zeros(3, 9))
+    for condition, text in (
+        ({"mapping_cond": torch.zeros(3, 13)}, r"mapping_cond has shape .* take \(3, 4\)"),
+        ({"aug_cond": torch.zeros(3, 4)}, r"aug_cond has shape .* take \(3, 9\)"),
+        ({"unet_cond": torch.full((3, 2, 8, 8), math.inf)}, "unet_cond holds values that are not"),
+        ({"cross_cond": torch.zeros(3, 1, 2)}, "cross_cond was given, .* with cross_cond_dim"),
+        ({"embedding": torch.zeros(3, 13)}, "unknown condition 'embedding'"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            denoiser.check_condition(3, **condition)
