@@ -16,6 +16,7 @@ flow       flow  x - sigma F
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -54,6 +55,32 @@ class Denoiser(Protocol):
 def _along(factor: Tensor, x: Tensor) -> Tensor:
     """A factor per sample, shape (B,), made to multiply x, shape (B, ...), in x's dtype."""
     return factor.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def check_output(network: nn.Module, output: Any, shape: Sequence[int]) -> Tensor:
+    """What a network returned, if it is what a prediction must be.
+
+    Args:
+        network: to be named.
+        output: what it returned.
+        shape: that of its input.
+
+    Raises:
+        TypeError: it is no tensor.
+        ValueError: it has another shape.
+    """
+    name = type(network).__name__
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{name} returned {type(output).__name__}; its forward must return a tensor of the "
+            f"shape of x, {tuple(shape)}"
+        )
+    if output.shape != tuple(shape):
+        raise ValueError(
+            f"{name} returned shape {tuple(output.shape)}; its forward must return the shape of x, "
+            f"{tuple(shape)}"
+        )
+    return output
 
 
 class NetworkDenoiser(nn.Module):
@@ -139,7 +166,8 @@ class NetworkDenoiser(nn.Module):
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
 
         def call(inputs: Tensor) -> Tensor:
-            return self.network(inputs.to(dtype), time, **condition).to(x.dtype)
+            output = self.network(inputs.to(dtype), time, **condition)
+            return check_output(self.network, output, x.shape).to(x.dtype)
 
         return self.estimate(x, alpha, sigma, call)
 

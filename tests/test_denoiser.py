@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import math
 
 import pytest
@@ -172,3 +174,21 @@ def test_make_denoiser():
         make_denoiser(Network("eps", "days", None))
     with pytest.raises(ValueError, match="sigma_data must be above 0"):
         EDMDenoiser(nn.Identity(), 0.0)
+
+
+def test_what_no_network_may_return() -> None:
+    """Broadcasting would make something of it."""
+
+    class One(nn.Module):
+        prediction = "v"
+
+        def forward(
+            self, x: torch.Tensor, t: torch.Tensor, nothing: bool = False
+        ) -> torch.Tensor | None:
+            return None if nothing else x[:, :1]
+
+    denoiser = make_denoiser(One())
+    with pytest.raises(ValueError, match=r"One returned shape \(2, 1, 4\); .* of x, \(2, 3, 4\)"):
+        denoiser(torch.zeros(2, 3, 4), 0.5)
+    with pytest.raises(TypeError, match="One returned NoneType; its forward must return a tensor"):
+        denoiser(torch.zeros(2, 3, 4), 0.5, nothing=True)

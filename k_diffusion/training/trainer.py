@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
+from k_diffusion.denoiser import NetworkDenoiser, check_output, make_denoiser
 from k_diffusion.models import (
     ClassConditioner,
     Conditioner,
@@ -442,7 +442,8 @@ def _check_shape(model: Mapping[str, Any], source: Source, example: Mapping[str,
     condition = {keyword: value.to("meta") for keyword, value in example.items()}
     with torch.device("meta"), torch.no_grad(), suppress(NotImplementedError, RuntimeError):
         try:
-            make_model(model)(torch.zeros(1, *source.shape), torch.zeros(1), **condition)
+            network, shape = make_model(model), (1, *source.shape)
+            check_output(network, network(torch.zeros(shape), torch.zeros(1), **condition), shape)
         except (ValueError, TypeError) as error:
             raise ConfigError(f"model and data do not fit each other: {error}") from None
 

@@ -529,6 +529,23 @@ def test_model_that_does_not_fit_the_data(
         Trainer(make_run_config(model={"type": "tiny", **model}))
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda x: None, "Tiny returned NoneType; its forward must return a tensor of the shape"),
+        (lambda x: (x, x), "Tiny returned tuple; its forward"),
+        (lambda x: x[:, :, :4, :1], r"Tiny returned shape \(1, 1, 4, 1\); .* of x, \(1, 1, 8, 8\)"),
+    ],
+)
+def test_a_network_that_returns_something_else(
+    make_run_config: MakeConfig, tiny: Any, monkeypatch: pytest.MonkeyPatch, returned: Any,
+    message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tiny, "forward", lambda self, x, t, class_label=None: returned(x))
+    with pytest.raises(ConfigError, match=f"model and data do not fit each other: {message}"):
+        Trainer(make_run_config())
+
+
 def test_constant_data_has_no_sigma_data(make_run_config: MakeConfig) -> None:
     source = ArraySource(torch.zeros(8, 1, 4, 4), torch.zeros(8, dtype=torch.int64), ["a"] * 10)
     with pytest.raises(ConfigError, match="all values of the data are equal"):
