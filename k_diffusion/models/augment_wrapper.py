@@ -38,7 +38,7 @@ class KarrasAugmentWrapper(nn.Module):
         check_established(widths, batch, None, own, values=True)
         check = getattr(self.inner_model, "check_condition", None)
         if check is not None:
-            check(batch, **condition)  # type: ignore[operator]
+            check(batch, **condition)
 
     def forward(
         self,

@@ -25,11 +25,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from k_diffusion.utils.maths import nearest, unknown
@@ -134,14 +136,28 @@ class Registry(dict[str, type[Any]]):
         """What a config describes, from plain data.
 
         Raises:
-            ValueError: see `settings`.
+            ValueError: see `settings`; or its class fails, or its sizes are more than memory holds.
         """
         cls, options = self.find(config)
-        if hasattr(cls, "from_config"):
-            return cls.from_config(options)
-        settings = self.settings(config)
-        made = cls(settings)
-        if getattr(made, "config", None) is None:
+        if cls.__module__ == __package__ or cls.__module__.startswith(f"{__package__}."):
+            _check_depths(options)  # in a class of one's own, the names may mean something else
+        whole = hasattr(cls, "from_config")
+        settings = None if whole else self.settings(config)
+        try:
+            made = cls.from_config(options) if whole else cls(settings)
+        except ValueError:
+            raise
+        except Exception as error:
+            reason = _too_large(error)
+            lacks = isinstance(error, RuntimeError) and torch.get_default_device().type == "meta"
+            if lacks and not reason:  # not the class's fault, perhaps: meta has not all of torch
+                raise
+            reason = reason or f"{cls.__module__}.{cls.__name__}: {type(error).__name__}: {error}"
+            raise ValueError(
+                f"{self.kind} {config['type']!r} cannot be built ({reason})"
+                + (": give smaller sizes" if reason.startswith("its weights") else "")
+            ) from error
+        if not whole and getattr(made, "config", None) is None:
             made.config = settings
         return made
 
@@ -240,6 +256,33 @@ def takes_option(config: Mapping[str, Any], name: str) -> bool:
     Config = getattr(MODELS.find(config)[0], "Config", None)
     fields = dataclasses.fields(Config) if dataclasses.is_dataclass(Config) else None
     return fields is None or name in [field.name for field in fields]
+
+
+MOST_BLOCKS = 1000
+"""Of a level: each is made one by one, and a slip of the finger should not take minutes."""
+
+_DEPTHS = ("blocks", "depth", "depths", "mapping_depth")
+
+
+def _check_depths(options: Mapping[str, Any]) -> None:
+    for name in _DEPTHS:
+        value = options.get(name, 0)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(number, int) and number > MOST_BLOCKS:
+                raise ValueError(
+                    f"{name} = {_plain(value)} is too large; give at most {MOST_BLOCKS}"
+                )
+
+
+def _too_large(error: Exception) -> str:
+    """Why sizes cannot be had, if that is what the error says; torch has no type for it."""
+    text = str(error)
+    words = ("can't allocate", "out of memory", "calculation overflowed", "Overflow when unpacking")
+    if isinstance(error, (MemoryError, OverflowError)) or any(word in text for word in words):
+        bytes_ = re.search(r"allocate (\d+) bytes", text)
+        size = f": one of them has {int(bytes_[1]) / 2**30:,.0f} GiB" if bytes_ else ""
+        return f"its weights are more than memory holds{size}"
+    return ""
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
+import torch
 from torch import nn
 
 from k_diffusion.models import MODELS, UNet, make_model, model_config, register_model
@@ -124,6 +125,54 @@ def test_register_refuses(registry: None) -> None:
 def test_make_model_refuses(config: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make_model(config)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (
+            {"type": "dit", "width": 10**12},
+            "model 'dit' cannot be built .its weights are more than",
+        ),
+        ({"type": "unet", "blocks": 10**6}, "blocks = 1000000 is too large; give at most 1000"),
+        ({"type": "hourglass", "depths": [2, 1001]}, r"depths = \[2, 1001\] is too large; give at"),
+    ],
+)
+def test_sizes_beyond_all_memory(config: Any, text: str, device: str) -> None:
+    with pytest.raises(ValueError, match=text), torch.device(device):
+        make_model(config)
+
+
+def test_a_class_that_fails_is_named(registry: None) -> None:
+    @dataclass
+    class Settings:
+        blocks: int = 10**6  # of one's own: it may mean anything
+        error: Any = None
+
+    @register_model("failing")
+    class Failing(nn.Module):
+        Config = Settings
+
+        def __init__(self, config: Settings) -> None:
+            super().__init__()
+            raise config.error
+
+    for error in (KeyError("boom"), TypeError("boom"), RuntimeError("boom")):
+        text = rf"model 'failing' cannot be built \(.*Failing: {type(error).__name__}: .?boom"
+        with pytest.raises(ValueError, match=text) as caught:
+            make_model({"type": "failing", "error": error})
+        assert caught.value.__cause__ is error
+    for device in ("cpu", "meta"):
+        full = RuntimeError("can't allocate memory: you tried to allocate 2147483648 bytes")
+        text = r"cannot be built \(its weights .* of them has 2 GiB\): give smaller sizes"
+        with pytest.raises(ValueError, match=text), torch.device(device):
+            make_model({"type": "failing", "error": full})
+    with pytest.raises(ValueError, match="^mine$"):
+        make_model({"type": "failing", "error": ValueError("mine")})
+    # Without memory torch itself fails in many ways: that is not the class's fault.
+    with pytest.raises(RuntimeError, match="^boom$"), torch.device("meta"):
+        make_model({"type": "failing", "error": RuntimeError("boom")})
 
 
 def test_model_config_refuses_the_unregistered() -> None:
