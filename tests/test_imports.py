@@ -14,39 +14,52 @@ HEAVY = {
 }  # fmt: skip
 
 
-def modules_after(code):
-    """Top-level names in sys.modules that the code adds to those of `import torch`."""
-    script = f"import sys, torch\nbefore = set(sys.modules)\n{code}\n" + (
-        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True
-    )
-    return set(done.stdout.split())
-
-
-def test_importing_the_package_brings_in_torch_alone():
-    # Beyond torch's own lazy parts only the package itself.
-    assert modules_after("import k_diffusion") == {"k_diffusion"}
-
-
-@pytest.mark.parametrize(
-    "room", ["sampling", "models", "denoiser", "utils", "external", "layers", "config"]
-)
-def test_the_core_is_light(room):
-    brought = modules_after(f"import k_diffusion.{room}")
-    assert "k_diffusion" in brought
-    assert not brought & HEAVY
-
-
-def test_established_names_are_light():
-    """What they need for their work (Pillow, safetensors) they import when they are called."""
-    code = (
+ROOMS = ["external", "utils", "denoiser", "sampling", "models", "layers", "config"]
+STEPS = {
+    "k_diffusion": "import k_diffusion",
+    **{room: f"import k_diffusion.{room}" for room in ROOMS},
+    # What they need for their work (Pillow, safetensors) they import when they are called.
+    "established names": (
         "from k_diffusion import external, utils\n"
         "[getattr(room, name) for room in (external, utils) for name in room.__all__]"
-    )
-    assert not modules_after(code) & HEAVY
-    assert modules_after("import k_diffusion.external") == {"k_diffusion"}
+    ),
+    "a run": (
+        "from k_diffusion.sampling import KSampler\n"
+        "KSampler(lambda x, s: x / 2, 'karras').sample(torch.randn(1, 2), 3)"
+    ),
+}
+
+
+def fresh(code):
+    """What a fresh interpreter prints that runs the code after `import torch`."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, torch\n{code}"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def brought():
+    """Step -> top-level names that it adds to sys.modules, after the steps before it.
+
+    One interpreter for all, since importing torch takes seconds.
+    """
+    told = "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}), sep=',')"
+    code = "\n".join(f"before = set(sys.modules)\n{step}\n{told}" for step in STEPS.values())
+    lines = [set(line.split(",")) - {""} for line in fresh(code).splitlines()]
+    return dict(zip(STEPS, lines, strict=True))
+
+
+@pytest.mark.parametrize("step", ["k_diffusion", "external"])
+def test_the_package_itself_brings_in_torch_alone(brought, step):
+    # Beyond torch's own lazy parts only the package itself.
+    assert brought[step] == {"k_diffusion"}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_the_core_is_light(brought, step):
+    assert not brought[step] & HEAVY
 
 
 def test_established_modules_by_their_established_imports():
@@ -58,18 +71,10 @@ def test_established_modules_by_their_established_imports():
         "assert K.utils.append_dims(torch.ones(2), 3).shape == (2, 1, 1)\n"
         "K.evaluation, K.models"
     )
-    assert "k_diffusion" in modules_after(code)
+    fresh(code)
     for name in ("augmentation", "gns"):
         with pytest.raises(AttributeError, match=f"k_diffusion.{name} is not there yet: it comes"):
             getattr(k_diffusion, name)
-
-
-def test_sampling_needs_nothing_heavy_to_run():
-    code = (
-        "from k_diffusion.sampling import KSampler\n"
-        "KSampler(lambda x, s: x / 2, 'karras').sample(torch.randn(1, 2), 3)"
-    )
-    assert not modules_after(code) & HEAVY
 
 
 def test_distribution():

@@ -63,7 +63,7 @@ SIZES = [
     (7, 33, 20),  # several tiles, the last ones not whole
     (3, 24, 32),  # whole tiles only
     (3, 5, 70),  # tiles along one axis
-    (19, 40, 41),  # a window wider than the usual tile
+    (17, 36, 36),  # a window that the usual tile is too small for, and still several tiles
     (1, 30, 9),  # nothing but itself
 ]
 
@@ -73,8 +73,15 @@ def gradients_here(backend: str) -> bool:
     return backend != "flex"
 
 
-@pytest.mark.parametrize("backend", ["tiles", "flex", "natten", "auto"])
-@pytest.mark.parametrize(("kernel", "height", "width"), SIZES)
+CASES = [
+    (backend, *size)
+    for size in SIZES
+    for backend in ("tiles", "flex", "natten", "auto")
+    if backend != "natten" or size[1] * size[2] < 1000  # it has no tiles: small ones tell the same
+]
+
+
+@pytest.mark.parametrize(("backend", "kernel", "height", "width"), CASES)
 def test_every_backend_is_the_definition(
     backend: str, kernel: int, height: int, width: int, natten: list[dict[str, Any]]
 ) -> None:
