@@ -42,7 +42,7 @@ def load_plugins(names: Sequence[str]) -> None:
         try:
             if is_file:
                 _load(path)
-            elif _is_bare_folder(importlib.import_module(name)):  # which runs nothing
+            elif _is_bare_folder(_import(name)):  # which runs nothing
                 raise UsageError(f"--plugin {name} is a folder; give a file in it, FILE.py")
         except UsageError:
             raise
@@ -55,8 +55,8 @@ def load_plugins(names: Sequence[str]) -> None:
 
 
 def _load(path: Path) -> None:
-    """Once a process: else what it registers would be taken already."""
-    if path in _LOADED:
+    """Once a process, by whatever name: else what it registers would be taken already."""
+    if path in _LOADED or path in map(_file, list(sys.modules.values())):
         return
     spec = importlib.util.spec_from_file_location(f"k_diffusion_plugin{len(_LOADED)}", path)
     assert spec is not None
@@ -69,6 +69,22 @@ def _load(path: Path) -> None:
         del sys.modules[spec.name]
         raise
     _LOADED[path] = module
+
+
+def _import(name: str) -> ModuleType:
+    """A module by its name; the one that is there, if its file was loaded before."""
+    if name not in sys.modules:
+        spec = importlib.util.find_spec(name)  # runs the folders that it lies in, not itself
+        if spec is not None and spec.has_location and spec.origin is not None:
+            loaded = _LOADED.get(Path(spec.origin).resolve())
+            if loaded is not None:
+                sys.modules[name] = loaded
+    return importlib.import_module(name)
+
+
+def _file(module: ModuleType) -> Path | None:
+    name = getattr(module, "__file__", None)
+    return Path(name).resolve() if isinstance(name, str) else None
 
 
 def _is_bare_folder(module: ModuleType) -> bool:

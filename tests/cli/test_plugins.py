@@ -283,6 +283,19 @@ def test_a_module_by_its_name(
     assert "--plugin nothing_there: there is no module nothing_there" in error(capsys)
 
 
+@pytest.mark.parametrize("file_first", [True, False])
+def test_the_same_plugin_as_a_file_and_as_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_first: bool
+) -> None:
+    (tmp_path / "plugin_twice.py").write_text(PLUGIN)
+    monkeypatch.chdir(tmp_path)
+    names = ["plugin_twice", "plugin_twice.py"]
+    plugins.load_plugins(names[::-1] if file_first else names)
+    plugins.load_plugins(names)
+    assert MODELS["mine"].__module__ in sys.modules
+    assert sys.modules["plugin_twice"].Mine is MODELS["mine"]
+
+
 @pytest.mark.parametrize(
     ("code", "said"),
     [
