@@ -15,35 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from k_diffusion.models.flops import FlopCounter
 from model_bench.library import CHANNELS, SIZE, Call
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 KINDS = ("forward", "both")
-
-
-def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of `scaled_dot_product_attention` for these shapes."""
-    return int(sdpa_flop_count(query, key, value))
-
-
-def attention_backward_flops(
-    grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any
-) -> int:
-    """Of its backward pass: the four matrix products that the gradients ask for.
-
-    The kernel makes a fifth, to have the scores again that it did not keep. That is the price of
-    its memory, as with checkpointing, and a network that keeps its scores would seem to do less.
-    """
-    return 2 * attention_flops(query, key, value)
-
-
-# The CPU's kernel, which torch's counter does not know and would count as nothing.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
-}
 
 
 @dataclass(frozen=True)
@@ -135,10 +112,10 @@ class Case:
 
         Only on the CPU, in the network as it is written: not compiled, nothing checkpointed.
         """
-        counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+        counter = FlopCounter()
         with counter:
             self.run(kind)
-        return int(counter.get_total_flops())
+        return counter.flops
 
     def saved_bytes(self) -> int:
         """Bytes of what one forward pass keeps for the backward pass, parameters left out.

@@ -1,6 +1,6 @@
 """Networks to train and sample with, and the registry that makes them from configs by name."""
 
-from k_diffusion.models import checkpointing
+from k_diffusion.models import checkpointing, flops
 from k_diffusion.models.audio_conditioners import AudioChannels, AudioTokens
 from k_diffusion.models.autoencoder import (
     AUTOENCODERS,
@@ -67,6 +67,7 @@ __all__ = [
     "autoencoder_config",
     "checkpointing",
     "conditioner_config",
+    "flops",
     "get_checkpointing",
     "make_autoencoder",
     "make_conditioner",
