@@ -120,3 +120,29 @@ def test_a_compiled_network_sees_it() -> None:
         assert compiled(x).item() == -1
         with checkpointing():
             assert compiled(x).item() == 1
+
+
+def test_compile_wrap_compiles_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def compiler(function: Any, **options: Any) -> Any:
+        asked.append(options)
+        return lambda x: function(x) + 100
+
+    def double(x: int) -> int:
+        """Twice."""
+        return 2 * x
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.delenv("K_DIFFUSION_USE_COMPILE", raising=False)
+    wrapped = models.flags.compile_wrap(double, dynamic=True)
+    assert (wrapped.__name__, wrapped.__doc__, asked) == ("double", "Twice.", [])
+    assert (wrapped(3), wrapped(4)) == (106, 108)
+    assert asked == [{"dynamic": True}]
+    monkeypatch.setenv("K_DIFFUSION_USE_COMPILE", "0")
+    assert models.flags.compile_wrap(double)(3) == 6
+    assert models.flags.get_use_compile() is False
+    assert models.flags.get_use_flash_attention_2() is True
+    monkeypatch.setenv("K_DIFFUSION_USE_FLASH_2", "0")
+    assert models.flags.get_use_flash_attention_2() is False
+    assert len(asked) == 1
