@@ -155,7 +155,7 @@ class NetworkDenoiser(nn.Module):
         if sigma.shape not in ((), x.shape[:1]):
             raise ValueError(
                 f"sigma must have one value per sample, shape ({x.shape[0]},), got "
-                f"{tuple(sigma.shape)}"
+                f"{tuple(sigma.shape)} for x of shape {tuple(x.shape)}"
             )
         # The coefficients are a few numbers a sample, in float64 so that alpha stays exact.
         if sigma.device.type != "mps":

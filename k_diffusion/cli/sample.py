@@ -225,7 +225,7 @@ class Sample:
             except ValueError:  # its shape is not known beforehand
                 return {}
         with as_usage():
-            raws = [conditioner.read(word) for word in self.condition]
+            raws = [self._read(conditioner, word) for word in self.condition]
             if isinstance(raws[0], Mapping):
                 raws = [{name: raw for part in raws for name, raw in part.items()}]
             elif len(raws) > 1:
@@ -235,6 +235,16 @@ class Sample:
             condition = conditioner(raws[0])
             denoiser.check_condition(1, **condition)
         return condition
+
+    @staticmethod
+    def _read(conditioner: Any, word: str) -> Any:
+        try:
+            return conditioner.read(word)
+        except (ValueError, TypeError) as error:
+            said = str(error)
+            raise ValueError(
+                said if "--condition" in said else f"--condition {word}: {said}"
+            ) from error
 
     def _make_room(self, names: list[str]) -> None:
         """Make the folder, and refuse, before the work, to replace what is there unasked."""

@@ -164,6 +164,7 @@ class TextEncoder(Conditioner):
 
 
 def _load(config: TextConfig) -> tuple[Any, Any]:
+    from safetensors import SafetensorError
     from transformers import AutoModelForTextEncoding, AutoTokenizer
 
     where: dict[str, Any] = {"trust_remote_code": False, "local_files_only": config.local}
@@ -178,7 +179,7 @@ def _load(config: TextConfig) -> tuple[Any, Any]:
         encoder = AutoModelForTextEncoding.from_pretrained(
             config.path, subfolder=config.subfolder, use_safetensors=True, **where
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"text encoder {config.path!r} cannot be loaded ({_cut(reason, 250)}): give a folder "

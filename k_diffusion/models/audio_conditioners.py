@@ -154,7 +154,15 @@ class _Audio(Conditioner):
     def _waveforms(self, raw: Any) -> tuple[Tensor, Tensor]:
         """Waveforms as one tensor (B, N), and how long each is, int64 of shape (B,)."""
         if not isinstance(raw, Tensor):
-            rows = [torch.as_tensor(one).flatten() for one in raw]
+            try:
+                rows = [torch.as_tensor(one).flatten() for one in raw]
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(
+                    f"{type(self).__name__} takes waveforms as tensors or lists of numbers, got "
+                    f"{type(raw).__name__}: {error}"
+                ) from None
+            if not rows:
+                raise ValueError(f"{type(self).__name__} takes waveforms, got none")
             lengths = torch.tensor([len(row) for row in rows])
             raw = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         else:

@@ -68,7 +68,20 @@ class _Picture(Conditioner):
 
     def _pictures(self, raw: Any) -> Tensor:
         """Floats in [-1, 1] of shape (B, channels, ...), of those or of bytes, or of a list."""
-        pictures = raw if isinstance(raw, Tensor) else torch.stack(list(raw))
+        if not isinstance(raw, Tensor):
+            rows = list(raw) if isinstance(raw, (list, tuple)) else [raw]
+            if not rows or not all(isinstance(row, Tensor) for row in rows):
+                kinds = ", ".join(sorted({type(row).__name__ for row in rows}))
+                raise ValueError(
+                    f"{type(self).__name__} takes pictures as tensors, got {kinds or 'none'}"
+                )
+            if len({row.shape for row in rows}) > 1:
+                raise ValueError(
+                    f"{type(self).__name__} takes pictures of one shape, got "
+                    f"{', '.join(str(tuple(row.shape)) for row in rows)}"
+                )
+            raw = torch.stack(rows)
+        pictures = raw
         if pictures.ndim not in _LINEAR or pictures.shape[1] != self.config.channels:
             raise ValueError(
                 f"{type(self).__name__} takes pictures of shape (B, {self.config.channels}, "
@@ -106,6 +119,13 @@ class LowResolution(_Picture):
         """{"image": (B, channels, ...)}, raw: small pictures, floats in [-1, 1] or bytes."""
         small = self._pictures(raw)
         large = F.interpolate(small, scale_factor=self.config.factor, mode=_LINEAR[small.ndim])
+        size = self.config.size
+        if size and tuple(large.shape[2:]) != size:
+            raise ValueError(
+                f"a picture of {tuple(small.shape[2:])} enlarged {self.config.factor} times is of "
+                f"{tuple(large.shape[2:])}, but size = {size}: give one of "
+                f"{tuple(length // self.config.factor for length in size)}"
+            )
         return {"image": large}
 
     def from_batch(self, raws: Mapping[str, Any], seeds: Sequence[int]) -> dict[str, Tensor]:

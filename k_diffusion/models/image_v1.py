@@ -33,6 +33,7 @@ from k_diffusion.models.image_v1_blocks import (
     MappingNet,
     ResConvBlock,
     UBlock,
+    orthogonal_,
 )
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.network import TIME_SCALES, Network, NetworkConfig
@@ -47,6 +48,7 @@ __all__ = [
     "MappingNet",
     "ResConvBlock",
     "UBlock",
+    "orthogonal_",
 ]
 
 

@@ -419,7 +419,7 @@ def _explain(error: ValidationError) -> str:
         return f"{key}.source is missing; one of digits, folder{more}"
     if first["type"] == "union_tag_invalid":
         tag = first["ctx"]["tag"]
-        return f"{key}." + unknown("source", tag, ["digits", "folder"]) + more
+        return f"{key}: " + unknown("source", tag, ["digits", "folder"]) + more
     if first["type"] == "literal_error":
         choices = first["ctx"]["expected"]
         return f"{key} = {_short(first['input'])} is not one of {choices}{more}"

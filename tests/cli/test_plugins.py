@@ -228,7 +228,7 @@ def test_a_conditioner_of_ones_own(
     assert load_png(tmp_path / "one/seed000001.png")[1]["condition"] == "0.5"
     capsys.readouterr()
     assert main([*argv, "--condition", "much", "--out", str(tmp_path / "no")]) == 2
-    assert "could not convert string to float: 'much'" in error(capsys)
+    assert "--condition much: could not convert string to float: 'much'" in error(capsys)
     assert main([*argv, "--condition", "1", "--condition", "2", "--out", str(tmp_path / "no")]) == 2
     assert "--condition is given 2 times, but this model is told one thing" in error(capsys)
 

@@ -151,3 +151,12 @@ def test_what_cannot_be_loaded_is_said_in_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="path is missing"):
         make_conditioner({"type": "text"})
+
+
+def test_broken_weights_are_said_in_one_line(clip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(clip, folder)
+    (weights,) = folder.rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be loaded .*: give a folder with"):
+        TextEncoder.from_pretrained(folder)

@@ -161,3 +161,19 @@ def test_options_refused(options: dict[str, object], said: str) -> None:
 def test_waveforms_refused(raw: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="takes waveforms of one channel, floats of shape"):
         AudioTokens(**OPTIONS)(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (
+            ["a.wav", "b.wav"],
+            "AudioTokens takes waveforms as tensors or lists of numbers, got list",
+        ),
+        (3.5, "AudioTokens takes waveforms as tensors or lists of numbers, got float"),
+        ([], "AudioTokens takes waveforms, got none"),
+    ],
+)
+def test_what_is_no_waveform(raw: object, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        AudioTokens()(raw)

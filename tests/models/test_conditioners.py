@@ -372,3 +372,20 @@ def test_one_of_your_own(registry: None) -> None:
 def test_an_unregistered_one_has_no_config() -> None:
     with pytest.raises(ValueError, match="Age has no type: register it with register_conditioner"):
         conditioner_config(Age())
+
+
+def test_pictures_that_are_none_or_do_not_fit() -> None:
+    enlarge = LowResolution(channels=1, factor=2, size=(8, 8))
+    assert enlarge([torch.zeros(1, 4, 4)] * 2)["image"].shape == (2, 1, 8, 8)
+    for raw, text in (
+        ([1, 2], "LowResolution takes pictures as tensors, got int"),
+        ([], "LowResolution takes pictures as tensors, got none"),
+        ("cat.png", "LowResolution takes pictures as tensors, got str"),
+        (
+            [torch.zeros(1, 4, 4), torch.zeros(1, 2, 2)],
+            r"of one shape, got \(1, 4, 4\), \(1, 2, 2\)",
+        ),
+        (torch.zeros(1, 1, 5, 5), r"is of \(10, 10\), but size = \(8, 8\): give one of \(4, 4\)"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            enlarge(raw)

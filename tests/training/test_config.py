@@ -36,7 +36,7 @@ MISTAKES = [
     ("data.spilt", "all", "data.spilt = 'all' is no known key; did you mean data.split?"),
     ("data.path", "x", "data.path = 'x' is no known key; known: source, split, split_seed"),
     ("data.split", "tests", "data.split = 'tests' is not one of 'train', 'test' or 'all'"),
-    ("data.source", "digit", "data.unknown source 'digit'; did you mean 'digits'"),
+    ("data.source", "digit", "data: unknown source 'digit'; did you mean 'digits'"),
     ("data", {}, "data.source is missing; one of digits, folder"),
     ("data", {"source": "folder", "size": 8}, "data.path is missing"),
     ("data", {**FOLDER, "size": 0}, "data.size.0 = 0: input should be greater than"),
