@@ -91,9 +91,10 @@ to fill the memory that it spares."""
 def spares(x: Tensor) -> bool:
     """Whether to keep less of what is made of x is possible now, and worth it."""
     # Compiled, the compiler decides what to keep; transforms such as torch.func.grad take no hooks
-    # on what is saved.
-    compiling = torch.compiler.is_compiling()
-    return torch.is_grad_enabled() and x.numel() >= SMALL and not compiling and not transforming()
+    # on what is saved. Asked first: a compiled graph would hold for sizes on one side of SMALL only.
+    if torch.compiler.is_compiling() or transforming():
+        return False
+    return torch.is_grad_enabled() and x.numel() >= SMALL
 
 
 def recomputed(
