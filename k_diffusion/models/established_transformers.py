@@ -218,7 +218,7 @@ class ImageTransformerV1(nn.Module):
                 raise ValueError(f"{name} = {value} is negative; give 0 for none")
         if len(patch_size) != 2 or min(patch_size) < 1:
             raise ValueError(f"patch_size = {patch_size} must be a height and a width, from 1 on")
-        check_policy(checkpointing, 1)
+        check_policy(checkpointing, 1, depth)
         hidden = d_ff or rounded(width * 8 / 3)
         self.num_classes = num_classes
         self.patch = (patch_size[0], patch_size[1])

@@ -129,7 +129,7 @@ class HourglassConfig(NetworkConfig):
         self.none_negative("mapping_depth")
         self.check_shares("mapping_dropout")
         check_backend(self.neighborhood_backend, "neighborhood_backend")
-        self.check_checkpointing(levels)
+        self.check_checkpointing(levels, 2 * sum(self.depths[:-1]) + self.depths[-1])
 
     def _check_level(self, i: int) -> None:
         kind, width, head = self.kind(i), self.widths[i], self.of("head_channels", i)

@@ -132,7 +132,8 @@ class ImageV1Config(NetworkConfig):
         headed = [k for i, a in enumerate(attends) if any(a) for k in (i, max(0, i - 1))]
         self._check_parts(self.channels, GROUP_SIZE, "groups")
         self._check_parts([self.channels[k] for k in headed], HEAD_SIZE, "heads")
-        self.check_checkpointing(levels)
+        counts = zip(self.depths, self.self_attention, self.crossing, strict=True)
+        self.check_checkpointing(levels, 2 * sum(n * (1 + a + c) for n, a, c in counts))
 
     def _check_parts(self, widths: Iterable[int], size: int, what: str) -> None:
         for width in widths:
@@ -200,7 +201,7 @@ class ImageV1(Network):
         index = 0
         for level, stage in [*enumerate(down), *reversed(list(enumerate(up)))]:
             stage.level, stage.first, stage.checkpointing = level, index, self.checkpointing
-            index += len(stage)
+            index += len(stage) - 1  # without what resamples
         self.u_net = UNet(down, reversed(up), config.skip_stages)
 
     def _set_ends(self) -> None:

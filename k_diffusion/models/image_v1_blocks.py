@@ -85,13 +85,14 @@ class _Stage(ConditionedSequential):
         self, input: Tensor, cond: Cond, skip: Tensor | None = None
     ) -> Tensor:
         """The last module's output; the first one reads the skip, too."""
+        index = itertools.count(self.first)
         for i, module in enumerate(self):
             beside = skip if i == 0 else None
             if isinstance(module, (nn.Identity, Downsample2d, Upsample2d)):
                 input = module(input)
                 continue
             input = self.checkpointing.run(
-                _joined, module, input, cond, beside, index=self.first + i, level=self.level
+                _joined, module, input, cond, beside, index=next(index), level=self.level
             )
         return input
 

@@ -69,7 +69,10 @@ class MPUNetConfig(NetworkConfig):
         self.at_least(1, "channels", "blocks", "head_channels")
         self.check_shares("dropout")
         check_levels(self.channel_mults, attention=self.attention)
-        self.check_checkpointing(len(self.channel_mults))
+        levels = len(self.channel_mults)
+        # One more a level going up, those that resample in both directions, and the middle's.
+        every = levels * (2 * self.blocks + 1) + 2 * (levels - 1) + 2
+        self.check_checkpointing(levels, every)
         # The middle, of the coarsest level, always attends.
         attends = (*self.attention[:-1], True)
         attending = list(itertools.compress(self.widths, attends))

@@ -131,9 +131,9 @@ class NetworkConfig:
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {value} is outside [0, 1); give 0 for none")
 
-    def check_checkpointing(self, levels: int) -> None:
-        """Refuse a policy that names what a model of so many levels has not."""
-        check_policy(self.checkpointing, levels)
+    def check_checkpointing(self, levels: int, blocks: int) -> None:
+        """Refuse a policy that chooses nothing of a model of so many levels, and blocks in all."""
+        check_policy(self.checkpointing, levels, blocks)
 
     @property
     def joined_channels(self) -> int:

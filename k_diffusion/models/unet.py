@@ -96,7 +96,8 @@ class UNetConfig(NetworkConfig):
                 f"cross_attention = {self.cross_attention} has nothing to attend to; give "
                 "context_dim, the width of the context's tokens, or leave cross_attention out"
             )
-        self.check_checkpointing(len(self.channel_mults))
+        levels = len(self.channel_mults)
+        self.check_checkpointing(levels, 2 * self.blocks * levels + 2)
         # The middle, of the coarsest level, always attends.
         attends = (a or c for a, c in zip(self.attention, self.attended_contexts, strict=True))
         attending = [*itertools.compress(self.widths, attends), self.widths[-1]]
