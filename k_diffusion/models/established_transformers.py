@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import Checkpointing, Policy, check_policy, recomputed
 from k_diffusion.models.hourglass import HourglassConfig, HourglassLayers
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.mapping import FourierFeatures
+from k_diffusion.models.recompute import Checkpointing, Policy, check_policy, recomputed
 from k_diffusion.models.transformer import (
     EPSILON,
     AdaRMSNorm,

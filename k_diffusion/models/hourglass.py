@@ -20,12 +20,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import Checkpointing
 from k_diffusion.models.checks import check_axes, check_sides
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.mapping import FourierFeatures
 from k_diffusion.models.neighborhood import check_backend, check_kernel, neighborhood_attention
 from k_diffusion.models.network import TIME_SCALES, Network, NetworkConfig
+from k_diffusion.models.recompute import Checkpointing
 from k_diffusion.models.registry import register_model, register_preset
 from k_diffusion.models.transformer import (
     FeedForward,

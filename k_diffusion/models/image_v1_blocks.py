@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import Checkpointing
 from k_diffusion.models.established_layers import (
     AdaGN,
     Cond,
@@ -25,6 +24,7 @@ from k_diffusion.models.established_layers import (
     run,
 )
 from k_diffusion.models.layers import zeroed
+from k_diffusion.models.recompute import Checkpointing
 
 GROUP_SIZE = 32
 HEAD_SIZE = 64

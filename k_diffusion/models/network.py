@@ -30,7 +30,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import Checkpointing, Policy, check_policy
 from k_diffusion.models.conditions import (
     ClassLabel,
     Condition,
@@ -40,6 +39,7 @@ from k_diffusion.models.conditions import (
     check_conditions,
     drop_conditions,
 )
+from k_diffusion.models.recompute import Checkpointing, Policy, check_policy
 from k_diffusion.models.registry import check_types, known_fields
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.scheduler import Scheduler

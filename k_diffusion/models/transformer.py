@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import recomputed
 from k_diffusion.models.layers import zeroed
+from k_diffusion.models.recompute import recomputed
 
 EPSILON = 1e-6
 """Added to mean squares, and to the squared lengths of queries and keys."""

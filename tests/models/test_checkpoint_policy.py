@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from k_diffusion.models import make_model
-from k_diffusion.models.checkpointing import Checkpointing
+from k_diffusion.models.recompute import Checkpointing
 
 UNET = {"channels": 8, "channel_mults": (1, 2), "attention": (False, True), "head_channels": 8}
 SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -5,10 +5,7 @@ Source: Chen et al. 2016, arXiv:1604.06174.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -127,14 +124,3 @@ def recomputed(
     if not spares(x):
         return function(x, *args)
     return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=random)
-
-
-class _Switch(ModuleType):
-    """This module, which can be called: `models.checkpointing()` is the established switch, too."""
-
-    def __call__(self, enable: bool = True) -> AbstractContextManager[None]:
-        """See `flags.checkpointing`."""
-        return flags.checkpointing(enable)
-
-
-sys.modules[__name__].__class__ = _Switch
