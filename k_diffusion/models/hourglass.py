@@ -377,6 +377,7 @@ class Hourglass(Network, HourglassLayers):
             ValueError: a shape or a dtype that does not fit. Values are not read, which would wait
                 for the device: `check_condition` does that, once before a run.
         """
+        check_axes(x, self.config.in_channels, ("height", "width"))
         h = self.join(x, t, condition)
         names = ("class_label", "embedding", "augmentation")
         mapping = self.embed(t * self.time_scale, *(condition.get(name) for name in names))

@@ -231,6 +231,7 @@ class ImageV1(Network):
         Raises:
             ValueError: a shape or a dtype that does not fit.
         """
+        self._check_size(x)
         joined = self.join(x, t, condition)
         vectors = []
         for name, width in (
@@ -265,7 +266,6 @@ class ImageV1(Network):
                 "return_variance = True, but this model has no such output; build it with "
                 "has_variance, or leave this out"
             )
-        self._check_size(x)
         dtype = self.proj_in.weight.dtype
         # As in `TimeFeatures`: the frequencies are laid for a span of about four.
         time = t[:, None] * (TIME_SCALES[self.time_convention] / TIME_SCALES["log_sigma"])
@@ -394,6 +394,7 @@ class ImageDenoiserModelV1(ImageV1):
                 f"cross_cond_padding has shape {tuple(cross_cond_padding.shape)}; it goes with "
                 "cross_cond, one number a token"
             )
+        self._check_size(input)
         x = self.join(input, sigma, {"image": unet_cond})
         # Below float32 the logarithm would be too coarse for the features' frequencies.
         time = sigma.to(torch.promote_types(sigma.dtype, torch.float32)).log() / 4
