@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k_diffusion.models.attention import weighted
+
 LEAST = 1e-4
 """Magnitudes below it count as it: nothing is divided by zero."""
 
@@ -223,7 +225,7 @@ class CosineAttention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # a view where x is channels_last
         heads = unit_magnitude(self.qkv(tokens).unflatten(2, (3, -1, self.head_channels)), -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mixed = weighted(q, k, v).transpose(1, 2).flatten(2)
         mixed = self.out(mixed).transpose(1, 2).reshape(batch, channels, height, width)
         return mp_sum(x, mixed, BALANCE)
 
