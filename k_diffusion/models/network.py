@@ -267,6 +267,8 @@ class Network(nn.Module):
                 f"x has shape {tuple(x.shape)}; this model takes (batch, "
                 f"{self.config.in_channels}, ...)"
             )
+        if x.shape[0] == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}, without a sample; give at least one")
         if t.shape != x.shape[:1]:
             raise ValueError(
                 f"t has shape {tuple(t.shape)}; give one time a sample, shape ({x.shape[0]},)"

@@ -228,6 +228,13 @@ def test_axes_that_are_missing_are_refused_in_the_shape_that_was_given(name: str
         network(torch.zeros(1, 2, 8), torch.ones(1), image=torch.zeros(1, 2, 8))
 
 
+@every_backbone
+def test_a_batch_without_a_sample_is_refused(name: str) -> None:
+    network = build(name)
+    with pytest.raises(ValueError, match=r"^x has shape \(0, 2, 8, 8\), without a sample"):
+        network(torch.zeros(0, 2, 8, 8), torch.zeros(0))
+
+
 # ---------------------------------------------------------------- absence
 
 
