@@ -179,7 +179,7 @@ def test_forward_derivatives_are_the_slopes(name: str, options: dict[str, Any]) 
     step = 1e-5
     ahead, behind = (function(x + h * towards[0], t + h * towards[1]) for h in (step, -step))
     assert (y - function(x, t)).abs().max() < 1e-10 * y.abs().max()
-    assert slope.abs().max() > 0.01
+    assert slope.abs().max() > 1e-3
     assert (slope - (ahead - behind) / (2 * step)).abs().max() < 1e-5 * slope.abs().max()
 
 
