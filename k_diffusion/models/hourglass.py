@@ -384,7 +384,7 @@ class Hourglass(Network, HourglassLayers):
         return self.run(h, mapping, self.checkpointing)
 
 
-# For small images, and for images of 64 pixels and up. They stay as they are, see `unet`.
+# For small images, and for images of 64 pixels and up.
 register_preset(
     "hourglass_tiny", "hourglass", patch_size=2, widths=(64, 128), depths=(1, 2), head_channels=32
 )

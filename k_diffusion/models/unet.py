@@ -228,8 +228,8 @@ class UNet(Network):
         return y.contiguous() if x.is_contiguous() else y
 
 
-# For a first try; for small images; for images of 64 and up, and latents. What they are stays as it
-# is, since the configs that lie with trained weights name them.
+# For a first try; for small images; for images of 64 and up, and latents. Trained weights do not
+# depend on what they are: every field lies beside them, whatever name they were asked for by.
 register_preset(
     "unet_tiny", "unet", channels=32, channel_mults=(1, 2), attention=(False, True), blocks=1
 )

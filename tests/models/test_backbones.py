@@ -299,6 +299,16 @@ def test_the_null_conditions_are_no_condition(name: str) -> None:
 
 
 @every_backbone
+def test_null_conditions_leave_no_parameter_without_a_gradient(name: str) -> None:
+    """As training on several devices at once needs it, where nothing at all would leave some."""
+    network = build(name, **told(name))
+    x, t = inputs(name, network)
+    null = network.drop_condition(conditions(network, x), torch.ones(3, dtype=torch.bool))
+    network(x, t, **null).square().sum().backward()
+    assert not [name for name, p in network.named_parameters() if p.grad is None]
+
+
+@every_backbone
 def test_absent_and_present_stand_in_one_batch(name: str) -> None:
     network = build(name, **told(name)).eval()
     x, t = inputs(name, network)
