@@ -1,6 +1,6 @@
 """Networks to train and sample with, and the registry that makes them from configs by name."""
 
-from k_diffusion.models import checkpointing, flops
+from k_diffusion.models import flops
 from k_diffusion.models.audio_conditioners import AudioChannels, AudioTokens
 from k_diffusion.models.autoencoder import (
     AUTOENCODERS,
@@ -20,7 +20,7 @@ from k_diffusion.models.conditioners import (
     register_conditioner,
 )
 from k_diffusion.models.dit import DiT, DiTConfig
-from k_diffusion.models.flags import get_checkpointing
+from k_diffusion.models.flags import checkpointing, get_checkpointing
 from k_diffusion.models.hourglass import Hourglass, HourglassConfig
 from k_diffusion.models.image_conditioners import KnownPart, LowResolution
 from k_diffusion.models.image_transformer_v1 import ImageTransformerDenoiserModelV1

@@ -21,6 +21,32 @@ def as_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def weighted(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    allowed: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Values, weighted by the softmax of q·k, which torch.func can differentiate forward, too.
+
+    Args:
+        q: shape (..., N, D).
+        k, v: shape (..., L, D).
+        allowed: true where a value may be taken, of a shape that (..., N, L) broadcasts with.
+        dropout: share of the weights to drop.
+        scale: the factor of q·k; None: 1 / sqrt(D).
+
+    Returns:
+        Shape (..., N, D).
+    """
+    # Of torch's implementations this one alone has a forward derivative.
+    with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, allowed, dropout, scale=scale)
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -50,10 +76,7 @@ def attend(
         some = mask.any(1, keepdim=True)
         # A softmax over nothing is no number in some of torch's implementations.
         allowed = (mask | ~some)[:, None, None, :]
-    # Of torch's implementations this one alone has a forward derivative.
-    with sdpa_kernel(SDPBackend.MATH) if transforming() else nullcontext():
-        mixed = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
-    mixed = mixed.transpose(1, 2).flatten(2)
+    mixed = weighted(q, k, v, allowed, dropout=dropout).transpose(1, 2).flatten(2)
     return mixed if some is None else mixed * some[:, :, None]
 
 

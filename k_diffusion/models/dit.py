@@ -69,7 +69,7 @@ class DiTConfig(NetworkConfig):
         self.at_least(1, "patch_size", "width", "depth", "head_channels")
         self.none_negative("context_dim")
         self.check_shares("dropout")
-        self.check_checkpointing(1)
+        self.check_checkpointing(1, self.depth)
         if self.time_features not in TIME_FEATURES:
             raise ValueError(unknown("time_features", self.time_features, TIME_FEATURES))
         if self.width % 4:

@@ -18,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import Checkpointing, Policy, check_policy, recomputed
 from k_diffusion.models.checks import check_axes
 from k_diffusion.models.conditions import ClassLabel, Condition, Vector
 from k_diffusion.models.established_conditions import check_established
 from k_diffusion.models.hourglass import HourglassConfig, HourglassLayers
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.mapping import FourierFeatures
+from k_diffusion.models.recompute import Checkpointing, Policy, check_policy, recomputed
 from k_diffusion.models.transformer import (
     EPSILON,
     AdaRMSNorm,
@@ -253,7 +253,7 @@ class ImageTransformerV1(_Told):
                 raise ValueError(f"{name} = {value} is negative; give 0 for none")
         if len(patch_size) != 2 or min(patch_size) < 1:
             raise ValueError(f"patch_size = {patch_size} must be a height and a width, from 1 on")
-        check_policy(checkpointing, 1)
+        check_policy(checkpointing, 1, depth)
         hidden = d_ff or rounded(width * 8 / 3)
         self.num_classes = num_classes
         self.input_channels = input_channels

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from k_diffusion.models.attention import as_tokens
-from k_diffusion.models.checkpointing import recomputed, spares
 from k_diffusion.models.layers import AdaptiveGroupNorm, GroupNorm
+from k_diffusion.models.recompute import recomputed, spares
 
 
 def normed_convolution(

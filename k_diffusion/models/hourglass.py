@@ -20,12 +20,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import Checkpointing
 from k_diffusion.models.checks import check_axes, check_sides
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.mapping import FourierFeatures
 from k_diffusion.models.neighborhood import check_backend, check_kernel, neighborhood_attention
 from k_diffusion.models.network import TIME_SCALES, Network, NetworkConfig
+from k_diffusion.models.recompute import Checkpointing
 from k_diffusion.models.registry import register_model, register_preset
 from k_diffusion.models.transformer import (
     FeedForward,
@@ -129,7 +129,7 @@ class HourglassConfig(NetworkConfig):
         self.none_negative("mapping_depth")
         self.check_shares("mapping_dropout")
         check_backend(self.neighborhood_backend, "neighborhood_backend")
-        self.check_checkpointing(levels)
+        self.check_checkpointing(levels, 2 * sum(self.depths[:-1]) + self.depths[-1])
 
     def _check_level(self, i: int) -> None:
         kind, width, head = self.kind(i), self.widths[i], self.of("head_channels", i)
@@ -377,13 +377,14 @@ class Hourglass(Network, HourglassLayers):
             ValueError: a shape or a dtype that does not fit. Values are not read, which would wait
                 for the device: `check_condition` does that, once before a run.
         """
+        check_axes(x, self.config.in_channels, ("height", "width"))
         h = self.join(x, t, condition)
         names = ("class_label", "embedding", "augmentation")
         mapping = self.embed(t * self.time_scale, *(condition.get(name) for name in names))
         return self.run(h, mapping, self.checkpointing)
 
 
-# For small images, and for images of 64 pixels and up. They stay as they are, see `unet`.
+# For small images, and for images of 64 pixels and up.
 register_preset(
     "hourglass_tiny", "hourglass", patch_size=2, widths=(64, 128), depths=(1, 2), head_channels=32
 )

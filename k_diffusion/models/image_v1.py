@@ -135,7 +135,8 @@ class ImageV1Config(NetworkConfig):
         headed = [k for i, a in enumerate(attends) if any(a) for k in (i, max(0, i - 1))]
         self._check_parts(self.channels, GROUP_SIZE, "groups")
         self._check_parts([self.channels[k] for k in headed], HEAD_SIZE, "heads")
-        self.check_checkpointing(levels)
+        counts = zip(self.depths, self.self_attention, self.crossing, strict=True)
+        self.check_checkpointing(levels, 2 * sum(n * (1 + a + c) for n, a, c in counts))
 
     def _check_parts(self, widths: Iterable[int], size: int, what: str) -> None:
         for width in widths:
@@ -203,7 +204,7 @@ class ImageV1(Network):
         index = 0
         for level, stage in [*enumerate(down), *reversed(list(enumerate(up)))]:
             stage.level, stage.first, stage.checkpointing = level, index, self.checkpointing
-            index += len(stage)
+            index += len(stage) - 1  # without what resamples
         self.u_net = UNet(down, reversed(up), config.skip_stages)
 
     def _set_ends(self) -> None:
@@ -233,6 +234,7 @@ class ImageV1(Network):
         Raises:
             ValueError: a shape or a dtype that does not fit.
         """
+        self._check_size(x)
         joined = self.join(x, t, condition)
         vectors = []
         for name, width in (
@@ -267,7 +269,6 @@ class ImageV1(Network):
                 "return_variance = True, but this model has no such output; build it with "
                 "has_variance, or leave this out"
             )
-        self._check_size(x)
         dtype = self.proj_in.weight.dtype
         # As in `TimeFeatures`: the frequencies are laid for a span of about four.
         time = t[:, None] * (TIME_SCALES[self.time_convention] / TIME_SCALES["log_sigma"])
@@ -390,6 +391,7 @@ class ImageDenoiserModelV1(ImageV1):
                 f"cross_cond_padding has shape {tuple(cross_cond_padding.shape)}; it goes with "
                 "cross_cond, one number a token"
             )
+        self._check_size(input)
         x = self.join(input, sigma, {"image": unet_cond})
         # Below float32 the logarithm would be too coarse for the features' frequencies.
         time = sigma.to(torch.promote_types(sigma.dtype, torch.float32)).log() / 4

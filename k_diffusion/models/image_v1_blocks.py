@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import Checkpointing
 from k_diffusion.models.established_layers import (
     AdaGN,
     Cond,
@@ -25,6 +24,7 @@ from k_diffusion.models.established_layers import (
     run,
 )
 from k_diffusion.models.layers import zeroed
+from k_diffusion.models.recompute import Checkpointing
 
 GROUP_SIZE = 32
 HEAD_SIZE = 64
@@ -85,13 +85,14 @@ class _Stage(ConditionedSequential):
         self, input: Tensor, cond: Cond, skip: Tensor | None = None
     ) -> Tensor:
         """The last module's output; the first one reads the skip, too."""
+        index = itertools.count(self.first)
         for i, module in enumerate(self):
             beside = skip if i == 0 else None
             if isinstance(module, (nn.Identity, Downsample2d, Upsample2d)):
                 input = module(input)
                 continue
             input = self.checkpointing.run(
-                _joined, module, input, cond, beside, index=self.first + i, level=self.level
+                _joined, module, input, cond, beside, index=next(index), level=self.level
             )
         return input
 

@@ -49,8 +49,10 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def channels_last(x: Tensor) -> Tensor:
     """x, shape (B, C, ...), in the memory format in which convolutions and norms are fastest."""
-    known = x.ndim in CHANNELS_LAST
-    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim]) if known else x
+    # torch.func.vmap knows no memory format.
+    if transforming() or x.ndim not in CHANNELS_LAST:
+        return x
+    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim])
 
 
 def norm_groups(channels: int) -> int:

@@ -18,6 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k_diffusion.models.attention import weighted
+from k_diffusion.models.recompute import recomputed
+
 LEAST = 1e-4
 """Magnitudes below it count as it: nothing is divided by zero."""
 
@@ -223,7 +226,7 @@ class CosineAttention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # a view where x is channels_last
         heads = unit_magnitude(self.qkv(tokens).unflatten(2, (3, -1, self.head_channels)), -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        mixed = weighted(q, k, v).transpose(1, 2).flatten(2)
         mixed = self.out(mixed).transpose(1, 2).reshape(batch, channels, height, width)
         return mp_sum(x, mixed, BALANCE)
 
@@ -265,9 +268,16 @@ class MPBlock(nn.Module):
 
     def branch(self, x: Tensor, embedding: Tensor) -> Tensor:
         """The residual branch; its gain lets the embedding speak, at first not at all."""
-        h = self.conv1(mp_silu(x))
+        h = recomputed(self._first, x)
         scale = self.modulation(embedding) * self.gain + 1
-        return self.conv2(self.dropout(mp_silu(h * scale[:, :, None, None])))
+        drops = self.training and self.dropout.p > 0
+        return recomputed(self._second, h, scale[:, :, None, None], random=drops)
+
+    def _first(self, x: Tensor) -> Tensor:
+        return self.conv1(mp_silu(x))
+
+    def _second(self, h: Tensor, scale: Tensor) -> Tensor:
+        return self.conv2(self.dropout(mp_silu(h * scale)))
 
     def join(self, x: Tensor, branch: Tensor) -> Tensor:
         """Main path and branch in one, attended to and clipped."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.models.checks import check_axes, check_heads, check_levels
+from k_diffusion.models.layers import channels_last
 from k_diffusion.models.mp_layers import (
     DecoderBlock,
     EncoderBlock,
@@ -69,7 +70,10 @@ class MPUNetConfig(NetworkConfig):
         self.at_least(1, "channels", "blocks", "head_channels")
         self.check_shares("dropout")
         check_levels(self.channel_mults, attention=self.attention)
-        self.check_checkpointing(len(self.channel_mults))
+        levels = len(self.channel_mults)
+        # One more a level going up, those that resample in both directions, and the middle's.
+        every = levels * (2 * self.blocks + 1) + 2 * (levels - 1) + 2
+        self.check_checkpointing(levels, every)
         # The middle, of the coarsest level, always attends.
         attends = (*self.attention[:-1], True)
         attending = list(itertools.compress(self.widths, attends))
@@ -159,7 +163,7 @@ class MPUNet(Network):
             condition: what the config's `conditions` lists; None or left out: absent.
 
         Returns:
-            Shape (B, out_channels, H, W).
+            Shape (B, out_channels, H, W), contiguous or channels_last as x is.
 
         Raises:
             ValueError: a shape or a dtype that does not fit. Values are not read, which would wait
@@ -184,11 +188,12 @@ class MPUNet(Network):
                 h = self.checkpointing.run(
                     block, h, embedding, mirrored, index=next(index), level=last - i
                 )
-        return crop(self.conv_out(h) * self.gain_out, x.shape[2:])
+        y = crop(self.conv_out(h) * self.gain_out, x.shape[2:])
+        return y.contiguous() if x.is_contiguous() else y
 
     def _enter(self, x: Tensor) -> Tensor:
         """The first convolution, of x, image and ones, of unit magnitude whatever the image's."""
-        h = self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], 1))
+        h = self.conv_in(channels_last(torch.cat([x, torch.ones_like(x[:, :1])], 1)))
         if not self.config.image_channels:
             return h
         # As in `MPMapping`: an image of zeros takes nothing from x.

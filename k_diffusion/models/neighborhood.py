@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from k_diffusion.models.attention import weighted
 from k_diffusion.utils.maths import unknown
 
 BACKENDS = ("auto", "flex", "tiles", "natten")
@@ -160,7 +161,7 @@ def tiles(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float) -> Te
     q = _fold(columns.cut(rows.cut(q, 1), 3))
     k = _fold(columns.cut_seen(rows.cut_seen(k, 1), 3))
     v = _fold(columns.cut_seen(rows.cut_seen(v, 1), 3))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    out = weighted(q, k, v, mask, scale=scale)
     out = out.unflatten(2, (rows.tile, columns.tile)).unflatten(1, (-1, heads))
     out = out.unflatten(0, (rows.count, columns.count)).permute(2, 0, 4, 1, 5, 3, 6)
     return out.flatten(3, 4).flatten(1, 2)[:, :height, :width]

@@ -30,7 +30,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import Checkpointing, Policy, check_policy
 from k_diffusion.models.conditions import (
     ClassLabel,
     Condition,
@@ -40,6 +39,7 @@ from k_diffusion.models.conditions import (
     check_conditions,
     drop_conditions,
 )
+from k_diffusion.models.recompute import Checkpointing, Policy, check_policy
 from k_diffusion.models.registry import check_types, known_fields
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.scheduler import Scheduler
@@ -131,9 +131,9 @@ class NetworkConfig:
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} = {value} is outside [0, 1); give 0 for none")
 
-    def check_checkpointing(self, levels: int) -> None:
-        """Refuse a policy that names what a model of so many levels has not."""
-        check_policy(self.checkpointing, levels)
+    def check_checkpointing(self, levels: int, blocks: int) -> None:
+        """Refuse a policy that chooses nothing of a model of so many levels, and blocks in all."""
+        check_policy(self.checkpointing, levels, blocks)
 
     @property
     def joined_channels(self) -> int:
@@ -267,6 +267,8 @@ class Network(nn.Module):
                 f"x has shape {tuple(x.shape)}; this model takes (batch, "
                 f"{self.config.in_channels}, ...)"
             )
+        if x.shape[0] == 0:
+            raise ValueError(f"x has shape {tuple(x.shape)}, without a sample; give at least one")
         if t.shape != x.shape[:1]:
             raise ValueError(
                 f"t has shape {tuple(t.shape)}; give one time a sample, shape ({x.shape[0]},)"

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import recomputed
 from k_diffusion.models.layers import convolution
+from k_diffusion.models.recompute import recomputed
 
 INTERPOLATIONS = {1: "linear", 2: "bilinear", 3: "trilinear"}
 APPLY = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models.checkpointing import recomputed
+from k_diffusion.models.attention import weighted
 from k_diffusion.models.layers import zeroed
+from k_diffusion.models.recompute import recomputed
 
 EPSILON = 1e-6
 """Added to mean squares, and to the squared lengths of queries and keys."""
@@ -171,7 +172,7 @@ def global_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of every position to every other, shape (B, H, W, N, D), at scale 1."""
     height, width = q.shape[1:3]
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    out = weighted(q, k, v, scale=1.0)
     return out.transpose(1, 2).unflatten(1, (height, width))
 
 

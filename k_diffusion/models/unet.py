@@ -96,7 +96,8 @@ class UNetConfig(NetworkConfig):
                 f"cross_attention = {self.cross_attention} has nothing to attend to; give "
                 "context_dim, the width of the context's tokens, or leave cross_attention out"
             )
-        self.check_checkpointing(len(self.channel_mults))
+        levels = len(self.channel_mults)
+        self.check_checkpointing(levels, 2 * self.blocks * levels + 2)
         # The middle, of the coarsest level, always attends.
         attends = (a or c for a, c in zip(self.attention, self.attended_contexts, strict=True))
         attending = [*itertools.compress(self.widths, attends), self.widths[-1]]
@@ -227,8 +228,8 @@ class UNet(Network):
         return y.contiguous() if x.is_contiguous() else y
 
 
-# For a first try; for small images; for images of 64 and up, and latents. What they are stays as it
-# is, since the configs that lie with trained weights name them.
+# For a first try; for small images; for images of 64 and up, and latents. Trained weights do not
+# depend on what they are: every field lies beside them, whatever name they were asked for by.
 register_preset(
     "unet_tiny", "unet", channels=32, channel_mults=(1, 2), attention=(False, True), blocks=1
 )

@@ -10,8 +10,9 @@ Source: Liu et al. 2021, arXiv:2103.14030, section 3.2.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from k_diffusion.models.attention import weighted
 
 
 def window_attention(
@@ -55,7 +56,7 @@ def window_attention(
         return x.permute(1, 3, 0, 5, 2, 4, 6).flatten(4, 5).flatten(2, 3).flatten(0, 1)
 
     mask = _mask(rows, columns, window_size, shift, q.device) if shift else None
-    out = F.scaled_dot_product_attention(cut(q), cut(k), cut(v), attn_mask=mask, scale=scale)
+    out = weighted(cut(q), cut(k), cut(v), mask, scale=scale)
     out = out.view(rows, columns, batch, heads, window_size, window_size, -1)
     out = out.permute(2, 0, 4, 1, 5, 3, 6).reshape(batch, height, width, heads, -1)
     return out.roll((shift, shift), (1, 2)) if shift else out

@@ -150,9 +150,61 @@ def test_every_parameter_gets_a_gradient(name: str) -> None:
     missing = [
         name
         for name, p in network.named_parameters()
-        if p.grad is None or not p.grad.abs().max() > 0
+        if p.grad is None or not p.grad.abs().max() > 1e-4
     ]
     assert not missing
+
+
+VARIANTS = [
+    pytest.param(name, options, id=f"{name}-{i}")
+    for name, kind in BACKBONES.items()
+    for i, options in enumerate(({}, *kind.compiled))
+]
+"""Of each backbone what holds every kind of layer."""
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+def test_forward_derivatives_are_the_slopes(name: str, options: dict[str, Any]) -> None:
+    """Those of torch.func.jvp, which consistency and mean-flow training are made of."""
+    network = build(name, **{**told(name), **options}).double()
+    x, t = (value.double() for value in inputs(name, network))
+    given = conditions(network, x)
+    towards = torch.randn_like(x), torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+
+    def function(x: Tensor, t: Tensor) -> Tensor:
+        return network(x, t, **given)
+
+    y, slope = torch.func.jvp(function, (x, t), towards)
+    step = 1e-5
+    ahead, behind = (function(x + h * towards[0], t + h * towards[1]) for h in (step, -step))
+    assert (y - function(x, t)).abs().max() < 1e-10 * y.abs().max()
+    assert slope.abs().max() > 1e-3
+    assert (slope - (ahead - behind) / (2 * step)).abs().max() < 1e-5 * slope.abs().max()
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_the_gradients_of_each_sample_come_from_one_call(
+    name: str, options: dict[str, Any]
+) -> None:
+    """Those of torch.func.vmap over torch.func.grad, against one backward pass a sample."""
+    network = build(name, **{**told(name), **options}).double()
+    x, t = (value.double() for value in inputs(name, network))
+    given = conditions(network, x)
+    weights = {key: value.detach() for key, value in network.named_parameters()}
+
+    def loss(weights: Any, x: Tensor, t: Tensor, given: dict[str, Tensor]) -> Tensor:
+        alone = {key: value[None] for key, value in given.items()}
+        y = torch.func.functional_call(network, weights, (x[None], t[None]), alone)
+        return y.square().mean()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))(weights, x, t, given)
+    for i in range(len(x)):
+        network.zero_grad()
+        loss({}, x[i], t[i], {key: value[i] for key, value in given.items()}).backward()
+        for key, p in network.named_parameters():
+            error = (each[key][i] - p.grad).abs().max()  # type: ignore[operator]
+            assert error < 1e-10 * p.grad.abs().max().clamp(min=1), key  # type: ignore[union-attr]
 
 
 @every_backbone
@@ -163,6 +215,24 @@ def test_dropout_is_off_in_evaluation(name: str) -> None:
     x, t = inputs(name, network)
     assert not torch.equal(network(x, t), network(x, t))
     assert torch.equal(network.eval()(x, t), same.eval()(x, t))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@every_backbone
+def test_axes_that_are_missing_are_refused_in_the_shape_that_was_given(name: str) -> None:
+    network = build(name, image_channels=2)
+    refusal = r"^x has shape \(1, 2, 8\); this model takes \(batch, 2, height, width\)$"
+    with pytest.raises(ValueError, match=refusal):
+        network(torch.zeros(1, 2, 8), torch.ones(1), image=torch.zeros(1, 2, 8))
+
+
+@every_backbone
+def test_a_batch_without_a_sample_is_refused(name: str) -> None:
+    network = build(name)
+    with pytest.raises(ValueError, match=r"^x has shape \(0, 2, 8, 8\), without a sample"):
+        network(torch.zeros(0, 2, 8, 8), torch.zeros(0))
 
 
 # ---------------------------------------------------------------- absence
@@ -226,6 +296,16 @@ def test_the_null_conditions_are_no_condition(name: str) -> None:
     for kind in network.conditions:  # each alone is absent
         alone = {key: zero[key] for key in kind.keywords}
         assert torch.equal(network(x, t, **alone), unconditional)
+
+
+@every_backbone
+def test_null_conditions_leave_no_parameter_without_a_gradient(name: str) -> None:
+    """As training on several devices at once needs it, where nothing at all would leave some."""
+    network = build(name, **told(name))
+    x, t = inputs(name, network)
+    null = network.drop_condition(conditions(network, x), torch.ones(3, dtype=torch.bool))
+    network(x, t, **null).square().sum().backward()
+    assert not [name for name, p in network.named_parameters() if p.grad is None]
 
 
 @every_backbone

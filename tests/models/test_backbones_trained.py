@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from backbones import BACKBONES, build, conditions, every_backbone, inputs, saved_bytes, told
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -184,3 +185,15 @@ def test_its_gradients_are_one_graph(name: str) -> None:
     y.square().mean().backward()
     for p, gradient in zip(network.parameters(), gradients, strict=True):
         assert (p.grad - gradient).abs().max() < 1e-4 * gradient.abs().max().clamp(min=1)  # type: ignore[operator]
+
+
+@every_backbone
+def test_one_graph_serves_small_and_large_batches(name: str) -> None:
+    """What is kept for the backward pass depends on sizes; compiled, none of it may."""
+    network = build(name)
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(network, backend=counter, dynamic=True)
+    for batch in (2, 40, 160):
+        compiled(*inputs(name, network, batch))
+    assert counter.frame_count <= 2

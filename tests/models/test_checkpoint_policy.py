@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from k_diffusion.models import make_model
-from k_diffusion.models.checkpointing import Checkpointing
+from k_diffusion.models.recompute import Checkpointing
 
 UNET = {"channels": 8, "channel_mults": (1, 2), "attention": (False, True), "head_channels": 8}
 SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -21,6 +22,15 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
         [
             *("down.0.0", "down.1.0", "down.1.1", "middle.0", "middle.1"),
             *("up.0.0", "up.0.1", "up.1.0", "up.1.1", "up.1.2"),
+        ],
+    ),
+    "image_v1": (
+        {"channels": (8, 8), "depths": (2, 1), "self_attention": (False, True)},
+        [
+            *("u_net.d_blocks.0.1", "u_net.d_blocks.0.2"),
+            *("u_net.d_blocks.1.1", "u_net.d_blocks.1.2"),
+            *("u_net.u_blocks.0.0", "u_net.u_blocks.0.1"),
+            *("u_net.u_blocks.1.0", "u_net.u_blocks.1.1"),
         ],
     ),
     "hourglass": (
@@ -36,6 +46,7 @@ SMALL: dict[str, tuple[dict[str, Any], list[str]]] = {
 LEVELS = {
     "unet": [0, 1, 1, 1, 1, 0],
     "mp_unet": [0, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "image_v1": [0, 0, 1, 1, 1, 1, 0, 0],
     "hourglass": [0, 0, 1, 0, 0],
     "dit": [0, 0, 0],
 }
@@ -46,7 +57,7 @@ LEVELS = {
     [
         *((False, []), (True, [0, 1, 2, 3, 4]), (1, [0, 1, 2, 3, 4])),
         *((2, [1, 3]), (3, [2]), (5, [4])),
-        *(((0,), [0, 4]), ((1,), [1, 3]), ((0, 2), [0, 2, 4]), ((), [])),
+        *(((0,), [0, 4]), ((1,), [1, 3]), ((0, 2), [0, 2, 4])),
     ],
 )
 def test_a_policy_chooses(policy: Any, chosen: list[int]) -> None:
@@ -63,9 +74,23 @@ def test_blocks_are_numbered_as_they_run_and_know_their_level(name: str) -> None
     run, ran = network.checkpointing.run, []
 
     def watched(block: Any, *args: Any, index: int, level: int = 0) -> Any:
-        ran.append((names[id(block)], index, level))
+        # Of image_v1 a function joins a skip, and its module is told to it.
+        module = block if isinstance(block, nn.Module) else args[0]
+        ran.append((names[id(module)], index, level))
         return run(block, *args, index=index, level=level)
 
     network.checkpointing.run = watched
     network(torch.randn(1, 1, 8, 8), torch.ones(1))
     assert ran == list(zip(blocks, range(len(blocks)), LEVELS[name], strict=True))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_policy_that_chooses_nothing_is_refused(name: str) -> None:
+    options, blocks = SMALL[name]
+    most = len(blocks)
+    make_model({"type": name, **options, "checkpointing": most})
+    refusal = f"checkpointing = {most + 1} chooses none of the model's {most} blocks; .* {most}$"
+    with pytest.raises(ValueError, match=refusal):
+        make_model({"type": name, **options, "checkpointing": most + 1})
+    with pytest.raises(ValueError, match=r"checkpointing = \(\) names no level; .* or false"):
+        make_model({"type": name, **options, "checkpointing": []})

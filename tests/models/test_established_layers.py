@@ -176,7 +176,7 @@ def test_where_every_token_is_padding_the_attention_is_zero() -> None:
 def test_nothing_leans_on_a_softmax_over_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch makes of a row that is masked throughout differs between its implementations."""
 
-    def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    def naive(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *_: Any, **__: Any) -> Tensor:
         scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).masked_fill(~mask, -math.inf)
         return scores.softmax(3) @ v
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -10,16 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models import fused
+from k_diffusion.models import fused, recompute
 from k_diffusion.models.fused import NormSiLU, normed_convolution
 from k_diffusion.models.layers import AdaptiveGroupNorm, GroupNorm, channels_last, convolution
-
-checkpointing = importlib.import_module("k_diffusion.models.checkpointing")
 
 
 @pytest.fixture(autouse=True)
 def _at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpointing, "SMALL", 0)
+    monkeypatch.setattr(recompute, "SMALL", 0)
 
 
 def layers(

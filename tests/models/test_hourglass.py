@@ -8,6 +8,7 @@ import pytest
 import torch
 from backbones import saved_bytes
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from k_diffusion.models import Hourglass, HourglassConfig, make_model, model_config
 from k_diffusion.models.neighborhood import has_natten
@@ -278,3 +279,18 @@ def test_plain_data_and_back() -> None:
 
 def _options(plain: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key != "type"}
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "parameters", "gigaflops"),
+    [("hourglass_tiny", 32, (1, 3), (0.1, 0.2)), ("hourglass_small", 64, (25, 35), (1.5, 2))],
+)
+def test_presets(name: str, size: int, parameters: Any, gigaflops: Any) -> None:
+    with torch.device("meta"):
+        model = make_model({"type": name, "num_classes": 10})
+        with FlopCounterMode(display=False) as counter:
+            y = model(torch.empty(1, 3, size, size), torch.empty(1))
+    assert y.shape == (1, 3, size, size)
+    assert model_config(model)["type"] == "hourglass"
+    assert parameters[0] < sum(p.numel() for p in model.parameters()) / 1e6 < parameters[1]
+    assert gigaflops[0] < counter.get_total_flops() / 1e9 < gigaflops[1]

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from backbones import saved_bytes, wake
 from torch import Tensor, nn
 
 from k_diffusion.denoiser import make_denoiser
-from k_diffusion.models import MPUNet, make_model
+from k_diffusion.models import MPUNet, make_model, recompute
 from k_diffusion.models.mp_layers import (
     CosineAttention,
     DecoderBlock,
@@ -478,3 +479,48 @@ def test_it_becomes_a_denoiser() -> None:
     denoised = make_denoiser(MPUNet(**SMALL))(x, sigma)
     skip = 0.25 / (sigma**2 + 0.25)
     assert (denoised - skip.reshape(2, 1, 1, 1) * x).abs().max() < 1e-6
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_all_features_are_channels_last() -> None:
+    """The format in which convolutions are fastest, and tokens a view."""
+    model, formats = MPUNet(**SMALL), []
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        if output.ndim == 4:
+            formats.append(output.is_contiguous(memory_format=torch.channels_last))
+
+    for module in model.modules():
+        if module is not model:
+            module.register_forward_hook(watch)
+    x = torch.randn(2, model.config.in_channels, 8, 8)
+    assert model(x, torch.ones(2)).is_contiguous()
+    assert len(formats) > 20
+    assert all(formats)
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert model(last, torch.ones(2)).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_before_convolutions_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """Gradients are the same bitwise, with dropout, too; and a sample keeps 0.58 of it."""
+    wide = {**SMALL, "channels": 32, "head_channels": 32, "dropout": 0.3}
+    kept, gradients = {}, []
+    for small in (2**62, 0):
+        monkeypatch.setattr(recompute, "SMALL", small)
+        torch.manual_seed(0)
+        model = MPUNet(checkpointing=checkpointing, **wide)
+        wake(model)
+        for batch in (2, 4):
+            torch.manual_seed(1)
+            x = torch.randn(batch, model.config.in_channels, 16, 16)
+            kept[small, batch], y = saved_bytes(model, x, torch.ones(batch))
+            y.square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    plain, spared = (kept[small, 4] - kept[small, 2] for small in (2**62, 0))
+    assert spared <= (1.0 if checkpointing else 0.6) * plain

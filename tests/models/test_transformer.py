@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.models import recompute
 from k_diffusion.models.transformer import (
     AdaRMSNorm,
     AxialRoPE,
@@ -24,9 +24,6 @@ from k_diffusion.models.transformer import (
     global_attention,
     rotated,
 )
-
-# The package has a function of the same name.
-recomputation = sys.modules["k_diffusion.models.checkpointing"]
 
 
 def awake(module: Any) -> Any:
@@ -227,7 +224,7 @@ def test_recomputation_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [x, mapping, *layer.parameters(), *ff.parameters()]
 
     def gradients(small: int) -> tuple[int, list[Tensor]]:
-        monkeypatch.setattr(recomputation, "SMALL", small)
+        monkeypatch.setattr(recompute, "SMALL", small)
         sizes = {}
 
         def pack(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import pytest
@@ -11,10 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from k_diffusion.models import UNet, fused, make_model
-
-# The package's attribute of that name is the established switch.
-checkpointing = importlib.import_module("k_diffusion.models.checkpointing")
+from k_diffusion.models import UNet, fused, make_model, recompute
 
 
 def tiny(**options: Any) -> UNet:
@@ -78,7 +74,7 @@ def test_bytes_at_the_size_that_is_benchmarked(resampling: str) -> None:
     model = make_model({"type": "unet_small", "resampling": resampling})
     assert isinstance(model, UNet)
     plain = saved_bytes(model, x, t)
-    model.checkpointing = checkpointing.Checkpointing(True)
+    model.checkpointing = recompute.Checkpointing(True)
     assert saved_bytes(model, x, t) < 0.4 * plain
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(x, t)
@@ -95,7 +91,7 @@ def test_what_is_computed_again_gives_the_same_gradient(
         monkeypatch.setattr(fused, "fits", lambda _: False)
     results = []
     for small in (2**60, 0):
-        monkeypatch.setattr(checkpointing, "SMALL", small)
+        monkeypatch.setattr(recompute, "SMALL", small)
         model = tiny(dropout=0.0 if own else 0.3, attention=(False, False))
         torch.manual_seed(5)
         kept = saved_bytes(model, x, t)
@@ -118,7 +114,7 @@ def test_no_convolution_is_computed_again_by_default(
     convolution of two."""
     if not own:
         monkeypatch.setattr(fused, "fits", lambda _: False)
-    monkeypatch.setattr(checkpointing, "SMALL", 0)
+    monkeypatch.setattr(recompute, "SMALL", 0)
     x, t = inputs()
     for policy, again in ((False, 0), (True, 6)):
         model = tiny(channel_mults=(1, 1), attention=(False, False), checkpointing=policy)
@@ -135,7 +131,7 @@ def test_no_convolution_is_computed_again_by_default(
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
 def test_transforms_of_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpointing, "SMALL", 0)
+    monkeypatch.setattr(recompute, "SMALL", 0)
     model = tiny().double()
     x, t = inputs()
     x, along = x.double(), torch.randn(3, 2, 8, 8, dtype=torch.float64)
@@ -156,6 +152,6 @@ def test_checkpointing_rests_where_no_gradient_is_asked_for(
     model = tiny(checkpointing=True)
     x, t = inputs()
     expected = model(x, t)
-    monkeypatch.setattr(checkpointing, "checkpoint", None)
+    monkeypatch.setattr(recompute, "checkpoint", None)
     with torch.no_grad():
         assert torch.equal(model(x, t), expected)

@@ -5,10 +5,7 @@ Source: Chen et al. 2016, arXiv:1604.06174.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,27 +20,39 @@ Policy = bool | int | tuple[int, ...]
 the finest being 0."""
 
 
-def check_policy(policy: Policy, levels: int) -> None:
-    """Refuse a policy that means nothing.
+def check_policy(policy: Policy, levels: int, blocks: int) -> None:
+    """Refuse a policy that means nothing, or chooses nothing without saying so.
 
     Args:
         policy: of a model's config.
         levels: of the model; 1 where it has none.
+        blocks: of the model, all of them.
 
     Raises:
         ValueError: names the policy and the way out.
     """
     if isinstance(policy, tuple):
+        if not policy:
+            raise ValueError(
+                "checkpointing = () names no level; give some of 0 to "
+                f"{levels - 1}, or false for no block"
+            )
         for level in policy:
             if not 0 <= level < levels:
                 raise ValueError(
                     f"checkpointing = {policy} names level {level}, but the model has levels 0 to "
                     f"{levels - 1}; give some of them, or true for every block"
                 )
-    elif not isinstance(policy, bool) and policy < 1:
-        raise ValueError(
-            f"checkpointing = {policy} is too small; give n for every n-th block, true or false"
-        )
+    elif not isinstance(policy, bool):
+        if policy < 1:
+            raise ValueError(
+                f"checkpointing = {policy} is too small; give n for every n-th block, true or false"
+            )
+        if policy > blocks:
+            raise ValueError(
+                f"checkpointing = {policy} chooses none of the model's {blocks} blocks; give true, "
+                f"false, or n for every n-th block, at most {blocks}"
+            )
 
 
 class Checkpointing:
@@ -91,9 +100,10 @@ to fill the memory that it spares."""
 def spares(x: Tensor) -> bool:
     """Whether to keep less of what is made of x is possible now, and worth it."""
     # Compiled, the compiler decides what to keep; transforms such as torch.func.grad take no hooks
-    # on what is saved.
-    compiling = torch.compiler.is_compiling()
-    return torch.is_grad_enabled() and x.numel() >= SMALL and not compiling and not transforming()
+    # on what is saved. Asked before the size, or a compiled graph would hold for some sizes only.
+    if torch.compiler.is_compiling() or transforming():
+        return False
+    return torch.is_grad_enabled() and x.numel() >= SMALL
 
 
 def recomputed(
@@ -114,14 +124,3 @@ def recomputed(
     if not spares(x):
         return function(x, *args)
     return checkpoint(function, x, *args, use_reentrant=False, preserve_rng_state=random)
-
-
-class _Switch(ModuleType):
-    """This module, which can be called: `models.checkpointing()` is the established switch, too."""
-
-    def __call__(self, enable: bool = True) -> AbstractContextManager[None]:
-        """See `flags.checkpointing`."""
-        return flags.checkpointing(enable)
-
-
-sys.modules[__name__].__class__ = _Switch
