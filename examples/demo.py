@@ -43,6 +43,7 @@ from k_diffusion.training import (
     read_info,
     run_training,
 )
+from k_diffusion.training.compare import same_config
 from k_diffusion.training.trainer import settle
 from k_diffusion.utils.images import image_grid, save_png
 from k_diffusion.utils.scheduler import KarrasScheduler
@@ -111,7 +112,8 @@ def trained(config: TrainConfig, source: Digits, fresh: bool) -> Path:
             newest = latest_checkpoint(config.out)
         except CheckpointError as error:
             print(error, file=sys.stderr)
-    same = newest is not None and read_info(newest).config == settle(config, source).to_json()
+    wanted = settle(config, source).to_json()
+    same = newest is not None and same_config(read_info(newest).config, wanted)
     if newest is not None and not same:
         print(f"{newest} was trained with other settings: training anew")
     elif newest is not None and read_info(newest).images_seen >= config.total_images:

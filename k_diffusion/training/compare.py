@@ -50,6 +50,11 @@ def flat(config: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return found
 
 
+def same_config(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two runs' configs, as JSON data, say the same in full."""
+    return flat(filled(one)) == flat(filled(other))
+
+
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     """ "key = theirs, not ours" for every key in which two flat configs differ, by name."""
     return [
