@@ -101,12 +101,10 @@ class Registry(dict[str, type[Any]]):
             raise ValueError(f"the {self.kind}'s type is missing; known: {', '.join(known)}")
         name = config["type"]
         if not isinstance(name, str) or name not in known:
+            own = "One of your own is known once its file is imported: by --plugin FILE.py"
             told = unknown(f"{self.kind} type", name, known)
-            if not nearest(name, known):
-                # First, since a long list of what is known may be cut.
-                own = "one of your own is known once its file is imported, by --plugin FILE.py"
-                told = told.replace("; known", f"; {own}; known", 1)
-            raise ValueError(told)
+            # Before the list, which is long.
+            raise ValueError(re.sub("known: ", rf"{own}. Known: ", told, count=1, flags=re.I))
         if name in self.presets:
             config = {**self.presets[name], **config, "type": self.presets[name]["type"]}
             name = config["type"]

@@ -320,7 +320,7 @@ def test_by_name_and_back_through_json(registry: None) -> None:
     ("config", "said"),
     [
         ({"type": "clas"}, "unknown conditioner type 'clas'; did you mean 'class'?"),
-        ({"type": "mine"}, "one of your own is known once its file is imported, by --plugin FILE"),
+        ({"type": "mine"}, "One of your own is known once its file is imported: by --plugin FILE"),
         ({"reads": "x"}, "the conditioner's type is missing; known: class"),
         ({"type": "composite"}, "parts is missing: 'composite' cannot do without"),
         ({"type": "composite", "parts": 3}, "parts = 3 does not fit; give a table of names"),
