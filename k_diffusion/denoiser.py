@@ -17,13 +17,14 @@ flow       flow  x - sigma F
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from k_diffusion.utils import maths
-from k_diffusion.utils.levels import FLOW, VE, VP, Path
+from k_diffusion.utils.levels import FLOW, VE, VP, Level, Path
 from k_diffusion.utils.scheduler import (
     FlowScheduler,
     KarrasScheduler,
@@ -50,6 +51,34 @@ class Denoiser(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """The estimate of x0, shape of x (B, ...), at noise standard deviations sigma (B,)."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What a run knows on the host about one call of its denoiser.
+
+    Attributes:
+        k: how many calls came before, in this run.
+        level: of x, and of every sample.
+    """
+
+    k: int
+    level: Level
+
+
+def mark_call(sigma: Tensor, call: Call) -> Tensor:
+    """sigma itself, which tells `call_of` of the call from now on.
+
+    So a wrapper of a denoiser may choose by the level what to compute, and begin anew with each
+    run, without reading sigma, for which the host would have to wait for the device.
+    """
+    sigma.k_diffusion_call = call  # type: ignore[attr-defined]
+    return sigma
+
+
+def call_of(sigma: Any) -> Call | None:
+    """What is known on the host about the call that handed out this sigma; None: nothing."""
+    return getattr(sigma, "k_diffusion_call", None)
 
 
 def _along(factor: Tensor, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k_diffusion.denoiser import Call, mark_call
 from k_diffusion.sampling.noise import NoiseSource
 from k_diffusion.sampling.plan import Combine, Draw, Plan, Step
 
@@ -165,6 +166,8 @@ class Run:
         )
         sigmas = sigmas.to(sigma_dtype).to(x.device)
         self._sigmas = sigmas.unsqueeze(1).expand(-1, x.shape[0]).unbind()
+        for k, (step, marked) in enumerate(zip(plan.steps, self._sigmas, strict=True)):
+            mark_call(marked, Call(k, step.level))
         self._prepare()
 
     def _prepare(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k_diffusion.denoiser import Call, mark_call
 from k_diffusion.sampling.compat_checks import (
     check_answer,
     check_input,
@@ -211,6 +212,8 @@ def drive(
     sigmas = torch.tensor([step.level.sigma for step in steps], dtype=torch.float64, device="cpu")
     # Rows of their own, since a model may write into its sigma.
     rows = sigmas.to(dtype).to(x.device).unsqueeze(1).repeat(1, x.shape[0]).unbind()
+    for k, (step, row) in enumerate(zip(steps, rows, strict=True)):
+        mark_call(row, Call(k, step.level))
     for i in intervals:
         if i in skipped or run.done:
             continue

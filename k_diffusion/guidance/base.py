@@ -1,0 +1,160 @@
+"""What all guidance shares: a Denoiser around a Denoiser, and how much of it is wanted where."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k_diffusion.denoiser import Call, call_of, make_denoiser
+from k_diffusion.utils.levels import Path
+from k_diffusion.utils.maths import is_number
+
+Scale = float | Tensor | Callable[[Tensor], Tensor]
+"""A strength of guidance: one number, one a sample (B,), or a function of the samples' noise-to-
+signal ratios sigma / alpha, shape (B,), that gives one for each, shape (B,)."""
+
+
+class Wrapper:
+    """A Denoiser around another, in the same coordinates; abstract: a kind writes `__call__`.
+
+    Args:
+        denoiser: a Denoiser, or whatever `make_denoiser` takes.
+    """
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser: Any = make_denoiser(denoiser)
+
+    @property
+    def path(self) -> Path:
+        """The coordinates of x and sigma: those of the denoiser inside."""
+        path: Path = self.denoiser.path
+        return path
+
+    @property
+    def float64_sigma(self) -> bool:
+        """Whether the denoiser inside wants sigma in float64."""
+        return bool(getattr(self.denoiser, "float64_sigma", False))
+
+    def alpha(self, sigma: Any) -> Any:
+        """The signal scale at sigma, a float or a tensor."""
+        return self.denoiser.alpha(sigma)
+
+    def parameters(self) -> Iterable[Any]:
+        """Those of the denoiser inside, which tell the device."""
+        parameters = getattr(self.denoiser, "parameters", None)
+        return parameters() if callable(parameters) else ()
+
+    def check_condition(self, batch: int, **condition: Any) -> None:
+        """Refuses by name what the denoiser inside cannot take."""
+        check = getattr(self.denoiser, "check_condition", None)
+        if check is not None:
+            check(batch, **condition)
+
+    def __getattr__(self, name: str) -> Any:
+        # What else a denoiser tells of itself: its process, its prediction, its sigma_data.
+        if name.startswith("_") or name == "denoiser":
+            raise AttributeError(name)
+        return getattr(self.denoiser, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
+        """The guided estimate of x0, shape of x (B, ...), at noise standard deviations (B,)."""
+        raise NotImplementedError
+
+
+def along(factor: Any, x: Tensor) -> Any:
+    """A number as it is; one per sample, shape (B,), made to multiply x, shape (B, ...)."""
+    if not isinstance(factor, Tensor) or factor.ndim == 0:
+        return factor
+    return factor.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+def noise_to_signal(denoiser: Any, sigma: Tensor) -> Tensor:
+    """sigma / alpha, the noise standard deviation at unit signal, shape (B,); inf at alpha = 0."""
+    ratio: Tensor = sigma / denoiser.alpha(sigma)
+    return ratio
+
+
+def per_sample_scale(scale: Scale, x: Tensor, ratio: Callable[[], Tensor]) -> Any:
+    """The strength for each sample, as a number or as a tensor that multiplies x.
+
+    Raises:
+        ValueError: a tensor with neither one value nor one a sample.
+    """
+    if is_number(scale):
+        return scale
+    value = scale if isinstance(scale, Tensor) else scale(ratio())  # type: ignore[operator]
+    if not isinstance(value, Tensor):
+        return value
+    if value.shape not in ((), (1,), x.shape[:1]):
+        raise ValueError(
+            f"scale must be one number or one a sample, shape ({x.shape[0]},), got "
+            f"{tuple(value.shape)}"
+        )
+    return along(value.to(x.device), x)
+
+
+def check_scale(name: str, scale: Any) -> None:
+    """Refuse what is no strength of guidance.
+
+    Raises:
+        TypeError, ValueError: it is neither a finite number, nor a real tensor, nor a function.
+    """
+    if is_number(scale):
+        if not math.isfinite(scale):
+            raise ValueError(f"{name} must be finite, got {scale}")
+    elif isinstance(scale, Tensor):
+        if scale.is_complex() or scale.dtype is torch.bool or scale.ndim > 1:
+            raise ValueError(
+                f"{name} must be one number or one a sample, got a tensor of {scale.dtype} and "
+                f"shape {tuple(scale.shape)}"
+            )
+    elif not callable(scale):
+        raise TypeError(
+            f"{name} must be a number, a tensor of one a sample, or a function of sigma / alpha, "
+            f"got {type(scale).__name__}"
+        )
+
+
+class Interval:
+    """The levels at which guidance is wanted (Kynkäänniemi et al. 2024, arXiv:2404.07724).
+
+    Args:
+        low, high: bounds of sigma / alpha, which is sigma for an EDM network; low is outside, high
+            inside.
+
+    Raises:
+        ValueError: they are no interval.
+    """
+
+    def __init__(self, low: float = 0.0, high: float = math.inf) -> None:
+        if not (is_number(low) and is_number(high) and 0 <= low < high):
+            raise ValueError(
+                f"interval = ({low}, {high}) must be two numbers, 0 <= low < high, in units of "
+                "sigma / alpha"
+            )
+        self.low, self.high = float(low), float(high)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether no level is outside."""
+        return self.low == 0 and self.high == math.inf
+
+    def holds(self, call: Call | None) -> bool | None:
+        """Whether all samples of a call are inside; None: that cannot be told on the host."""
+        if self.everywhere:
+            return True
+        return None if call is None else self.low < call.level.ratio <= self.high
+
+    def inside(self, ratio: Tensor) -> Tensor:
+        """Which samples are inside, booleans of shape (B,)."""
+        return (ratio > self.low) & (ratio <= self.high)
+
+
+def begins(sigma: Any) -> bool:
+    """Whether a run begins with this call, so that what was kept of an earlier one is void."""
+    call = call_of(sigma)
+    return call is not None and call.k == 0

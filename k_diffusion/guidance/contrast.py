@@ -1,0 +1,185 @@
+"""Guidance by two estimates: one to go to, one to go away from.
+
+The second is the same model's without its condition or with a negative one (classifier-free
+guidance), that of a lesser model (autoguidance), or of the model with its attention spoilt
+(perturbed-attention guidance); a `Rule` makes a guided estimate of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from k_diffusion.denoiser import Call, call_of, make_denoiser, mark_call
+from k_diffusion.guidance.base import (
+    Interval,
+    Scale,
+    Wrapper,
+    begins,
+    check_scale,
+    noise_to_signal,
+    per_sample_scale,
+)
+from k_diffusion.guidance.rules import Linear, Rule
+
+Keywords = dict[str, Any]
+Null = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None
+"""What a model is told instead of the condition: the keywords that differ (None: not told), or a
+function of the condition that gives all keywords; None: what the network calls no condition."""
+
+
+class Second(Protocol):
+    """Where the second estimate comes from."""
+
+    def __call__(
+        self, denoiser: Any, x: Tensor, sigma: Tensor, condition: Keywords
+    ) -> tuple[Tensor, Tensor]:
+        """The first and the second estimate, shape of x each.
+
+        Args:
+            denoiser: makes the first one.
+            x: noisy data, shape (B, ...).
+            sigma: noise standard deviations, shape (B,).
+            condition: keyword arguments of the first.
+        """
+        ...
+
+
+class Contrast(Wrapper):
+    """A guided Denoiser: a rule on two estimates, at the levels in an interval.
+
+    Outside the interval there is no guidance: the second estimate is not made where the host knows
+    the level, as in all runs of fixed steps; elsewhere it has no weight.
+
+    Args:
+        denoiser: makes the first estimate.
+        second: makes both; see `Second`.
+        scale: w of the rule: a number, one a sample, or a function of sigma / alpha.
+        rule: what makes the guided estimate; None: `Linear`.
+        interval: bounds of sigma / alpha.
+        pair: return the guided estimate and the second one, for the CFG++ solvers. Outside the
+            interval that is the first one twice.
+
+    Raises:
+        TypeError, ValueError: a scale or an interval that is none.
+    """
+
+    def __init__(
+        self,
+        denoiser: Any,
+        second: Second,
+        scale: Scale,
+        *,
+        rule: Rule | None = None,
+        interval: tuple[float, float] | None = None,
+        pair: bool = False,
+    ) -> None:
+        super().__init__(denoiser)
+        check_scale("scale", scale)
+        self.second, self.scale, self.rule = second, scale, rule or Linear()
+        self.interval = Interval(*(interval or ()))
+        self.pair = pair
+
+    def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
+        """The guided estimate of x0, or a pair; see above."""
+        inside = self.interval.holds(call_of(sigma))
+        if inside is False or (_is_one(self.scale) and not self.pair):
+            d = self.denoiser(x, sigma, **condition)
+            return (d, d) if self.pair else d
+        d, u = self.second(self.denoiser, x, sigma, condition)
+        scale = per_sample_scale(self.scale, x, lambda: noise_to_signal(self, sigma))
+        guided = self.rule(d, u, scale, x, sigma, begins(sigma))
+        if inside is None:
+            within = self.interval.inside(noise_to_signal(self, sigma))
+            within = within.reshape(-1, *[1] * (x.ndim - 1))
+            guided, u = torch.where(within, guided, d), torch.where(within, u, d)
+        return (guided, u) if self.pair else guided
+
+
+def _is_one(scale: Scale) -> bool:
+    return not isinstance(scale, Tensor) and not callable(scale) and scale == 1
+
+
+class Unconditional:
+    """The second estimate of classifier-free guidance: the same model without its condition.
+
+    Args:
+        null: what it is told instead; see `Null`.
+        batched: ask for both in one call on twice the samples, which is faster and takes twice the
+            memory; else in two calls.
+    """
+
+    def __init__(self, null: Null = None, *, batched: bool = True) -> None:
+        self.null, self.batched = null, batched
+
+    def __call__(
+        self, denoiser: Any, x: Tensor, sigma: Tensor, condition: Keywords
+    ) -> tuple[Tensor, Tensor]:
+        """See `Second`."""
+        null = null_condition(self.null, denoiser, condition, x)
+        if self.batched and (both := _joined(condition, null, len(x))) is not None:
+            sigmas = torch.cat([sigma, sigma])
+            if (call := call_of(sigma)) is not None:
+                mark_call(sigmas, Call(call.k, call.level))
+            d, u = denoiser(torch.cat([x, x]), sigmas, **both).chunk(2)
+            return d, u
+        return denoiser(x, sigma, **condition), denoiser(x, sigma, **null)
+
+
+class Weaker:
+    """The second estimate of autoguidance: a smaller or less trained model's (Karras et al. 2024,
+    arXiv:2406.02507, eq. 3).
+
+    Args:
+        denoiser: the lesser model, in the coordinates of the first.
+    """
+
+    def __init__(self, denoiser: Any) -> None:
+        self.denoiser = make_denoiser(denoiser)
+
+    def __call__(
+        self, denoiser: Any, x: Tensor, sigma: Tensor, condition: Keywords
+    ) -> tuple[Tensor, Tensor]:
+        """See `Second`."""
+        return denoiser(x, sigma, **condition), self.denoiser(x, sigma, **condition)
+
+
+def null_condition(null: Null, denoiser: Any, condition: Keywords, x: Tensor) -> Keywords:
+    """The keywords of the unconditional estimate.
+
+    Args:
+        null: see `Null`.
+        denoiser: whose network may know its own, by a `drop_condition`.
+        condition: the keywords of the conditional one.
+        x: noisy data, shape (B, ...).
+    """
+    if callable(null):
+        return dict(null(condition))
+    if null is not None:
+        changed = {**condition, **null}
+        return {name: value for name, value in changed.items() if value is not None}
+    drop = getattr(getattr(denoiser, "network", None), "drop_condition", None)
+    if drop is None:
+        return {}
+    return dict(drop(condition, x.new_ones(x.shape[:1], dtype=torch.bool)))
+
+
+def _joined(one: Keywords, other: Keywords, batch: int) -> Keywords | None:
+    """Both conditions as one of twice the length; None where they cannot stand in one batch."""
+    if one.keys() != other.keys():
+        return None
+    joined = {}
+    for name, a in one.items():
+        b = other[name]
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.shape[:1] != (batch,) or a.shape != b.shape or a.dtype != b.dtype:
+                return None
+            joined[name] = torch.cat([a, b])
+        elif a is b:
+            joined[name] = a
+        else:
+            return None
+    return joined

@@ -1,0 +1,60 @@
+"""The kinds of guidance by two estimates, by the names they go by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from k_diffusion.guidance.base import Scale
+from k_diffusion.guidance.contrast import Contrast, Null, Unconditional, Weaker
+from k_diffusion.guidance.rules import Linear, Rescaled
+
+
+def cfg(
+    denoiser: Any,
+    scale: Scale,
+    *,
+    null: Null = None,
+    rescale: float = 0.0,
+    interval: tuple[float, float] | None = None,
+    batched: bool = True,
+    pair: bool = False,
+) -> Contrast:
+    """Classifier-free guidance: u + scale (d - u), with d told the condition and u not.
+
+    Args:
+        denoiser: a Denoiser, or whatever `make_denoiser` takes.
+        scale: 1 is no guidance, 0 the unconditional model; a number, one a sample (B,), or a
+            function of sigma / alpha.
+        null: what u is told instead: a negative condition, say. None: what the network calls no
+            condition, or nothing at all.
+        rescale: share of the deviation that is restored; see `Rescaled`.
+        interval: (low, high), bounds of sigma / alpha outside which there is no guidance, and no
+            second call.
+        batched: both estimates in one call, on twice the samples.
+        pair: for the CFG++ solvers: returns the guided estimate and u.
+
+    Source: Ho and Salimans 2022, arXiv:2207.12598; interval: Kynkäänniemi et al. 2024,
+    arXiv:2404.07724; rescale: Lin et al. 2023, arXiv:2305.08891, section 3.4.
+    """
+    rule = Rescaled(rescale) if rescale else Linear()
+    second = Unconditional(null, batched=batched)
+    return Contrast(denoiser, second, scale, rule=rule, interval=interval, pair=pair)
+
+
+def autoguidance(
+    denoiser: Any,
+    weaker: Any,
+    scale: Scale,
+    *,
+    interval: tuple[float, float] | None = None,
+) -> Contrast:
+    """Guidance away from a lesser copy of the model: u + scale (d - u), both told the condition.
+
+    Args:
+        denoiser: the model.
+        weaker: a smaller or less trained one, in the same coordinates.
+        scale, interval: see `cfg`.
+
+    Source: Karras et al. 2024, arXiv:2406.02507, eq. 3.
+    """
+    return Contrast(denoiser, Weaker(weaker), scale, interval=interval)
