@@ -6,14 +6,16 @@ KSampler(cfg(denoiser, scale=4.0, interval=(0.3, 5.0))).sample(x, condition=labe
 
 from .base import Interval, Scale, Wrapper
 from .contrast import Contrast, Null, Second, Unconditional, Weaker, null_condition
-from .kinds import autoguidance, cfg
-from .rules import Linear, Rescaled, Rule
+from .kinds import apg, autoguidance, cfg, cfg_zero_star
+from .rules import Linear, Pair, Projected, Rescaled, Rule, ZeroStar
 
 __all__ = [
     "Contrast",
     "Interval",
     "Linear",
     "Null",
+    "Pair",
+    "Projected",
     "Rescaled",
     "Rule",
     "Scale",
@@ -21,7 +23,10 @@ __all__ = [
     "Unconditional",
     "Weaker",
     "Wrapper",
+    "ZeroStar",
+    "apg",
     "autoguidance",
     "cfg",
+    "cfg_zero_star",
     "null_condition",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.denoiser import Call, call_of, make_denoiser
+from k_diffusion.denoiser import Call, make_denoiser
 from k_diffusion.utils.levels import Path
 from k_diffusion.utils.maths import is_number
 
@@ -152,9 +152,3 @@ class Interval:
     def inside(self, ratio: Tensor) -> Tensor:
         """Which samples are inside, booleans of shape (B,)."""
         return (ratio > self.low) & (ratio <= self.high)
-
-
-def begins(sigma: Any) -> bool:
-    """Whether a run begins with this call, so that what was kept of an earlier one is void."""
-    call = call_of(sigma)
-    return call is not None and call.k == 0

@@ -7,23 +7,22 @@ guidance), that of a lesser model (autoguidance), or of the model with its atten
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from k_diffusion.denoiser import Call, call_of, make_denoiser, mark_call
+from k_diffusion.denoiser import call_of, make_denoiser, mark_call
 from k_diffusion.guidance.base import (
     Interval,
     Scale,
     Wrapper,
-    begins,
     check_scale,
     noise_to_signal,
     per_sample_scale,
 )
-from k_diffusion.guidance.rules import Linear, Rule
+from k_diffusion.guidance.rules import Linear, Pair, Rule
 
 Keywords = dict[str, Any]
 Null = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None
@@ -91,7 +90,7 @@ class Contrast(Wrapper):
             return (d, d) if self.pair else d
         d, u = self.second(self.denoiser, x, sigma, condition)
         scale = per_sample_scale(self.scale, x, lambda: noise_to_signal(self, sigma))
-        guided = self.rule(d, u, scale, x, sigma, begins(sigma))
+        guided = self.rule(Pair(d, u, x, sigma, self.path, call_of(sigma)), scale)
         if inside is None:
             within = self.interval.inside(noise_to_signal(self, sigma))
             within = within.reshape(-1, *[1] * (x.ndim - 1))
@@ -120,13 +119,8 @@ class Unconditional:
     ) -> tuple[Tensor, Tensor]:
         """See `Second`."""
         null = null_condition(self.null, denoiser, condition, x)
-        if self.batched and (both := _joined(condition, null, len(x))) is not None:
-            sigmas = torch.cat([sigma, sigma])
-            if (call := call_of(sigma)) is not None:
-                mark_call(sigmas, Call(call.k, call.level))
-            d, u = denoiser(torch.cat([x, x]), sigmas, **both).chunk(2)
-            return d, u
-        return denoiser(x, sigma, **condition), denoiser(x, sigma, **null)
+        d, u = batched_call(denoiser, x, sigma, [condition, null], self.batched)
+        return d, u
 
 
 class Weaker:
@@ -167,19 +161,49 @@ def null_condition(null: Null, denoiser: Any, condition: Keywords, x: Tensor) ->
     return dict(drop(condition, x.new_ones(x.shape[:1], dtype=torch.bool)))
 
 
-def _joined(one: Keywords, other: Keywords, batch: int) -> Keywords | None:
-    """Both conditions as one of twice the length; None where they cannot stand in one batch."""
-    if one.keys() != other.keys():
+def batched_call(
+    denoiser: Any, x: Tensor, sigma: Tensor, conditions: Sequence[Keywords], batched: bool = True
+) -> list[Tensor]:
+    """The estimate under each of several conditions.
+
+    Args:
+        denoiser: a Denoiser.
+        x: noisy data, shape (B, ...).
+        sigma: noise standard deviations, shape (B,).
+        conditions: keyword arguments.
+        batched: in one call on B samples for each condition, if they can stand in one batch.
+
+    Returns:
+        One tensor of x's shape for each condition.
+    """
+    joined = _joined(conditions, len(x)) if batched else None
+    if joined is None:
+        return [denoiser(x, sigma, **condition) for condition in conditions]
+    count = len(conditions)
+    sigmas = torch.cat([sigma] * count)
+    if (call := call_of(sigma)) is not None:
+        mark_call(sigmas, call)
+    return list(denoiser(torch.cat([x] * count), sigmas, **joined).chunk(count))
+
+
+def _joined(conditions: Sequence[Keywords], batch: int) -> Keywords | None:
+    """All conditions as one of as many times the length; None: they cannot stand in one batch."""
+    first = conditions[0]
+    if any(condition.keys() != first.keys() for condition in conditions):
         return None
     joined = {}
-    for name, a in one.items():
-        b = other[name]
-        if isinstance(a, Tensor) and isinstance(b, Tensor):
-            if a.shape[:1] != (batch,) or a.shape != b.shape or a.dtype != b.dtype:
+    for name, value in first.items():
+        values = [condition[name] for condition in conditions]
+        if isinstance(value, Tensor):
+            if value.shape[:1] != (batch,) or not all(_alike(v, value) for v in values):
                 return None
-            joined[name] = torch.cat([a, b])
-        elif a is b:
-            joined[name] = a
+            joined[name] = torch.cat(values)
+        elif all(v is value for v in values):
+            joined[name] = value
         else:
             return None
     return joined
+
+
+def _alike(one: Any, other: Tensor) -> bool:
+    return isinstance(one, Tensor) and one.shape == other.shape and one.dtype == other.dtype

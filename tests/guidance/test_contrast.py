@@ -203,7 +203,7 @@ def test_wrong_input_is_refused_by_name() -> None:
     x, sigma, label = given(VE)
     with pytest.raises(ValueError, match=r"one a sample, shape \(4,\), got \(3,\)"):
         cfg(model, torch.ones(3), null=NULL)(x, sigma, class_label=label)
-    with pytest.raises(ValueError, match=r"share must lie in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"rescale must lie in \[0, 1\], got 1.5"):
         cfg(model, 2.0, rescale=1.5)
     assert Interval().everywhere
 
