@@ -5,28 +5,19 @@ KSampler(cfg(denoiser, scale=4.0, interval=(0.3, 5.0))).sample(x, condition=labe
 """
 
 from .base import Interval, Scale, Wrapper
+from .composed import Composed, Part
 from .contrast import Contrast, Null, Second, Unconditional, Weaker, null_condition
+from .gradient import Guided, Score
 from .kinds import apg, autoguidance, cfg, cfg_zero_star
+from .measured import Operator, posterior_sampling, pseudo_inverse
+from .perturbed import Perturbed, perturbed_attention
 from .rules import Linear, Pair, Projected, Rescaled, Rule, ZeroStar
+from .threshold import Clamp, DynamicThreshold, dynamic_threshold
 
 __all__ = [
-    "Contrast",
-    "Interval",
-    "Linear",
-    "Null",
-    "Pair",
-    "Projected",
-    "Rescaled",
-    "Rule",
-    "Scale",
-    "Second",
-    "Unconditional",
-    "Weaker",
-    "Wrapper",
-    "ZeroStar",
-    "apg",
-    "autoguidance",
-    "cfg",
-    "cfg_zero_star",
-    "null_condition",
-]
+    "Clamp", "Composed", "Contrast", "DynamicThreshold", "Guided", "Interval", "Linear", "Null",
+    "Operator", "Pair", "Part", "Perturbed", "Projected", "Rescaled", "Rule", "Scale", "Score",
+    "Second", "Unconditional", "Weaker", "Wrapper", "ZeroStar", "apg", "autoguidance", "cfg",
+    "cfg_zero_star", "dynamic_threshold", "null_condition", "perturbed_attention",
+    "posterior_sampling", "pseudo_inverse",
+]  # fmt: skip

@@ -80,7 +80,19 @@ def attend(
     return mixed if some is None else mixed * some[:, :, None]
 
 
-class SelfAttention(nn.Module):
+class MixesPositions(nn.Module):
+    """Self-attention, which can be spoilt: abstract.
+
+    Attributes:
+        identity: take from every position its own value alone, as if the attention map were the
+            identity: what perturbed-attention guidance compares with (Ahn et al. 2024,
+            arXiv:2403.17377, eq. 12).
+    """
+
+    identity: bool = False
+
+
+class SelfAttention(MixesPositions):
     """Attention of every position to every other, added to its input; at first it adds nothing.
 
     Args:
@@ -98,8 +110,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Shape (B, C, ...) in and out."""
         q, k, v = self.qkv(as_tokens(self.norm(x))).chunk(3, 2)
-        added = self.out(attend(q, k, v, self.head_channels))
-        return x + added.transpose(1, 2).reshape(x.shape)
+        mixed = v if self.identity else attend(q, k, v, self.head_channels)
+        return x + self.out(mixed).transpose(1, 2).reshape(x.shape)
 
 
 class CrossAttention(nn.Module):

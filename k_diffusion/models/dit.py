@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models.attention import attend, hide_masked
+from k_diffusion.models.attention import MixesPositions, attend, hide_masked
 from k_diffusion.models.checks import check_axes, check_heads, check_sides
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.mapping import TIME_FEATURES, MappingNetwork, TimeFeatures, sinusoids
@@ -129,7 +129,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return normed * (1 + scale[:, None]) + shift[:, None]
 
 
-class Attention(nn.Module):
+class Attention(MixesPositions):
     """Multi-head attention; what it gives is still to be added to its input.
 
     Args:
@@ -160,6 +160,8 @@ class Attention(nn.Module):
             mask: which of its tokens count, booleans (B, L); None: all.
         """
         k, v = self.kv(x if context is None else context).chunk(2, -1)
+        if self.identity and context is None:
+            return self.out(v)
         q, k = self._normed(self.norm_q, self.q(x)), self._normed(self.norm_k, k)
         return self.out(attend(q, k, v, self.head_channels, mask))
 

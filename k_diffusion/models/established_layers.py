@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from k_diffusion.models import mapping
-from k_diffusion.models.attention import as_tokens, attend, hide_masked
+from k_diffusion.models.attention import MixesPositions, as_tokens, attend, hide_masked
 from k_diffusion.models.layers import zeroed
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.tensors import append_dims
@@ -128,7 +128,7 @@ class AdaGN(ConditionedModule):
 # ---------------------------------------------------------------- attention
 
 
-class SelfAttention2d(ConditionedModule):
+class SelfAttention2d(ConditionedModule, MixesPositions):
     """Attention of every position to every other, added to its input; at first it adds nothing.
 
     Args:
@@ -151,7 +151,9 @@ class SelfAttention2d(ConditionedModule):
         """Shape (B, C, H, W) in and out."""
         qkv = as_tokens(self.qkv_proj(self.norm_in(input, cond)))
         q, k, v = qkv.chunk(3, 2)
-        mixed = attend(q, k, v, q.shape[2] // self.n_head, None, _share(self.dropout))
+        mixed = v
+        if not self.identity:
+            mixed = attend(q, k, v, q.shape[2] // self.n_head, None, _share(self.dropout))
         return input + self.out_proj(_as_image(mixed, input))
 
 

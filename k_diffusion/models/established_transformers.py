@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k_diffusion.models.attention import MixesPositions
 from k_diffusion.models.checks import check_axes
 from k_diffusion.models.conditions import ClassLabel, Condition, Vector
 from k_diffusion.models.established_conditions import check_established
@@ -330,7 +331,7 @@ class _BlockV1(nn.Module):
         return self.ff(self.self_attn(x, mapping, positions), mapping)
 
 
-class _SelfAttentionV1(nn.Module):
+class _SelfAttentionV1(MixesPositions):
     """Cosine attention whose whole heads turn, by neighbouring pairs of channels."""
 
     def __init__(self, width: int, head_channels: int, dropout: float) -> None:
@@ -348,8 +349,9 @@ class _SelfAttentionV1(nn.Module):
         qkv = recomputed(lambda x, mapping: self.qkv_proj(self.norm(x, mapping)), x, mapping)
         qk, v = qkv.unflatten(-1, (3, -1, self.head_channels)).split([2, 1], 3)
         q, k = recomputed(self._cosine, qk, self.qk_norm(), self.pos_emb(positions)).unbind(3)
-        mixed = global_attention(q, k, v.squeeze(3)).flatten(3)
-        return x + self.out_proj(self.dropout(mixed))
+        v = v.squeeze(3)
+        mixed = v if self.identity else global_attention(q, k, v)
+        return x + self.out_proj(self.dropout(mixed.flatten(3)))
 
     def _cosine(self, qk: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
         unit = F.rms_norm(qk, (self.head_channels,), eps=EPSILON)

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models.attention import weighted
+from k_diffusion.models.attention import MixesPositions, weighted
 from k_diffusion.models.recompute import recomputed
 
 LEAST = 1e-4
@@ -205,7 +205,7 @@ class MPMapping(nn.Module):
         return mp_silu(hidden * squares.rsqrt())
 
 
-class CosineAttention(nn.Module):
+class CosineAttention(MixesPositions):
     """Attention of every position to every other, by the cosines of queries and keys, added to its
     input (section 2.2; figure 21).
 
@@ -226,7 +226,8 @@ class CosineAttention(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)  # a view where x is channels_last
         heads = unit_magnitude(self.qkv(tokens).unflatten(2, (3, -1, self.head_channels)), -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = weighted(q, k, v).transpose(1, 2).flatten(2)
+        mixed = v if self.identity else weighted(q, k, v)
+        mixed = mixed.transpose(1, 2).flatten(2)
         mixed = self.out(mixed).transpose(1, 2).reshape(batch, channels, height, width)
         return mp_sum(x, mixed, BALANCE)
 

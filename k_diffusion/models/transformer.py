@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from k_diffusion.models.attention import weighted
+from k_diffusion.models.attention import MixesPositions, weighted
 from k_diffusion.models.layers import zeroed
 from k_diffusion.models.recompute import recomputed
 
@@ -176,7 +176,7 @@ def global_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2).unflatten(1, (height, width))
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(MixesPositions):
     """Attention by the cosine of queries and keys; at first it adds nothing.
 
     q·k = s cos(q, k), s learned for each head, does not grow with the weights.
@@ -209,7 +209,9 @@ class SelfAttention(nn.Module):
         qkv = recomputed(lambda x, mapping: self.qkv_proj(self.norm(x, mapping)), x, mapping)
         qk, v = qkv.unflatten(-1, (3, -1, self.head_channels)).split([2, 1], 3)
         q, k = recomputed(self._cosine, qk, self.scale, self.pos_emb(positions)).unbind(3)
-        return x + self.out_proj(self.dropout(self.mix(q, k, v.squeeze(3)).flatten(3)))
+        v = v.squeeze(3)
+        mixed = v if self.identity else self.mix(q, k, v)
+        return x + self.out_proj(self.dropout(mixed.flatten(3)))
 
     def _cosine(self, qk: Tensor, scale: Tensor, angles: Tensor) -> Tensor:
         """Queries and keys, (B, H, W, 2, N, D), of length √s and turned."""

@@ -1,0 +1,100 @@
+"""Guidance by the gradient of a score: a classifier, a distance, or what was measured.
+
+The estimate of x0 is moved as the score of the noisy data would be by grad log p(y | x), for which
+log p(y | estimate) stands: with s = (alpha d - x) / sigma² the score that belongs to an estimate d,
+s + w g belongs to d + w (sigma² / alpha) g (Tweedie's formula). At alpha = 0 x knows nothing of y,
+and there is no guidance.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from k_diffusion.denoiser import call_of
+from k_diffusion.guidance.base import (
+    Interval,
+    Scale,
+    Wrapper,
+    along,
+    check_scale,
+    noise_to_signal,
+    per_sample_scale,
+)
+from k_diffusion.utils.maths import is_number
+
+
+class Score(Protocol):
+    """(estimate of x0, sigma) -> log p(y | x0) of each sample but for a constant, shape (B,)."""
+
+    def __call__(self, x0: Tensor, sigma: Tensor) -> Tensor: ...
+
+
+class Guided(Wrapper):
+    """Guidance by any differentiable score of the estimate: d + w (sigma² / alpha) grad_x score.
+
+    The gradient is taken through the denoiser, as a forward and a backward pass; the score of one
+    sample may not look at another.
+
+    Args:
+        denoiser: a Denoiser, or whatever `make_denoiser` takes.
+        score: see `Score`: a classifier's log-probability, minus a distance.
+        scale: w; 1 is Bayes' rule where the score is log p(y | x0).
+        interval: bounds of sigma / alpha outside which there is no guidance.
+        largest: the longest step of the estimate in data units, as the root mean square of a
+            sample; inf: any. It keeps a steep score from throwing the first estimates far off.
+
+    Source: Dhariwal and Nichol 2021, arXiv:2105.05233, section 4; through the estimate: Chung et
+    al. 2022, arXiv:2209.14687, eq. 15; Bansal et al. 2023, arXiv:2302.07121, eq. 6.
+    """
+
+    def __init__(
+        self,
+        denoiser: Any,
+        score: Score,
+        scale: Scale = 1.0,
+        *,
+        interval: tuple[float, float] | None = None,
+        largest: float = float("inf"),
+    ) -> None:
+        super().__init__(denoiser)
+        check_scale("scale", scale)
+        if not callable(score):
+            raise TypeError(f"score must be a function of (x0, sigma), got {type(score).__name__}")
+        if not (is_number(largest) and largest > 0):
+            raise ValueError(f"largest must be above 0, got {largest!r}")
+        self.score, self.scale, self.largest = score, scale, largest
+        self.interval = Interval(*(interval or ()))
+
+    def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+        """The guided estimate of x0."""
+        call = call_of(sigma)
+        inside = self.interval.holds(call)
+        if inside is False or (call is not None and call.level.alpha == 0):
+            estimate: Tensor = self.denoiser(x, sigma, **condition)
+            return estimate
+        with torch.enable_grad():
+            given = x.detach().requires_grad_(True)
+            d = self.denoiser(given, sigma, **condition)
+            value = self.score(d, sigma)
+            if value.shape != x.shape[:1]:
+                raise ValueError(
+                    f"score must give one value a sample, shape ({x.shape[0]},), got "
+                    f"{tuple(value.shape)}"
+                )
+            (gradient,) = torch.autograd.grad(value.sum(), given)
+        d = d.detach()
+        alpha = self.alpha(sigma)
+        # At alpha = 0 the gradient is 0, and its factor would be no number.
+        factor = torch.where(alpha > 0, sigma**2 / alpha.clamp_min(1e-30), 0.0)
+        scale = per_sample_scale(self.scale, x, lambda: noise_to_signal(self, sigma))
+        step = scale * along(factor, x) * gradient
+        if self.largest < float("inf"):
+            size = step.flatten(1).square().mean(1).sqrt()
+            step = step * along((self.largest / size.clamp_min(1e-30)).clamp(max=1.0), x)
+        if inside is None:
+            within = self.interval.inside(noise_to_signal(self, sigma))
+            step = step * along(within, x)
+        return d + step
