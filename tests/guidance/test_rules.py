@@ -164,6 +164,8 @@ def attentive(kind: str, **more: Any) -> Any:
     for parameter in network.parameters():  # untrained, an attention adds nothing
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
+        elif parameter.ndim == 0:
+            torch.nn.init.ones_(parameter)  # an output's gain
     return make_denoiser(network)
 
 
