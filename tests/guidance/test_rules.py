@@ -214,7 +214,9 @@ def test_a_spoilt_attention_lets_no_position_see_another() -> None:
 
 
 def test_perturbed_attention_needs_attention() -> None:
-    bare = attentive("unet", channels=8, channel_mults=[1], attention=[False], blocks=1)
+    bare = attentive(
+        "unet", channels=8, channel_mults=[1], attention=[False], head_channels=8, blocks=1
+    )
     with pytest.raises(ValueError, match="UNet has no self-attention of this library"):
         perturbed_attention(bare, 2.0)
     with pytest.raises(TypeError, match="around a network of this library, got FunctionDenoiser"):
