@@ -214,10 +214,9 @@ def test_a_spoilt_attention_lets_no_position_see_another() -> None:
 
 
 def test_perturbed_attention_needs_attention() -> None:
-    bare = attentive(
-        "unet", channels=8, channel_mults=[1], attention=[False], head_channels=8, blocks=1
-    )
-    with pytest.raises(ValueError, match="UNet has no self-attention of this library"):
+    bare = torch.nn.Conv2d(1, 1, 3, padding=1)
+    bare.prediction = "eps"  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="Conv2d has no self-attention of this library"):
         perturbed_attention(bare, 2.0)
     with pytest.raises(TypeError, match="around a network of this library, got FunctionDenoiser"):
         perturbed_attention(lambda x, sigma: x, 2.0)
