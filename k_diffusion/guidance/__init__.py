@@ -5,6 +5,7 @@ KSampler(cfg(denoiser, scale=4.0, interval=(0.3, 5.0))).sample(x, condition=labe
 """
 
 from .base import Interval, Scale, Wrapper
+from .cache import Cached
 from .composed import Composed, Part
 from .contrast import Contrast, Null, Second, Unconditional, Weaker, null_condition
 from .gradient import Guided, Score
@@ -15,7 +16,8 @@ from .rules import Linear, Pair, Projected, Rescaled, Rule, ZeroStar
 from .threshold import Clamp, DynamicThreshold, dynamic_threshold
 
 __all__ = [
-    "Clamp", "Composed", "Contrast", "DynamicThreshold", "Guided", "Interval", "Linear", "Null",
+    "Cached", "Clamp", "Composed", "Contrast", "DynamicThreshold", "Guided", "Interval", "Linear",
+    "Null",
     "Operator", "Pair", "Part", "Perturbed", "Projected", "Rescaled", "Rule", "Scale", "Score",
     "Second", "Unconditional", "Weaker", "Wrapper", "ZeroStar", "apg", "autoguidance", "cfg",
     "cfg_zero_star", "dynamic_threshold", "null_condition", "perturbed_attention",
