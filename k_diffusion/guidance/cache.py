@@ -123,5 +123,7 @@ class _Memory:
             off = (estimate - self.line(at)).flatten(1).float()
             size = estimate.flatten(1).float()
             share = off.square().mean(1).sqrt() / size.square().mean(1).sqrt().clamp_min(1e-12)
-            self.bend = float(share.max()) / max(abs((at - last) * (at - before)), 1e-12)
+            new = float(share.max()) / max(abs((at - last) * (at - before)), 1e-12)
+            # An estimate may cross its line once by chance: half of what was seen before stays.
+            self.bend = max(new, self.bend / 2) if math.isfinite(self.bend) else new
         self.known = [*(entry for entry in self.known if entry[0] != at), (at, estimate)][-2:]

@@ -70,10 +70,10 @@ def test_most_and_until() -> None:
 def test_within_guidance_each_condition_is_remembered_by_itself() -> None:
     for batched in (True, False):
         exact = run(cfg(Mixture(), 2.0, null=NULL, batched=batched))
-        cached = Cached(Mixture(), 0.02)
+        cached = Cached(Mixture(), 0.005)
         result = run(cfg(cached, 2.0, null=NULL, batched=batched))
-        assert cached.spared > 5
-        assert float((result - exact).norm() / exact.norm()) < 0.02
+        assert cached.spared >= 3
+        assert float((result - exact).norm() / exact.norm()) < 0.01
 
 
 def test_every_run_begins_anew() -> None:
