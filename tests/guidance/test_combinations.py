@@ -1,0 +1,146 @@
+"""Every kind of guidance with every kind of solver: shape, dtype, and each sample as if alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from mixture import MEANS, NULL, Mixture
+from torch import Tensor
+from watch import WAITS, Watch
+
+from k_diffusion.denoiser import FunctionDenoiser
+from k_diffusion.guidance import (
+    Cached,
+    Clamp,
+    Composed,
+    DynamicThreshold,
+    Guided,
+    Part,
+    apg,
+    autoguidance,
+    cfg,
+    cfg_zero_star,
+    posterior_sampling,
+    pseudo_inverse,
+)
+from k_diffusion.sampling import KSampler, unit_noise
+from k_diffusion.utils.levels import FLOW, VE, Path
+
+NONE = {"class_label": None}
+MASK = torch.tensor([1.0, 0.0])
+MEASURED = torch.tensor([[0.4, 0.0]])
+
+
+def towards_first(x0: Tensor, sigma: Tensor) -> Tensor:
+    return -(x0 - MEANS[0].to(x0.dtype)).square().sum(1)
+
+
+def keep_first(x0: Tensor) -> Tensor:
+    return x0 * MASK.to(x0.dtype)
+
+
+def lesser(path: Path) -> FunctionDenoiser:
+    model = Mixture(path)
+
+    def estimate(x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+        return 0.9 * model(x, sigma, **condition)
+
+    return FunctionDenoiser(estimate, path)
+
+
+def other(condition: Any) -> dict[str, Any]:
+    return {"class_label": (condition["class_label"] + 1) % 3}
+
+
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "cfg": lambda m: cfg(m, 2.0, null=NONE),
+    "cfg, two calls": lambda m: cfg(m, 2.0, null=NONE, batched=False),
+    "cfg, by level": lambda m: cfg(m, lambda r: 2 - 1 / (1 + r), null=NONE),
+    "cfg, interval": lambda m: cfg(m, 3.0, null=NONE, interval=(0.1, 2.0)),
+    "cfg, rescaled": lambda m: cfg(m, 3.0, null=NONE, rescale=0.7),
+    "cfg, negative": lambda m: cfg(m, 2.0, null=other),
+    "apg": lambda m: apg(m, 3.0, null=NONE, norm=0.5),
+    "cfg zero star": lambda m: cfg_zero_star(m, 2.0, null=NONE),
+    "autoguidance": lambda m: autoguidance(m, lesser(m.path), 2.0),
+    "composed": lambda m: Composed(m, [Part({}, 2.0, MASK), Part({}, 1.0)], null=NONE),
+    "gradient": lambda m: Guided(m, towards_first, 0.5),
+    "posterior sampling": lambda m: posterior_sampling(m, keep_first, MEASURED, noise=0.1),
+    "pseudo-inverse": lambda m: pseudo_inverse(m, keep_first, MEASURED, noise=0.1),
+    "clamp": lambda m: Clamp(m),
+    "dynamic threshold": lambda m: DynamicThreshold(m, 0.9),
+    "of all three": lambda m: Clamp(apg(Guided(m, towards_first, 0.5), 2.0, null=NONE), -2.0, 2.0),
+}  # fmt: skip
+SOLVERS = ("euler", "heun", "dpmpp_2m", "dpmpp_2m_sde")
+
+
+def draw(kind: str, solver: str, path: Path, seeds: list[int], labels: Tensor) -> Tensor:
+    guided = KINDS[kind](Mixture(path))
+    noise = unit_noise((2,), seeds)
+    sampler = KSampler(guided, "karras" if path is VE else None, solver)
+    return sampler.sample(noise, 8, labels, seed=seeds)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", [VE, FLOW], ids=str)
+def test_every_combination(kind: str, solver: str, path: Path) -> None:
+    labels = torch.tensor([0, 1, 2, 1])
+    batch = draw(kind, solver, path, [5, 6, 7, 8], labels)
+    assert batch.shape == (4, 2)
+    assert batch.dtype == torch.float32
+    for i in range(4):
+        alone = draw(kind, solver, path, [5 + i], labels[i : i + 1])
+        assert float((alone - batch[i]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("path", [VE, FLOW], ids=str)
+def test_nothing_waits_for_the_device(kind: str, path: Path) -> None:
+    """No kind reads a value, or copies one over, between the first call and the last."""
+    guided = KINDS[kind](Mixture(path))
+    names: list[list[str]] = []
+
+    class Watched:
+        float64_sigma = True
+        alpha = staticmethod(guided.alpha)
+
+        def __init__(self) -> None:
+            self.path = path
+
+        def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+            with Watch(0, "cpu") as watch:
+                result: Tensor = guided(x, sigma, **condition)
+            names.append(list(watch.names))
+            return result
+
+    KSampler(Watched(), "karras" if path is VE else None, "dpmpp_2m").sample(
+        unit_noise((2,), [1, 2]), 6, torch.tensor([0, 2])
+    )
+    plain: list[str] = []
+    with Watch(0, "cpu") as watch:
+        Mixture(path)(torch.randn(2, 2), torch.full((2,), 0.5), class_label=torch.tensor([0, 2]))
+    plain = list(watch.names)
+    own = {w for w in WAITS if any(f"aten::{w}" in n for n in plain)}
+    for call in names:
+        waits = [n for n in call if any(f"aten::{w}" in n for w in set(WAITS) - own)]
+        assert waits == []
+    assert len(names) == 6
+
+
+def test_null_of_the_test_is_that_of_none() -> None:
+    model = Mixture()
+    x, sigma = torch.randn(4, 2), torch.full((4,), 0.5)
+    assert torch.equal(model(x, sigma, **NULL), model(x, sigma))
+
+
+def test_caching_changes_nothing_where_it_spares_nothing() -> None:
+    label = torch.tensor([0, 1])
+    for path in (VE, FLOW):
+        noise = unit_noise((2,), [1, 2])
+        name = "karras" if path is VE else None
+        plain = KSampler(Mixture(path), name).sample(noise, 8, label)
+        cached = KSampler(Cached(Mixture(path), 0.0), name).sample(noise, 8, label)
+        assert torch.equal(plain, cached)
