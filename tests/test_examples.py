@@ -56,6 +56,7 @@ def run(name: str, images: int, out: Path) -> None:
         ("audio", "dims", ""),
         ("multimodal", "context_dim", "digits.png"),
         ("latent", "", "digits.png"),
+        ("interpolate", "", "between.png"),
     ],
 )
 def test_example(
