@@ -15,6 +15,7 @@ import tyro
 
 from k_diffusion.utils import maths
 
+from .compare import Compare
 from .info import Info
 from .problems import Stopped, UsageError, one_line, unboxed
 from .sample import Sample
@@ -37,6 +38,7 @@ class Command(Protocol):
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "sample": Sample,
+    "compare": Compare,
     "info": Info,
     "samplers": Samplers,
     "schedule": Schedule,

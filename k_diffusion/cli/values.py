@@ -46,6 +46,16 @@ def classes(word: str) -> tuple[int, ...]:
     return tuple(found)
 
 
+def names(word: str) -> tuple[str, ...]:
+    """`euler,heun`: names without a blank, each once."""
+    return tuple(dict.fromkeys(part.strip() for part in word.split(",") if part.strip()))
+
+
+def wholes(word: str) -> tuple[int, ...]:
+    """`5,10,20`: whole numbers, each once."""
+    return tuple(dict.fromkeys(whole(part.strip()) for part in word.split(",") if part.strip()))
+
+
 def settings(word: str) -> dict[str, Any]:
     """`name=value,name=value`: values as in JSON (numbers, true, [1, 2]), anything else as text."""
     found: dict[str, Any] = {}
@@ -76,6 +86,10 @@ def _or_default(value: object) -> str:
 WholeOrNone = Annotated[int | None, _spec("INT", whole, _or_default)]
 Classes = Annotated[
     tuple[int, ...], _spec("INT[,INT...]", classes, lambda value: ",".join(map(str, value)))
+]
+Names = Annotated[tuple[str, ...], _spec("NAME[,NAME...]", names, ",".join)]
+Wholes = Annotated[
+    tuple[int, ...], _spec("INT[,INT...]", wholes, lambda value: ",".join(map(str, value)))
 ]
 Words = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="VALUE")]
 Settings = Annotated[dict[str, Any], _spec("NAME=VALUE[,...]", settings, show_settings)]
