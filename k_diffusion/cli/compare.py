@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 class Compare:
     """Draw one sheet of samples by several methods, and tell how far each is from 200 steps.
 
-    Writes sheet.png (same seeds down the rows, numbers of steps across), sheet.html (the same with
-    figures and a curve, in one file) and sheet.json (the figures) into a folder.
+    Writes sheet.png (a curve of the distances, and the samples: same seeds down the rows, numbers
+    of steps across), sheet.html (the same in one file) and sheet.json (the figures) into a folder.
     """
 
     checkpoint: Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]
@@ -125,7 +125,7 @@ class Compare:
 
         from k_diffusion.utils.images import save_png, write_whole
 
-        from .sheet import page, picture
+        from .sheet import page, picture, whole_picture
 
         said = {
             "software": f"k-diffusion {version('k-diffusion')}",
@@ -136,7 +136,7 @@ class Compare:
             "command": self._command(info),
         }
         image = picture(sheet)
-        save_png(self.out / "sheet.png", image, said)
+        save_png(self.out / "sheet.png", whole_picture(sheet), said)
         text = page(sheet, image, said)
         write_whole(self.out / "sheet.html", lambda p: _text(p, text))
         figures = {**said, "reference steps": sheet.reference_steps, "cells": [

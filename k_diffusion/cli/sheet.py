@@ -6,7 +6,8 @@ import base64
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from k_diffusion.utils.images import image_grid, to_uint8
@@ -20,7 +21,7 @@ COLOURS = (
     "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2",
     "#7f7f7f", "#bcbd22",
 )  # fmt: skip
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 60, 36
+WIDTH, HEIGHT, LEFT, BOTTOM, LEGEND = 640, 320, 60, 36, 200
 
 
 def picture(sheet: Sheet) -> torch.Tensor:
@@ -38,6 +39,17 @@ def picture(sheet: Sheet) -> torch.Tensor:
     scale = max(1, 64 // first.shape[-1])
     over = [f"{count} steps" for count in budgets] + [f"{sheet.reference_steps} steps"]
     return image_grid(torch.stack(rows), rows_named=names, columns_named=over, scale=scale)
+
+
+def whole_picture(sheet: Sheet) -> torch.Tensor:
+    """The curve and the figures above all samples, uint8 (3, H, W)."""
+    import torch
+    import torch.nn.functional as F
+
+    above, below = curve_picture(sheet), picture(sheet)[:3]
+    below = below[:1].expand(3, -1, -1) if below.shape[0] < 3 else below
+    width = max(above.shape[2], below.shape[2])
+    return torch.cat([F.pad(p, (0, width - p.shape[2]), value=255) for p in (above, below)], 1)
 
 
 def grouped(sheet: Sheet) -> Mapping[tuple[str, str], list[Cell]]:
@@ -107,16 +119,35 @@ def _table(sheet: Sheet) -> str:
     return f"<table><tr><th>sampler</th><th>schedule</th>{head}</tr>{''.join(rows)}</table>"
 
 
-def curve(sheet: Sheet) -> str:
-    """The distances against calls of the model, both on logarithmic axes, as SVG."""
-    groups = grouped(sheet)
+@dataclass(frozen=True)
+class Line:
+    """A line through points (x, y), in pixels from the upper left."""
+
+    points: tuple[tuple[float, float], ...]
+    colour: str
+    width: int = 1
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Word:
+    """A text on the base line y that begins, has its middle or ends at x."""
+
+    x: float
+    y: float
+    text: str
+    anchor: str = "start"
+
+
+def drawing(sheet: Sheet) -> list[Line | Word]:
+    """The distances against calls of the model, both on logarithmic axes."""
     calls = [cell.calls for cell in sheet.cells]
     # A distance of 0 (the reference itself) has no logarithm: it lies on the lower edge.
     known = [cell.distance for cell in sheet.cells if cell.distance > 0] or [1.0]
     x0, x1 = math.log(min(calls)), math.log(max(calls))
     y0, y1 = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
     y1 = max(y1, y0 + 1)
-    right = 200
+    foot = HEIGHT - BOTTOM
 
     def across(count: int) -> float:
         share = (math.log(count) - x0) / (x1 - x0) if x1 > x0 else 0.5
@@ -124,49 +155,91 @@ def curve(sheet: Sheet) -> str:
 
     def up(distance: float) -> float:
         share = (math.log10(distance) - y0) / (y1 - y0) if distance > 0 else 0.0
-        return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - 12)
+        return foot - share * (foot - 12)
 
-    parts = [
-        f'<svg viewBox="0 0 {WIDTH + right} {HEIGHT}" width="{WIDTH + right}" height="{HEIGHT}" '
-        'role="img" aria-label="Distance against calls of the model" '
-        'font-family="system-ui, sans-serif" font-size="12">'
-    ]
+    drawn: list[Line | Word] = []
     for decade in range(y0, y1 + 1):
         y = up(10.0**decade)
-        parts.append(f'<path d="M{LEFT} {y:.1f}H{WIDTH - 12}" stroke="#ddd"/>')
-        parts.append(
-            f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{10.0**decade:g}</text>'
-        )
+        drawn.append(Line(((LEFT, y), (WIDTH - 12, y)), "#dddddd"))
+        drawn.append(Word(LEFT - 6, y + 4, f"{10.0**decade:g}", "end"))
     for count in _spread(sorted(set(calls)), across):
-        x = across(count)
-        parts.append(f'<path d="M{x:.1f} 12V{HEIGHT - BOTTOM}" stroke="#eee"/>')
+        drawn.append(Line(((across(count), 12), (across(count), foot)), "#eeeeee"))
+        drawn.append(Word(across(count), foot + 16, str(count), "middle"))
+    drawn.append(Word((LEFT + WIDTH) / 2, HEIGHT - 4, "calls of the model", "middle"))
+    for k, ((sampler, scheduler), cells) in enumerate(grouped(sheet).items()):
+        colour, y = COLOURS[k % len(COLOURS)], 20 + 16 * k
+        points = tuple((across(cell.calls), up(cell.distance)) for cell in cells)
+        drawn.append(Line(points, colour, 2, dots=True))
+        drawn.append(Line(((WIDTH, y - 4), (WIDTH + 18, y - 4)), colour, 2))
+        drawn.append(Word(WIDTH + 24, y, f"{sampler}, {scheduler}"))
+    return drawn
+
+
+def _size(sheet: Sheet) -> tuple[int, int]:
+    return WIDTH + LEGEND, max(HEIGHT, 28 + 16 * len(grouped(sheet)))
+
+
+def curve(sheet: Sheet) -> str:
+    """The drawing as SVG."""
+    width, height = _size(sheet)
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        'aria-label="Distance against calls of the model" font-family="system-ui, sans-serif" '
+        'font-size="12">'
+    ]
+    for item in drawing(sheet):
+        if isinstance(item, Word):
+            parts.append(
+                f'<text x="{item.x:.1f}" y="{item.y:.1f}" text-anchor="{item.anchor}">'
+                f"{html.escape(item.text)}</text>"
+            )
+            continue
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in item.points)
         parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{count}</text>'
+            f'<polyline points="{points}" fill="none" stroke="{item.colour}" '
+            f'stroke-width="{item.width}"/>'
         )
-    parts.append(
-        f'<text x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">calls of the '
-        "model</text>"
-    )
-    for k, ((sampler, scheduler), cells) in enumerate(groups.items()):
-        colour = COLOURS[k % len(COLOURS)]
-        dash = ' stroke-dasharray="5 3"' * (k // len(COLOURS) % 2)
-        points = [(across(cell.calls), up(cell.distance)) for cell in cells]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(
-            f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="2"{dash}/>'
-        )
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
-        y = 20 + 16 * k
-        parts.append(
-            f'<path d="M{WIDTH} {y - 4}h18" stroke="{colour}" stroke-width="2"{dash}/>'
-            f'<text x="{WIDTH + 24}" y="{y}">{html.escape(f"{sampler}, {scheduler}")}</text>'
-        )
+        if item.dots:
+            parts += [
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{item.colour}"/>'
+                for x, y in item.points
+            ]
     return "".join([*parts, "</svg>"])
 
 
-def _spread(counts: Sequence[int], across: object) -> list[int]:
+def curve_picture(sheet: Sheet) -> torch.Tensor:
+    """The drawing and the figures as an image, uint8 (3, H, W)."""
+    import torch
+    from PIL import Image, ImageDraw, ImageFont
+
+    groups = grouped(sheet)
+    width, height = _size(sheet)
+    name = max(len(f"{sampler}, {scheduler}") for sampler, scheduler in groups) * 7 + 16
+    columns = max(map(len, groups.values()))
+    size = (max(width, name + 150 * columns), height + 16 * len(groups) + 24)
+    paper = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(paper), ImageFont.load_default()
+    for item in drawing(sheet):
+        if isinstance(item, Word):
+            long = draw.textlength(item.text, font=font)
+            x = item.x - {"start": 0.0, "middle": long / 2, "end": long}[item.anchor]
+            draw.text((x, item.y), item.text, fill="#222222", font=font, anchor="ls")
+            continue
+        draw.line(item.points, fill=item.colour, width=item.width)
+        for x, y in item.points if item.dots else ():
+            draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=item.colour)
+    for row, ((sampler, scheduler), cells) in enumerate(groups.items()):
+        y = height + 16 * row + 16
+        draw.text((8, y), f"{sampler}, {scheduler}", fill="#222222", font=font, anchor="ls")
+        for k, cell in enumerate(cells):
+            text = f"{cell.steps} steps: {cell.distance:.4f}"
+            draw.text((name + 150 * k, y), text, fill="#222222", font=font, anchor="ls")
+    raw = torch.frombuffer(bytearray(paper.tobytes()), dtype=torch.uint8)
+    return raw.view(paper.height, paper.width, 3).permute(2, 0, 1).clone()
+
+
+def _spread(counts: Sequence[int], across: Callable[[int], float]) -> list[int]:
     """Of the numbers those whose names do not overlap on the axis."""
-    assert callable(across)
     kept: list[int] = []
     for count in counts:
         if not kept or across(count) - across(kept[-1]) > 28:
