@@ -80,7 +80,7 @@ class Sample:
 
         from k_diffusion.models.registry import known_classes
         from k_diffusion.sampling import NOISES, KSampler, Solver, find_solver
-        from k_diffusion.training.checkpoint import load_denoiser
+        from k_diffusion.training.restore import load_denoiser
         from k_diffusion.utils.maths import unknown
         from k_diffusion.utils.scheduler import make_scheduler
 
@@ -209,7 +209,7 @@ class Sample:
         self, info: CheckpointInfo, denoiser: Any, device: torch.device
     ) -> dict[str, torch.Tensor]:
         """What all images are told, as a batch of one; none where the checkpoint knows of none."""
-        from k_diffusion.training.checkpoint import load_conditioner
+        from k_diffusion.training.restore import load_conditioner
 
         if not self.condition and not info.config.get("conditioner"):
             return {}

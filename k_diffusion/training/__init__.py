@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     from k_diffusion.training.checkpoint import (
         CheckpointError,
         CheckpointInfo,
-        load_conditioner,
-        load_denoiser,
         read_info,
-        save_inference,
     )
-    from k_diffusion.training.config import ConfigError, TrainConfig, load_config, make_config
+    from k_diffusion.training.config import ConfigError, TrainConfig
+    from k_diffusion.training.config_file import load_config, make_config
     from k_diffusion.training.dataset import (
         ArraySource,
         DataError,
@@ -42,6 +40,7 @@ if TYPE_CHECKING:
         make_weighting,
         uncertainty_loss,
     )
+    from k_diffusion.training.restore import load_conditioner, load_denoiser, save_inference
     from k_diffusion.training.run import RunResult, latest_checkpoint, run_training
     from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
@@ -49,12 +48,10 @@ _HOMES = {
     "checkpoint": (
         "CheckpointError",
         "CheckpointInfo",
-        "load_conditioner",
-        "load_denoiser",
         "read_info",
-        "save_inference",
     ),
-    "config": ("ConfigError", "TrainConfig", "load_config", "make_config"),
+    "config": ("ConfigError", "TrainConfig"),
+    "config_file": ("load_config", "make_config"),
     "dataset": ("ArraySource", "DataError", "Digits", "Source", "Stream", "make_source"),
     "ema": ("Ema",),
     "folder": ("Folder",),
@@ -66,6 +63,7 @@ _HOMES = {
         "save_autoencoder",
         "train_autoencoder",
     ),
+    "restore": ("load_conditioner", "load_denoiser", "save_inference"),
     "run": ("RunResult", "latest_checkpoint", "run_training"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
 }

@@ -32,7 +32,7 @@ def learning_rate(
     return config.lr * rise * (config.final_share + (1 - config.final_share) * left)
 
 
-def make_adamw(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW in its fused form, which works on each weight once; decay spares biases and gains."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [

@@ -7,11 +7,11 @@ never stopped. The clock is images seen.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.denoiser import NetworkDenoiser, check_output, make_denoiser
-from k_diffusion.models import (
-    ClassConditioner,
-    Conditioner,
-    conditioner_config,
-    make_conditioner,
-    make_model,
-)
-from k_diffusion.models.registry import known_classes, takes_option
+from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
+from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
+from k_diffusion.models.registry import known_classes
 from k_diffusion.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
-    load_into,
     named_tensors,
     read_checkpoint,
     save_checkpoint,
@@ -39,14 +32,19 @@ from k_diffusion.training.checkpoint import (
 from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
+from k_diffusion.training.devices import make_accelerator, seed_network
 from k_diffusion.training.ema import Ema
+from k_diffusion.training.fit import check_classes, check_null, check_shape, settle
+from k_diffusion.training.gradient import add_gradients, is_out_of_memory, release_memory
+from k_diffusion.training.inputs import Inputs, draw_hidden, draw_noise
 from k_diffusion.training.loss import (
     denoising_loss,
     draw_half_log_snr,
     make_density,
     make_weighting,
 )
-from k_diffusion.training.optimizer import learning_rate, load_moments, make_adamw, moments
+from k_diffusion.training.optimizer import learning_rate, load_moments, make_optimizer, moments
+from k_diffusion.training.restore import load_into
 from k_diffusion.utils.maths import fold_seed
 from k_diffusion.utils.scheduler import make_scheduler
 
@@ -110,6 +108,8 @@ class Trainer:
         network: trained instead of one built from the config.
         source: trained on instead of the config's data.
         conditioner: makes what the network is told, instead of the config's.
+        optimizer: network -> the optimiser to train it with, instead of the config's; its learning
+            rate still takes the config's course.
 
     Raises:
         ConfigError: model, conditioner and data do not fit each other, or the machine has no such
@@ -126,8 +126,9 @@ class Trainer:
         network: nn.Module | None = None,
         source: Source | None = None,
         conditioner: Conditioner | None = None,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     ) -> None:
-        self.accelerator = _accelerator(config.precision)
+        self.accelerator = make_accelerator(config.precision)
         self.device: torch.device = self.accelerator.device
         options = config.data.model_dump()
         self.source = make_source(**options) if source is None else source
@@ -146,12 +147,12 @@ class Trainer:
         given, network = network, make_model(config.model) if network is None else network
         self.num_classes = known_classes(network)
         if conditioner is None and self.num_classes:
-            _check_classes(self.num_classes, self.source)
+            check_classes(self.num_classes, self.source)
             conditioner = ClassConditioner(num_classes=self.num_classes)
         self.conditioner = None if conditioner is None else conditioner.to(self.device)
         example = self._example(network)
         if given is None:
-            _check_shape(config.model, self.source, example)
+            check_shape(config.model, self.source, example)
         model = full_model(network, config.model)
         self.config = config = config.model_copy(update={"model": model})
         self.network = network.to(self.device).train()
@@ -166,13 +167,18 @@ class Trainer:
             **config.loss.weighting_options,
         )
 
-        self.optimizer = make_adamw(self.network, config.optimizer)
+        make = optimizer or functools.partial(make_optimizer, config=config.optimizer)
+        self.optimizer = make(self.network)
         self.ema = Ema(
             self.network,
             power=config.ema.power,
             inv_gamma=config.ema.inv_gamma,
             max_decay=config.ema.max_decay,
         )
+        share = config.batch_size // self.accelerator.num_processes
+        micro = config.micro_batch_size
+        self.micro_batch = share if micro in (None, AUTO) else min(share, micro)
+        """The most samples that a process computes at once; halved where memory runs out."""
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -235,16 +241,14 @@ class Trainer:
         Returns:
             Loss, norm of the gradient, and whether the step was skipped.
         """
-        x0, sigma, noise, condition = self._inputs(batch)
-        _seed_network(self._seed(Purpose.NETWORK, self.accelerator.process_index), self.device)
+        inputs = self._inputs(batch)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss = self._module(x0, sigma, noise, **condition).mean()
-        self.accelerator.backward(loss)
-        self.accelerator.unscale_gradients()
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        losses = self._gradient(inputs)
+        loss = losses.mean()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
-        total = self.accelerator.reduce(loss.detach(), reduction="mean")
+        total = self.accelerator.reduce(loss, reduction="mean")
         # The one place where the host waits for the device: what follows depends on it.
         loss_value, norm_value = torch.stack([total.double(), norm.double()]).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
@@ -267,38 +271,71 @@ class Trainer:
             self.skipped_in_a_row += 1
         return loss_value, norm_value, not finite
 
-    def _seed(self, purpose: Purpose, *keys: int) -> int:
-        return fold_seed(self.config.seed, purpose, self.step, *keys)
+    def _gradient(self, inputs: Inputs) -> Tensor:
+        """Each sample's loss, and the gradient of their mean in the weights, unscaled.
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Clean data, sigma, noise and condition of this process's part of the step.
-
-        Each is drawn for the whole batch and then cut, so that the step is the same on any number
-        of processes.
+        Where memory runs out, the same step begins again with half the micro-batch.
         """
+        while True:
+            try:
+                losses = add_gradients(
+                    self._module,
+                    inputs,
+                    self.micro_batch,
+                    accelerator=self.accelerator,
+                    seed_part=self._seed_part,
+                )
+                self.accelerator.unscale_gradients()
+                return losses
+            except Exception as error:
+                if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
+                    raise
+                if self.micro_batch == 1:
+                    raise TrainingError("out of memory with a single sample") from None
+            # Only here, where the error no longer holds what the failed attempt had computed.
+            self.micro_batch = -(-min(self.micro_batch, len(inputs)) // 2)
+            self.optimizer.zero_grad()
+            release_memory(self.device)
+
+    def _seed_part(self, part: Inputs) -> None:
+        """Seed what the network draws (dropout) by the place of a micro-batch's first sample."""
+        config = self.config
+        seed_network(fold_seed(config.seed, Purpose.NETWORK, self.step, part.first), self.device)
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        """What this process's part of the step learns from."""
         config, device = self.config, self.device
         share = len(batch.images)
         mine = slice(share * self.stream.rank, share * (self.stream.rank + 1))
         x0 = as_float(batch.images.to(device, non_blocking=True))
-        generator = torch.Generator().manual_seed(self._seed(Purpose.LEVELS))
+        generator = torch.Generator().manual_seed(fold_seed(config.seed, Purpose.LEVELS, self.step))
         half_log_snr = draw_half_log_snr(
             self._density, config.batch_size, generator, stratified=config.loss.stratified
         )
         sigma = self.denoiser.path.sigma(half_log_snr)[mine]
         if device.type == "mps":  # it has no float64
             sigma = sigma.float()
-        sigma = sigma.to(device, non_blocking=True)
-        generator = torch.Generator(device).manual_seed(self._seed(Purpose.NOISE))
         shape = (config.batch_size, *x0.shape[1:])
-        noise = torch.randn(shape, generator=generator, device=device)[mine]
+        return Inputs(
+            x0=x0,
+            sigma=sigma.to(device, non_blocking=True),
+            noise=draw_noise(config.seed, self.step, shape, device)[mine],
+            condition=self._shown_condition(batch, x0, mine),
+            indices=batch.indices,
+            first=mine.start,
+        )
+
+    def _shown_condition(self, batch: Batch, x0: Tensor, mine: slice) -> dict[str, Tensor]:
+        """The samples' condition, a share of them without any; mine: their places in the step."""
         if self.conditioner is None:
-            return x0, sigma, noise, {}
-        generator = torch.Generator().manual_seed(self._seed(Purpose.LABELS))
-        hidden = torch.rand(config.batch_size, generator=generator)[mine] < config.condition_dropout
+            return {}
+        config = self.config
+        hidden = draw_hidden(config.seed, self.step, config.batch_size, config.condition_dropout)
         first = self.images_seen + mine.start
-        condition = self._condition(batch, x0, range(first, first + share))
+        condition = self._condition(batch, x0, range(first, first + len(x0)))
         drop = getattr(self.network, "drop_condition", self.conditioner.hide)
-        return x0, sigma, noise, drop(condition, hidden.to(device, non_blocking=True))
+        shown: dict[str, Tensor] = drop(condition, hidden[mine].to(self.device, non_blocking=True))
+        return shown
 
     @torch.no_grad()
     def _condition(self, batch: Batch, x0: Tensor, places: Sequence[int]) -> dict[str, Tensor]:
@@ -329,7 +366,7 @@ class Trainer:
             check: Any = getattr(network, "check_condition", None)
             if check is not None:
                 check(1, **example)
-            _check_null(network, self.conditioner, example)
+            check_null(network, self.conditioner, example)
         except ValueError as error:
             raise ConfigError(
                 f"model, conditioner and data do not fit each other: {error}"
@@ -358,6 +395,7 @@ class Trainer:
                 "ema_updates": self.ema.updates,
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "micro_batch": self.micro_batch,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "extra": self.extra,
             },
@@ -382,6 +420,8 @@ class Trainer:
         self.step = info.step
         self.skipped_steps = info.state["skipped_steps"]
         self.skipped_in_a_row = info.state["skipped_in_a_row"]
+        # What memory once refused it would refuse again.
+        self.micro_batch = min(self.micro_batch, info.state.get("micro_batch", self.micro_batch))
         self.extra = dict(info.state["extra"])
 
     def _check_same_run(self, info: CheckpointInfo) -> None:
@@ -396,92 +436,3 @@ class Trainer:
                 f"checkpoint {info.path} is of a run with {'; '.join(differing)}: resume with the "
                 "same, or begin a new run"
             )
-
-
-def _seed_network(seed: int, device: torch.device) -> None:
-    """Seed what dropout draws from. (torch.manual_seed seeks every kind of device each time.)"""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    elif device.type != "cpu":
-        torch.manual_seed(seed)
-
-
-def settle(
-    config: TrainConfig, source: Source, conditioner: Conditioner | None = None
-) -> TrainConfig:
-    """The config with what the data decides: in_channels, and a sigma_data of "auto".
-
-    The conditioner's own config, where it has one, takes the place of the one that is there.
-
-    Raises:
-        ConfigError: the data is constant, so that it has no sigma_data.
-    """
-    model = dict(config.model)
-    if takes_option(model, "in_channels"):
-        model.setdefault("in_channels", source.shape[0])
-    if model.get("in_channels", source.shape[0]) != source.shape[0]:
-        raise ConfigError(
-            f"model.in_channels is {model['in_channels']}, but the data has {source.shape[0]} "
-            "channels: leave it out, and the data decides"
-        )
-    if model.get("sigma_data") == AUTO:
-        if source.std < 1e-6:
-            raise ConfigError("model.sigma_data is auto, but all values of the data are equal")
-        model["sigma_data"] = source.std
-    update: dict[str, Any] = {"model": model}
-    if conditioner is not None:
-        update["conditioner"] = None
-        with suppress(ValueError):  # one that is not registered has no config
-            update["conditioner"] = conditioner_config(conditioner)
-    return config.model_copy(update=update)
-
-
-def _check_shape(model: Mapping[str, Any], source: Source, example: Mapping[str, Tensor]) -> None:
-    """Run the network on one image without memory, to see whether it takes the data's shape."""
-    condition = {keyword: value.to("meta") for keyword, value in example.items()}
-    with torch.device("meta"), torch.no_grad(), suppress(NotImplementedError, RuntimeError):
-        try:
-            network, shape = make_model(model), (1, *source.shape)
-            check_output(network, network(torch.zeros(shape), torch.zeros(1), **condition), shape)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"model and data do not fit each other: {error}") from None
-
-
-def _check_null(
-    network: nn.Module, conditioner: Conditioner, example: Mapping[str, Tensor]
-) -> None:
-    """Refuse a conditioner whose "no class" the network takes for a class, or for none at all."""
-    null = conditioner.null(1, example)
-    if "class_label" in null and int(null["class_label"][0]) != known_classes(network):
-        raise ValueError(
-            f"the conditioner knows {int(null['class_label'][0])} classes, but the model's "
-            f"num_classes is {known_classes(network)}: give the same number"
-        )
-
-
-def _check_classes(num_classes: int, source: Source) -> None:
-    if num_classes and num_classes != source.num_classes:
-        raise ConfigError(
-            f"model.num_classes is {num_classes}, but the data has {source.num_classes} classes: "
-            "give as many, or 0 to learn without classes"
-        )
-
-
-def _accelerator(precision: str) -> Any:
-    """accelerate's view of the machine, once a process; its state is shared by all of them."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    shared = AcceleratorState._shared_state
-    if shared and shared.get("_mixed_precision") != precision:
-        AcceleratorState._reset_state()  # another run of this process had another precision
-    try:
-        accelerator = Accelerator(mixed_precision=precision)
-    except ValueError as error:
-        AcceleratorState._reset_state()
-        message = " ".join(str(error).split())
-        raise ConfigError(f"precision = {precision!r} does not work here: {message}") from None
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("precision = 'fp16' needs a GPU; give 'bf16' or 'no'")
-    return accelerator

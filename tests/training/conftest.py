@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from k_diffusion.models import MODELS
 from k_diffusion.models.registry import known_fields
-from k_diffusion.training.config import TrainConfig, make_config
+from k_diffusion.training.config import TrainConfig
+from k_diffusion.training.config_file import make_config
 
 
 @dataclass(frozen=True)

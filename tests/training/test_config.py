@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from k_diffusion.models import MODELS
 from k_diffusion.training import config as configs
-from k_diffusion.training.config import ConfigError, load_config, make_config
+from k_diffusion.training.config import ConfigError
+from k_diffusion.training.config_file import load_config, make_config
 
 GOOD: dict[str, Any] = {
     "model": {"type": "tiny", "prediction": "edm", "sigma_data": "auto"},

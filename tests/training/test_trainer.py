@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from k_diffusion.models import PRESETS, make_model, model_config
 from k_diffusion.training import load_denoiser
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint
-from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig, make_config
+from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig
+from k_diffusion.training.config_file import make_config
 from k_diffusion.training.dataset import ArraySource, Digits
-from k_diffusion.training.optimizer import learning_rate, load_moments, make_adamw
+from k_diffusion.training.optimizer import learning_rate, load_moments, make_optimizer
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
@@ -154,7 +155,7 @@ def test_data_may_be_moved(make_run_config: MakeConfig, tmp_path: Path) -> None:
 
 def test_moments_that_fit_no_weight_are_refused() -> None:
     network = nn.Linear(2, 3)
-    optimizer = make_adamw(network, OptimizerConfig())
+    optimizer = make_optimizer(network, OptimizerConfig())
     for name, shape in (("weight/exp_avg", (2, 3)), ("bias/exp_avg", (4,)), ("gain/step", ())):
         with pytest.raises(ValueError, match=f"optimizer/{name} of shape .* fits no weight"):
             load_moments(optimizer, network, {name: torch.zeros(shape)})
@@ -353,7 +354,9 @@ def test_scale_comes_back_at_a_resume(
     next(iter(trainer))
     trainer.save(tmp_path / "scaled.safetensors")
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    monkeypatch.setattr("k_diffusion.training.trainer._accelerator", lambda p: trainer.accelerator)
+    monkeypatch.setattr(
+        "k_diffusion.training.trainer.make_accelerator", lambda p: trainer.accelerator
+    )
     for name, scale in (("plain", 2), ("scaled", 4096)):
         again = Trainer(make_run_config(), resume=tmp_path / f"{name}.safetensors")
         assert again.accelerator.scaler.state_dict()["scale"] == scale
