@@ -117,6 +117,10 @@ class Folder(Source):
             torch.stack(images), torch.tensor(labels), torch.tensor(used), tuple(bad.items())
         )
 
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.files[index])
+
     def report(self, bad: Sequence[tuple[int, str]]) -> None:
         for index, reason in bad:
             self.bad_files.setdefault(str(self.files[index]), reason)

@@ -50,6 +50,27 @@ def even_parts(total: int, largest: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise(edges))
 
 
+def largest_that_fits(fits: Callable[[int], bool], limit: int, slack: float = 0.02) -> int:
+    """The largest size that fits, to a share of `slack`; sizes above one that fails fail too.
+
+    Args:
+        fits: whether a size does, by trying it.
+        limit: the largest that is wanted.
+
+    Raises:
+        OutOfMemory: not even 1 does.
+    """
+    if fits(limit):
+        return limit
+    good, bad = 0, limit
+    while bad - good > max(1, int(slack * good)):
+        size = (good + bad) // 2
+        good, bad = (size, bad) if fits(size) else (good, size)
+    if not good:
+        raise OutOfMemory("not even one sample at a time fits into memory")
+    return good
+
+
 def add_gradients(
     module: nn.Module,
     inputs: Inputs,

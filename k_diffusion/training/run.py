@@ -7,6 +7,7 @@ JSON object a line:
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
   "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
   over the finite steps since the line before;
+- {"event": "skipped", "images_seen", and what `BadStep` has}: for each step that was not finite;
 - {"event": "end", "images_seen", "checkpoint", "sha256", "seconds", "stopped_by", "bad_files"}.
 
 A resumed run drops the lines that lie after its checkpoint, so the file reads as if the run had
@@ -137,10 +138,7 @@ def run_training(
                     named.add(file)
                     tell(f"replacing broken image {file}: {trainer.source.bad_files[file]}")
                 if state.skipped:
-                    tell(
-                        f"step {state.step} skipped: loss {state.loss}, gradient norm "
-                        f"{state.grad_norm} (not finite)"
-                    )
+                    tell(f"step {state.step} skipped as not finite: {state.report}")
                 if bar is not None:
                     bar.set_postfix_str(f"loss {log.recent:.4f}", refresh=False)
                     bar.update(config.batch_size)
@@ -345,7 +343,9 @@ class Log:
 
     def add(self, state: TrainState) -> None:
         sums, config = self.sums, self.trainer.config
-        if not state.skipped:
+        if state.report is not None:
+            self._write(event="skipped", images_seen=state.images_seen, **state.report.to_json())
+        else:
             self._recent = [*self._recent[-49:], state.loss]
             sums["steps"] += 1
             sums["loss"] += state.loss
@@ -400,7 +400,9 @@ def _lines_until(path: Path, images_seen: int) -> list[str]:
         except json.JSONDecodeError:  # cut by a kill
             continue
         event = fact.get("event") if isinstance(fact, dict) else None
-        if event == "start" or (event == "train" and fact["images_seen"] <= images_seen):
+        if event == "start" or (
+            event in ("train", "skipped") and fact["images_seen"] <= images_seen
+        ):
             kept.append(line)
     return kept
 

@@ -35,7 +35,14 @@ from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_floa
 from k_diffusion.training.devices import make_accelerator, seed_network
 from k_diffusion.training.ema import Ema
 from k_diffusion.training.fit import check_classes, check_null, check_shape, settle
-from k_diffusion.training.gradient import add_gradients, is_out_of_memory, release_memory
+from k_diffusion.training.gradient import (
+    add_gradients,
+    even_parts,
+    is_out_of_memory,
+    largest_that_fits,
+    release_memory,
+)
+from k_diffusion.training.health import BadStep, examine, unchanged_buffers
 from k_diffusion.training.inputs import Inputs, draw_hidden, draw_noise
 from k_diffusion.training.loss import (
     denoising_loss,
@@ -69,6 +76,7 @@ class TrainState:
         lr: learning rate of this step.
         ema_decay: what this step kept of the average.
         skipped: whether this step changed nothing, because loss or gradient were not finite.
+        report: what was wrong with a skipped step.
         skipped_steps: how many have been, since the start of the run.
         images_per_second: over the last steps of this session.
         seconds_left: at that speed, to the end of the run.
@@ -85,6 +93,7 @@ class TrainState:
     skipped_steps: int
     images_per_second: float
     seconds_left: float
+    report: BadStep | None = None
 
 
 class LossModule(nn.Module):
@@ -175,10 +184,9 @@ class Trainer:
             inv_gamma=config.ema.inv_gamma,
             max_decay=config.ema.max_decay,
         )
-        share = config.batch_size // self.accelerator.num_processes
-        micro = config.micro_batch_size
-        self.micro_batch = share if micro in (None, AUTO) else min(share, micro)
-        """The most samples that a process computes at once; halved where memory runs out."""
+        self.micro_batch = self._first_micro_batch()
+        """The most samples that a process computes at once, halved where memory runs out; None:
+        to be found in the next step."""
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
@@ -186,9 +194,8 @@ class Trainer:
         """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
         if resume is not None:
             self._resume(Path(resume))
-        self._module, self._optimizer = self.accelerator.prepare(
-            LossModule(self.denoiser, weighting), self.optimizer
-        )
+        self.objective = LossModule(self.denoiser, weighting)
+        self._module, self._optimizer = self.accelerator.prepare(self.objective, self.optimizer)
         self._parameters = [p for p in self.network.parameters() if p.requires_grad]
         # Some networks have something to put right, such as the lengths of their weights.
         self._after_step = getattr(self.network, "after_step", lambda: None)
@@ -210,7 +217,8 @@ class Trainer:
                 config.optimizer, self.images_seen, config.total_images, config.batch_size
             )
             decay = self.ema.decay
-            loss, grad_norm, skipped = self.train_step(batch, lr)
+            loss, grad_norm, report = self.train_step(batch, lr)
+            skipped = report is not None
             clock.append((time.perf_counter(), self.images_seen))
             seconds = clock[-1][0] - clock[0][0]
             speed = (clock[-1][1] - clock[0][1]) / max(seconds, 1e-9)
@@ -227,19 +235,20 @@ class Trainer:
                 skipped_steps=self.skipped_steps,
                 images_per_second=speed,
                 seconds_left=left / speed,
+                report=report,
             )
             if self.skipped_in_a_row >= config.max_skipped:
                 raise TrainingError(
-                    f"{self.skipped_in_a_row} steps in a row were not finite (loss {loss}, "
-                    f"gradient norm {grad_norm}), the last at {self.images_seen} images: lower "
-                    f"optimizer.lr (now {config.optimizer.lr}) or look at the data"
+                    f"{self.skipped_in_a_row} steps in a row were not finite, the last at "
+                    f"{self.images_seen} images ({report}): lower optimizer.lr (now "
+                    f"{config.optimizer.lr}) or look at the data"
                 )
 
-    def train_step(self, batch: Batch, lr: float) -> tuple[float, float, bool]:
+    def train_step(self, batch: Batch, lr: float) -> tuple[float, float, BadStep | None]:
         """One step, from (seed, step) alone.
 
         Returns:
-            Loss, norm of the gradient, and whether the step was skipped.
+            Loss, norm of the gradient, and what was wrong where the step was skipped.
         """
         inputs = self._inputs(batch)
         for group in self.optimizer.param_groups:
@@ -252,6 +261,7 @@ class Trainer:
         # The one place where the host waits for the device: what follows depends on it.
         loss_value, norm_value = torch.stack([total.double(), norm.double()]).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        report = None if finite else self._examine(inputs, losses, loss_value, norm_value)
         clip = self.config.grad_clip
         if finite and clip is not None and norm_value > clip:
             nn.utils.clip_grads_with_norm_(self._parameters, clip, norm, foreach=True)
@@ -269,33 +279,96 @@ class Trainer:
         else:
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
-        return loss_value, norm_value, not finite
+        return loss_value, norm_value, report
+
+    def _first_micro_batch(self) -> int | None:
+        share = self.config.batch_size // self.accelerator.num_processes
+        asked = self.config.micro_batch_size
+        return None if asked == AUTO else share if asked is None else min(share, asked)
 
     def _gradient(self, inputs: Inputs) -> Tensor:
         """Each sample's loss, and the gradient of their mean in the weights, unscaled.
 
         Where memory runs out, the same step begins again with half the micro-batch.
         """
+        if self.micro_batch is None:
+            self.micro_batch = self._largest_micro_batch(inputs)
         while True:
             try:
-                losses = add_gradients(
-                    self._module,
-                    inputs,
-                    self.micro_batch,
-                    accelerator=self.accelerator,
-                    seed_part=self._seed_part,
-                )
+                losses = self._add_gradients(inputs, self.micro_batch)
                 self.accelerator.unscale_gradients()
                 return losses
             except Exception as error:
                 if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
                     raise
                 if self.micro_batch == 1:
-                    raise TrainingError("out of memory with a single sample") from None
+                    raise TrainingError(
+                        f"out of memory with one image at a time, of shape {self.source.shape}: "
+                        "set model.checkpointing = true, or train a smaller model"
+                    ) from None
             # Only here, where the error no longer holds what the failed attempt had computed.
             self.micro_batch = -(-min(self.micro_batch, len(inputs)) // 2)
-            self.optimizer.zero_grad()
-            release_memory(self.device)
+            self._forget_gradients()
+
+    def _add_gradients(self, inputs: Inputs, micro_batch: int) -> Tensor:
+        return add_gradients(
+            self._module,
+            inputs,
+            micro_batch,
+            accelerator=self.accelerator,
+            seed_part=self._seed_part,
+        )
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        release_memory(self.device)
+
+    def _largest_micro_batch(self, inputs: Inputs) -> int:
+        """The most samples at a time that fit into memory, by trying; it leaves no trace."""
+
+        def fits(size: int) -> bool:
+            try:
+                # The first step of the optimiser takes memory too: its averages of the gradient.
+                held = (
+                    []
+                    if self.optimizer.state
+                    else [torch.empty_like(p) for p in self._parameters for _ in range(2)]
+                )
+                self._add_gradients(inputs.part(0, size), size)
+                del held
+                return True
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                return False
+            finally:
+                self._forget_gradients()
+
+        with unchanged_buffers(self.network):
+            return largest_that_fits(fits, len(inputs))
+
+    def _examine(self, inputs: Inputs, losses: Tensor, loss: float, norm: float) -> BadStep:
+        """What was wrong with a step that is not finite."""
+        names = self.network.named_parameters()
+
+        def replay(inputs: Inputs) -> None:
+            with self.accelerator.autocast():
+                for start, stop in even_parts(len(inputs), self.micro_batch or len(inputs)):
+                    part = inputs.part(start, stop)
+                    self._seed_part(part)
+                    self.objective(part.x0, part.sigma, part.noise, **part.condition)
+
+        return examine(
+            step=self.step + 1,
+            loss=loss,
+            grad_norm=norm,
+            losses=losses,
+            inputs=inputs,
+            network=self.network,
+            gradients={name: p.grad for name, p in names if p.grad is not None},
+            replay=replay,
+            name=self.source.name,
+        )
 
     def _seed_part(self, part: Inputs) -> None:
         """Seed what the network draws (dropout) by the place of a micro-batch's first sample."""
@@ -421,7 +494,8 @@ class Trainer:
         self.skipped_steps = info.state["skipped_steps"]
         self.skipped_in_a_row = info.state["skipped_in_a_row"]
         # What memory once refused it would refuse again.
-        self.micro_batch = min(self.micro_batch, info.state.get("micro_batch", self.micro_batch))
+        known = [m for m in (self.micro_batch, info.state.get("micro_batch")) if m is not None]
+        self.micro_batch = min(known, default=None)
         self.extra = dict(info.state["extra"])
 
     def _check_same_run(self, info: CheckpointInfo) -> None:
