@@ -36,6 +36,7 @@ from k_diffusion.training.devices import make_accelerator, seed_network
 from k_diffusion.training.ema import Ema
 from k_diffusion.training.fit import check_classes, check_null, check_shape, settle
 from k_diffusion.training.gradient import (
+    OutOfMemory,
     add_gradients,
     even_parts,
     is_out_of_memory,
@@ -302,10 +303,7 @@ class Trainer:
                 if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
                     raise
                 if self.micro_batch == 1:
-                    raise TrainingError(
-                        f"out of memory with one image at a time, of shape {self.source.shape}: "
-                        "set model.checkpointing = true, or train a smaller model"
-                    ) from None
+                    raise self._too_large() from None
             # Only here, where the error no longer holds what the failed attempt had computed.
             self.micro_batch = -(-min(self.micro_batch, len(inputs)) // 2)
             self._forget_gradients()
@@ -345,7 +343,16 @@ class Trainer:
                 self._forget_gradients()
 
         with unchanged_buffers(self.network):
-            return largest_that_fits(fits, len(inputs))
+            try:
+                return largest_that_fits(fits, len(inputs))
+            except OutOfMemory:
+                raise self._too_large() from None
+
+    def _too_large(self) -> TrainingError:
+        return TrainingError(
+            f"out of memory with one image at a time, of shape {self.source.shape}: set "
+            "model.checkpointing = true, or train a smaller model"
+        )
 
     def _examine(self, inputs: Inputs, losses: Tensor, loss: float, norm: float) -> BadStep:
         """What was wrong with a step that is not finite."""

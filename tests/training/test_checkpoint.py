@@ -19,12 +19,11 @@ from k_diffusion.denoiser import EDMDenoiser
 from k_diffusion.training import checkpoint
 from k_diffusion.training.checkpoint import (
     CheckpointError,
-    load_denoiser,
     read_checkpoint,
     read_info,
     save_checkpoint,
-    save_inference,
 )
+from k_diffusion.training.restore import load_denoiser, save_inference
 
 MODEL = {"type": "tiny", "prediction": "edm", "time_convention": "log_sigma", "sigma_data": 0.7}
 

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from k_diffusion.models import MODELS
-from k_diffusion.training import config as configs
+from k_diffusion.training import config_file as configs
 from k_diffusion.training.config import ConfigError
 from k_diffusion.training.config_file import load_config, make_config
 

@@ -297,7 +297,11 @@ def test_lines_of_skipped_steps_hold_no_nan(make_run_config: MakeConfig) -> None
     config = make_run_config(model=model, log_every_images=1, total_images=96)
     images[Trainer(config).stream[1].indices[0]] = torch.nan
     result, said = run(config, source=ArraySource(images, digits.labels, digits.class_names))
-    assert said == ["step 2 skipped: loss nan, gradient norm nan (not finite)"]
+    (line,) = said
+    name = int(Trainer(config).stream[1].indices[0])
+    assert line.startswith("step 2 skipped as not finite: loss nan, gradient norm nan, from image")
+    assert f"image {name}, at sigma" in line
+    assert line.endswith("first not finite: the data")
     assert "NaN" not in result.metrics.read_text()
     assert [line["loss"] is None for line in train_lines(result)] == [False, True, False]
     assert result.skipped_steps == 1
