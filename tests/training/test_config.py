@@ -10,6 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from k_diffusion.models import MODELS
+from k_diffusion.training import config as kinds_of_config
 from k_diffusion.training import config_file as configs
 from k_diffusion.training.config import ConfigError
 from k_diffusion.training.config_file import load_config, make_config
@@ -132,7 +133,7 @@ def test_every_key_is_described() -> None:
 
     kinds = ("TrainConfig", "DigitsConfig", "FolderConfig", "LossConfig", "EmaConfig")
     for kind in (*kinds, "OptimizerConfig"):
-        keys(getattr(configs, kind))
+        keys(getattr(kinds_of_config, kind))
 
 
 TOML = """
