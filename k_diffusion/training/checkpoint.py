@@ -65,10 +65,19 @@ class CheckpointInfo:
     @property
     def parameters(self) -> int:
         """How many numbers the network's weights and buffers are."""
-        part = "model/" if any(n.startswith("model/") for n in self.tensors) else "ema/"
+        kinds = {n.partition("/")[0] for n in self.tensors} - {"optimizer"}
+        part = "model" if "model" in kinds else min(kinds, default="")
         return sum(
-            torch.Size(shape).numel() for n, shape in self.tensors.items() if n.startswith(part)
+            torch.Size(shape).numel()
+            for n, shape in self.tensors.items()
+            if n.startswith(f"{part}/")
         )
+
+    @property
+    def averages(self) -> list[str]:
+        """The names of the averaged weights in it: "ema" and such as "ema_0.05"."""
+        kinds = {n.partition("/")[0] for n in self.tensors}
+        return sorted(kind for kind in kinds if kind == "ema" or kind.startswith("ema_"))
 
 
 # ---------------------------------------------------------------- tensors by name
@@ -259,6 +268,18 @@ def read_info(path: str | Path) -> CheckpointInfo:
         CheckpointError: missing, damaged, or not a checkpoint of this library.
     """
     return read_checkpoint(path)[0]
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's record (see above) by its sealed metadata alone: no tensor is read.
+
+    Raises:
+        CheckpointError: missing, damaged there, or not a checkpoint of this library.
+    """
+    path = Path(path)
+    _recognise(path)
+    metadata, _ = _open(path)
+    return _verify_metadata(path, metadata)[1]
 
 
 def _recognise(path: Path) -> None:

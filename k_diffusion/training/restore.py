@@ -21,12 +21,13 @@ from k_diffusion.training.checkpoint import (
     save_checkpoint,
 )
 from k_diffusion.training.compare import differences, filled, flat, full_model
+from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
 
 
 def load_denoiser(
     path: str | Path,
-    ema: bool = True,
+    ema: bool | str = True,
     device: str | torch.device = "cpu",
     network: nn.Module | None = None,
 ) -> tuple[Any, CheckpointInfo]:
@@ -34,7 +35,8 @@ def load_denoiser(
 
     Args:
         path: a checkpoint, or what `save_inference` wrote.
-        ema: whether to take the averaged weights, or the last ones.
+        ema: True: the averaged weights; False: the last ones; a name: that average, one of the
+            info's `averages`, such as "ema_0.05".
         device: where to put it.
         network: takes the weights instead of one built from the config: for a network of your own.
 
@@ -108,13 +110,13 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], info: Checkpoin
         ) from None
 
 
-def save_inference(source: str | Path, path: str | Path, *, ema: bool = True) -> str:
+def save_inference(source: str | Path, path: str | Path, *, ema: bool | str = True) -> str:
     """Write from a checkpoint one that holds only what sampling needs: one set of weights.
 
     Args:
         source: a checkpoint.
         path: the file to write.
-        ema: whether the averaged weights are taken, or the last ones.
+        ema: which weights are taken, see `load_denoiser`; there they are the averaged ones.
 
     Returns:
         The new checkpoint's sha256.
@@ -127,22 +129,28 @@ def save_inference(source: str | Path, path: str | Path, *, ema: bool = True) ->
         images_seen=info.images_seen,
         step=info.step,
         data=info.data,
+        state={"weights": info.state.get("weights", _weights_part(ema))},
     )
 
 
-def _weights_part(ema: bool) -> str:
-    return "ema" if ema else "model"
+def _weights_part(ema: bool | str) -> str:
+    return ema if isinstance(ema, str) else "ema" if ema else "model"
 
 
 def _chosen(
-    info: CheckpointInfo, weights: Mapping[str, dict[str, Tensor]], ema: bool
+    info: CheckpointInfo, weights: Mapping[str, dict[str, Tensor]], ema: bool | str
 ) -> dict[str, Tensor]:
-    chosen = weights[_weights_part(ema)]
-    if not chosen:
+    part = _weights_part(ema)
+    chosen = weights[part]
+    if not chosen or (isinstance(ema, str) and part not in info.averages):
         there = sorted({name.partition("/")[0] for name in info.tensors})
+        averages = info.averages
+        way = nearest(part, averages) or (averages[0] if averages else "model")
+        asked = {"ema": "ema=True", "model": "ema=False"}.get(way, f"ema={way!r}")
         raise CheckpointError(
-            f"checkpoint {info.path} holds no {_weights_part(ema)} weights, only "
-            f"{', '.join(there) or 'nothing'}: ask for {'ema=False' if ema else 'ema=True'}"
+            f"checkpoint {info.path} holds no "
+            f"{f'average {part}' if isinstance(ema, str) else f'{part} weights'}, only "
+            f"{', '.join(there) or 'nothing'}: ask for {asked}"
         )
     return chosen
 

@@ -1,7 +1,7 @@
 """A training run in a folder: progress, metrics, checkpoints, an orderly end, and going on.
 
-The folder holds `checkpoint-<images seen>.safetensors` (the newest few) and `metrics.jsonl`, one
-JSON object a line:
+The folder holds `checkpoint-<images seen>.safetensors` (the newest few), `ema/` with snapshots of
+the averages where the config asks for them, and `metrics.jsonl`, one JSON object a line:
 
 - {"event": "start", "config", "data", "parameters", "versions"}: once;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
@@ -36,6 +36,7 @@ from k_diffusion.models import Conditioner
 from k_diffusion.training.checkpoint import SUFFIX, CheckpointError, read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
+from k_diffusion.training.snapshots import remove_snapshots_after, save_snapshot
 from k_diffusion.training.trainer import Trainer, TrainState
 
 METRICS = "metrics.jsonl"
@@ -120,6 +121,7 @@ def run_training(
     config = trainer.config
     if main:
         _make_room(out, start, overwrite)
+        remove_snapshots_after(out, trainer.images_seen, tell)
     for file, reason in trainer.source.bad_files.items():
         tell(f"skipping broken image {file}: {reason}")
     named = set(trainer.source.bad_files)
@@ -144,6 +146,10 @@ def run_training(
                     bar.update(config.batch_size)
                 ended = state.step == config.steps
                 stopped = _agreed(trainer, stop.signal) if not ended else None
+                every = config.ema.snapshot_every_images
+                if every and (ended or _passed(state, config, every)):
+                    # Before the checkpoint: a run that goes on from that one lacks none.
+                    save_snapshot(trainer)
                 every = config.checkpoint_every_images
                 if ended or stopped is not None or (every and _passed(state, config, every)):
                     checkpoint = _path(out, state.images_seen)
