@@ -56,16 +56,16 @@ def save_snapshot(trainer: Trainer) -> Path | None:
     Raises:
         CheckpointError: a weight is too large for float16.
     """
-    config, ema = trainer.config, trainer.config.ema
-    chosen = {
-        name: average
-        for name, average in trainer.averages.items()
+    config, averages = trainer.config, trainer.averages
+    profiles = {
+        name: average.profile.sigma_rel
+        for name, average in averages.items()
         if isinstance(average.profile, PowerFunction)
     }
-    if not (trainer.accelerator.is_main_process and chosen and trainer.ema.updates):
+    if not (trainer.accelerator.is_main_process and profiles and trainer.ema.updates):
         return None
-    path = snapshot_path(config.out, trainer.images_seen)
-    parts = {name: _rounded(average, ema.snapshot_dtype, path) for name, average in chosen.items()}
+    path, dtype = snapshot_path(config.out, trainer.images_seen), config.ema.snapshot_dtype
+    parts = {name: _rounded(averages[name], dtype, path) for name in profiles}
     save_checkpoint(
         path,
         parts,
@@ -75,9 +75,9 @@ def save_snapshot(trainer: Trainer) -> Path | None:
         data=trainer.source.facts(),
         state={
             "ema_updates": trainer.ema.updates,
-            "profiles": {name: average.profile.sigma_rel for name, average in chosen.items()},
+            "profiles": profiles,
             "buffers": sorted(trainer.ema.buffers),
-            "dtype": ema.snapshot_dtype,
+            "dtype": dtype,
         },
     )
     return path

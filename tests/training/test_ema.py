@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from k_diffusion.training.ema import Ema, warmup_decay
+from k_diffusion.training.ema import Ema, WarmUp, warmup_decay
 
 
 class Tied(nn.Module):
@@ -32,7 +32,7 @@ def test_warmup_decay_is_the_published_curve() -> None:
 @pytest.mark.parametrize("power", [0.75, 2 / 3, 2.0])
 def test_average_is_the_closed_form(power: float) -> None:
     network = nn.Linear(4, 3)
-    ema = Ema(network, power=power, inv_gamma=2.0, max_decay=0.9)
+    ema = Ema(network, WarmUp(power=power, inv_gamma=2.0, max_decay=0.9))
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(3, 4, generator=generator) for _ in range(40)]
     for value in values:
@@ -53,7 +53,7 @@ def test_average_is_the_closed_form(power: float) -> None:
 
 def test_low_precision_weights_are_averaged_in_float32() -> None:
     network = Tied()
-    ema = Ema(network, max_decay=0.999, power=100.0)  # the upper limit from the second update on
+    ema = Ema(network, WarmUp(max_decay=0.999, power=100.0))  # the upper limit from the second update on
     ema.update()
     with torch.no_grad():
         network.low.fill_(2.0)
