@@ -288,14 +288,16 @@ def _recognise(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is a folder: name the {SUFFIX} file in it")
     try:
         with path.open("rb") as file:
-            head = file.read(8)
+            head = file.read(9)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist{_neighbour(path)}") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     if not head:
         raise CheckpointError(f"checkpoint {path} is empty (0 bytes): use an earlier one")
-    if head[:2] == b"PK" or (head[:1] == b"\x80" and head[1] in range(2, 6)):
+    # A safetensors file begins with the length of its header, which can be any number, and "{".
+    foreign = head[8:] != b"{"
+    if foreign and (head[:2] == b"PK" or (head[:1] == b"\x80" and head[1] in range(2, 6))):
         raise CheckpointError(
             f"checkpoint {path} is a pickle, which could run code when loaded, so it is not "
             f"opened: give a {SUFFIX} file"
