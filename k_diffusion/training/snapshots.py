@@ -164,6 +164,6 @@ def remove_snapshots_after(
         path.unlink(missing_ok=True)
     if later:
         say(
-            f"removing {len(later)} snapshots from {later[0]} on: the run goes on from "
-            f"{images_seen} images"
+            f"removing {len(later)} snapshot{'s' * (len(later) > 1)} from {later[0]} on: the run "
+            f"goes on from {images_seen} images"
         )
