@@ -38,7 +38,7 @@ class MakeEma:
     """The average as it was when the run had seen so many images, a snapshot's time; without it at
     the newest."""
     tolerance: float | None = None
-    """How far off the profile may be, as a share of itself; without it 0.05."""
+    """How far off the profile may be, as a share of itself; without it 0.02."""
     overwrite: bool = False
     """Replace the file if it is already there."""
     list: bool = False

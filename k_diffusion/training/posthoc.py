@@ -32,7 +32,7 @@ from k_diffusion.training.snapshots import Snapshot
 SMALLEST = 1e-12
 """Directions of the least squares with less than this share of the largest are left out."""
 
-TOLERANCE = 0.05
+TOLERANCE = 0.02
 """The largest error of a profile at which an average is made without being asked to."""
 
 

@@ -34,7 +34,7 @@ def test_makes_a_file_to_sample_from(folder, tmp_path, capsys) -> None:
     assert main(["sample", out, "-n", "1", "--steps", "2", "--out", str(tmp_path / "s")]) == 0
     assert main(["ema", str(folder), "--sigma-rel", "0.08", "-o", out]) == 2
     assert "is there already" in capsys.readouterr().err
-    at = ["--at", "256", "--overwrite", "--json"]
+    at = ["--at", "256", "--tolerance", "0.1", "--overwrite", "--json"]
     assert main(["ema", str(folder), "--sigma-rel", "0.08", "-o", out, *at]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["sha256"] == read_info(out).sha256

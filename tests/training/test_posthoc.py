@@ -211,7 +211,7 @@ def test_a_length_that_was_kept_comes_out_of_one_snapshot(made: Made) -> None:
 def test_what_cannot_be_made_well_is_refused(made: Made) -> None:
     message = (
         r"sigma_rel = 0\.02 cannot be made of 16 snapshots of 0\.05, 0\.1: .* off by 12% of "
-        r"itself \(allowed: 5%\)"
+        r"itself \(allowed: 2%\)"
     )
     with pytest.raises(PosthocError, match=message):
         reconstruct(made.snapshots, 0.02)
