@@ -46,9 +46,9 @@ class Combination:
 
     Attributes:
         weights: of each of the others; they sum to 1.
-        error: norm of the difference from the one wanted, as a share of that one's norm: how much
-            more of the weights' fluctuation from step to step the average has than it should,
-            in units of what it should have.
+        error: norm of the difference from the one wanted, as a share of that one's norm. Where the
+            network only fluctuates from update to update, the average is off by that share of
+            its own fluctuation.
     """
 
     weights: tuple[float, ...]

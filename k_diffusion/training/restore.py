@@ -116,7 +116,7 @@ def save_inference(source: str | Path, path: str | Path, *, ema: bool | str = Tr
     Args:
         source: a checkpoint.
         path: the file to write.
-        ema: which weights are taken, see `load_denoiser`; there they are the averaged ones.
+        ema: which weights are taken, see `load_denoiser`; in the new file they are "ema".
 
     Returns:
         The new checkpoint's sha256.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from k_diffusion.training.posthoc import (
     PosthocError,
     combine,
     overlap,
+    plan,
     reconstruct,
     save_reconstruction,
 )
@@ -237,6 +238,14 @@ def test_file_to_sample_from(made: Made, tmp_path: Path) -> None:
     assert info.state["weights"]["snapshots"] == 16
     for name, tensor in denoiser.network.state_dict().items():
         assert torch.equal(tensor, found.weights[name]), name
+
+
+def test_snapshots_between_which_nothing_was_learned_count_once(made: Made) -> None:
+    *before, last = made.snapshots
+    later = replace(last, images_seen=last.images_seen + 320)
+    parts, error = plan([*before, last, later], 0.08)
+    assert [snapshot for snapshot, _ in parts] == [*before, later]
+    assert error == plan(made.snapshots, 0.08)[1]
 
 
 def test_damaged_snapshot_is_named(made: Made, tmp_path: Path) -> None:
