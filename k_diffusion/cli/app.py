@@ -39,9 +39,9 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "sample": Sample,
     "info": Info,
-    "ema": MakeEma,
     "samplers": Samplers,
     "schedule": Schedule,
+    "ema": MakeEma,
 }
 _STYLE = (tyro.conf.FlagCreatePairsOff,)
 
