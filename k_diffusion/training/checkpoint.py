@@ -296,8 +296,8 @@ def _recognise(path: Path) -> None:
     if not head:
         raise CheckpointError(f"checkpoint {path} is empty (0 bytes): use an earlier one")
     # A safetensors file begins with the length of its header, which can be any number, and "{".
-    foreign = head[8:] != b"{"
-    if foreign and (head[:2] == b"PK" or (head[:1] == b"\x80" and head[1] in range(2, 6))):
+    pickles = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+    if head[:2] in pickles and head[8:] != b"{":
         raise CheckpointError(
             f"checkpoint {path} is a pickle, which could run code when loaded, so it is not "
             f"opened: give a {SUFFIX} file"

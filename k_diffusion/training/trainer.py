@@ -180,6 +180,7 @@ class Trainer:
         make = optimizer or functools.partial(make_optimizer, config=config.optimizer)
         self.optimizer = make(self.network)
         self.averages = make_averages(self.network, config.ema)
+        """By name; each is moved by every step that is not skipped."""
         self.ema: Ema = self.averages[MAIN]
         self.micro_batch = self._first_micro_batch()
         """The most samples that a process computes at once, halved where memory runs out; None:

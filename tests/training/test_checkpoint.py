@@ -149,6 +149,12 @@ def test_header_as_long_as_a_pickle_begins_is_none(tmp_path: Path, length: int) 
     assert read_info(path).parameters == 2
 
 
+def test_a_single_byte_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"\x80")
+    with pytest.raises(CheckpointError, match="is truncated, damaged or no safetensors file"):
+        read_info(tmp_path / "a.safetensors")
+
+
 def test_any_flipped_bit_is_refused(saved: Path) -> None:
     whole = saved.read_bytes()
     generator = torch.Generator().manual_seed(0)
