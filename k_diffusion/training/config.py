@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import (
@@ -47,6 +47,15 @@ class _Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none(cls, data: Any) -> Any:
+        """TOML has no null: "none" stands for it wherever a key takes none."""
+        if not isinstance(data, Mapping):
+            return data
+        taking = {k for k, f in cls.model_fields.items() if type(None) in get_args(f.annotation)}
+        return {k: None if v == "none" and k in taking else v for k, v in data.items()}
 
 
 class DigitsConfig(_Config):
@@ -217,7 +226,11 @@ class TrainConfig(_Config):
     loss: LossConfig = Field(default=LossConfig(), description="Weighting and noise levels.")
     optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW.")
     ema: EmaConfig = Field(default=EmaConfig(), description="The averaged weights.")
-    batch_size: Count = Field(default=128, description="Images a step, of all processes together.")
+    batch_size: Count = Field(
+        default=128,
+        description="Images a step, of all processes together; auto: the usual number, with "
+        "micro_batch_size = auto.",
+    )
     micro_batch_size: Count | Literal["auto"] | None = Field(
         default=None,
         description="The most images that a process computes at once, the rest of its share by "
@@ -254,6 +267,21 @@ class TrainConfig(_Config):
         default=1000,
         description="Images between lines of the metrics file, to the next whole step.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_batch(cls, data: Any) -> Any:
+        """What a machine holds is not to decide what is learned: auto is the micro-batch's size."""
+        if not isinstance(data, Mapping) or data.get("batch_size") != AUTO:
+            return data
+        micro = data.get("micro_batch_size", AUTO)
+        if micro not in (AUTO, None, "none"):
+            raise ValueError(
+                f"batch_size = 'auto', but micro_batch_size = {micro!r}; give one of them a number "
+                "and leave the other out"
+            )
+        rest = {key: value for key, value in data.items() if key != "batch_size"}
+        return {**rest, "micro_batch_size": AUTO}
 
     @field_validator("process")
     @classmethod

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from k_diffusion.training.config import ConfigError, DigitsConfig, FolderConfig, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
+from k_diffusion.training.words import is_union, tables_in, tags, takes
 from k_diffusion.utils.maths import nearest, unknown
 
 
@@ -29,24 +31,9 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     Raises:
         ConfigError: no such file, not TOML or JSON, an unknown key, or a value that does not fit.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ConfigError(f"config {path} {reason}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config {path} is no text in UTF-8") from None
-    if path.suffix == ".json":
-        data = _parse_json(path, text)
-    elif path.suffix == ".toml":
-        data = _parse_toml(path, text)
-    else:
-        raise ConfigError(f"config {path} ends in {path.suffix!r}; give a .toml or .json file")
-    if not isinstance(data, dict):
-        raise ConfigError(f"config {path} holds a {type(data).__name__}, not keys with values")
+    data = read_file(path)
     for key, value in (overrides or {}).items():
-        _override(data, key, value)
+        override(data, key, value)
     return make_config(data, f"config {path}")
 
 
@@ -66,6 +53,50 @@ def make_config(data: Mapping[str, Any], name: str = "config") -> TrainConfig:
         raise ConfigError(f"{name}: {_explain(error)}") from None
 
 
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a .toml or .json file, of whatever kind of config.
+
+    Raises:
+        ConfigError: no such file, not TOML or JSON, a key that stands twice, or no keys at all.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
+        raise ConfigError(f"config {path} {reason}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {path} is no text in UTF-8") from None
+    if path.suffix == ".json":
+        data = _parse_json(path, text)
+    elif path.suffix == ".toml":
+        data = _parse_toml(path, text)
+    else:
+        raise ConfigError(f"config {path} ends in {path.suffix!r}; give a .toml or .json file")
+    if not isinstance(data, dict):
+        raise ConfigError(f"config {path} holds a {type(data).__name__}, not keys with values")
+    return data
+
+
+def override(data: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value under a dotted key, in place of what is there.
+
+    Raises:
+        ConfigError: the key is none, or leads through something that has no keys.
+    """
+    *above, last = parts = key.split(".")
+    if not all(parts):
+        raise ConfigError(f"{key!r} is no key; give names joined by dots, such as optimizer.lr")
+    for depth, part in enumerate(above):
+        below = data.setdefault(part, {})
+        if not isinstance(below, dict):
+            there = ".".join(parts[: depth + 1])
+            way = ": give the whole list" if isinstance(below, list) else ""
+            raise ConfigError(f"{key}: {there} is {_short(below)}, which has no keys{way}")
+        data = below
+    data[last] = value
+
+
 def _parse_json(path: Path, text: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -76,7 +107,9 @@ def _parse_json(path: Path, text: str) -> Any:
 
     try:
         return json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config {path} is no valid JSON: {error}") from None
 
 
@@ -93,70 +126,93 @@ def _parse_toml(path: Path, text: str) -> Any:
             ) from None
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"config {path} is no valid TOML: {error}") from None
 
 
-def _override(data: dict[str, Any], key: str, value: Any) -> None:
-    *above, last = key.split(".")
-    for part in above:
-        below = data.setdefault(part, {})
-        if not isinstance(below, dict):
-            raise ConfigError(f"{key}: {part} is {below!r}, which has no keys")
-        data = below
-    data[last] = value
-
-
 # ---------------------------------------------------------------- explaining
+
+
+class _Place(NamedTuple):
+    """Where a mistake lies: its key as the file has it, the field there, the keys of its table."""
+
+    key: tuple[str, ...]
+    field: Any
+    known: list[str]
+    alternatives: list[str]
+
+
+def _place(loc: Sequence[int | str]) -> _Place:
+    """What pydantic calls a place, without the names that it gives to parts of a union."""
+    kind: Any = TrainConfig
+    field: Any = None
+    known = list(kind.model_fields)
+    waiting: list[Any] = []
+    shown: list[str] = []
+    for part in loc:
+        if chosen := [one for one in waiting if part in tags(one)]:
+            kind, waiting = chosen[0], []
+            known = list(kind.model_fields)
+            continue
+        if kind is None and not isinstance(part, int) and field is not None and _branches(field):
+            break  # the name of a branch, and what that branch says of the value's parts
+        shown.append(str(part))
+        if isinstance(part, int):
+            continue
+        known = list(kind.model_fields) if kind is not None else []
+        field = kind.model_fields.get(part) if kind is not None else None
+        tables = tables_in(field.annotation) if field is not None else []
+        kind, waiting = (None, tables) if len(tables) != 1 else (tables[0], [])
+    return _Place(tuple(shown), field, known, [tag for one in waiting for tag in tags(one)])
+
+
+def _branches(field: Any) -> bool:
+    """Whether a field's value may be of several kinds, none of them a table, beside none."""
+    hint = field.annotation
+    kinds = [part for part in typing.get_args(hint) if part is not type(None)]
+    return is_union(hint) and len(kinds) > 1 and not tables_in(hint)
 
 
 def _explain(error: ValidationError) -> str:
     mistakes = error.errors(include_url=False)
     # An unknown key first: it is often the reason why another one is missing.
     first = min(mistakes, key=lambda m: m["type"] != "extra_forbidden")
-    where = _keys(first["loc"])
-    key = ".".join(where)
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
+    place = _place(first["loc"])
+    key = ".".join(place.key)
+    others = {_place(mistake["loc"]).key for mistake in mistakes} - {place.key}
+    more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1], first["loc"])
-        close = nearest(where[-1], known)
-        prefix = "".join(f"{part}." for part in where[:-1])
-        hint = f"did you mean {prefix}{close}?" if close else f"known: {', '.join(known)}"
+        close = nearest(place.key[-1], place.known)
+        prefix = "".join(f"{part}." for part in place.key[:-1])
+        hint = f"did you mean {prefix}{close}?" if close else f"known: {', '.join(place.known)}"
         return f"{key} = {_short(first['input'])} is no known key; {hint}{more}"
     if first["type"] == "missing":
         return f"{key} is missing{more}"
     if first["type"] == "union_tag_not_found":
-        return f"{key}.source is missing; one of digits, folder{more}"
+        tag = first["ctx"]["discriminator"].strip("'")
+        return f"{key}.{tag} is missing; one of {', '.join(place.alternatives)}{more}"
     if first["type"] == "union_tag_invalid":
-        tag = first["ctx"]["tag"]
-        return f"{key}: " + unknown("source", tag, ["digits", "folder"]) + more
-    if first["type"] == "literal_error":
-        choices = first["ctx"]["expected"]
-        return f"{key} = {_short(first['input'])} is not one of {choices}{more}"
-    message = " ".join(first["msg"].removeprefix("Value error, ").split())
-    message = message.replace("Input should be a valid tuple", "Input should be a list")
-    if first["type"] == "value_error" and isinstance(first["input"], dict):
+        tag = first["ctx"]["discriminator"].strip("'")
+        return f"{key}: {unknown(tag, first['ctx']['tag'], place.alternatives)}{more}"
+    if first["type"] == "value_error":
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())
+        if not isinstance(first["input"], dict):
+            return f"{key} = {_short(first['input'])}: {message}{more}"
         # What is wrong lies inside, and the message says where.
-        return f"{key}{'.' if re.match('[a-z_]+ = ', message) else ': '}{message}{more}"
+        joint = "." if re.match(r"[a-z_]+(\.\w+)* (= |is missing)", message) else ": "
+        return f"{key}{joint if key else ''}{message}{more}"
+    shown = f"{key} = {_short(first['input'])}"
+    if place.field is not None and _branches(place.field):
+        wanted = takes(place.field.annotation, place.field.metadata)
+        return f"{shown} does not fit; give {wanted}{more}"
+    if first["type"] == "literal_error":
+        return f"{shown} is not one of {first['ctx']['expected']}{more}"
+    if first["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        return f"{shown}: input should be a table of keys{more}"
+    message = " ".join(first["msg"].split())
+    message = message.replace("Input should be a valid tuple", "Input should be a list")
     message = message[0].lower() + message[1:] if message.startswith("Input") else message
-    return f"{key} = {_short(first['input'])}: {message}{more}"
-
-
-def _keys(loc: Sequence[int | str]) -> list[str]:
-    """The path as the file has it: without the names that pydantic gives to parts of a union."""
-    parts = [str(part) for part in loc]
-    if parts[:1] == ["data"] and len(parts) > 1 and parts[1] in ("digits", "folder"):
-        del parts[1]
-    return parts
-
-
-def _known_keys(above: Sequence[str], loc: Sequence[int | str]) -> list[str]:
-    kind: Any = TrainConfig
-    if above[:1] == ["data"]:
-        kind = FolderConfig if loc[1] == "folder" else DigitsConfig
-    elif above:
-        kind = TrainConfig.model_fields[above[0]].annotation
-    return list(kind.model_fields)
+    return f"{shown}: {message}{more}"
 
 
 def _short(value: Any) -> str:
