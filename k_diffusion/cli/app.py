@@ -16,6 +16,7 @@ import tyro
 from k_diffusion.utils import maths
 
 from .ema import MakeEma
+from .config import Config
 from .info import Info
 from .problems import Stopped, UsageError, one_line, unboxed
 from .sample import Sample
@@ -37,6 +38,7 @@ class Command(Protocol):
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
+    "config": Config,
     "sample": Sample,
     "info": Info,
     "samplers": Samplers,

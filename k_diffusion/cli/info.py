@@ -50,7 +50,7 @@ def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
     from k_diffusion.models.registry import MODELS, PRESETS, model_trait
 
     model = info.config.get("model", {})
-    known = model.get("type") in {*MODELS, *PRESETS}
+    known = model.get("type") in {*MODELS, *MODELS.homes, *PRESETS}
     return {
         "checkpoint": str(info.path),
         "sha256": info.sha256,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.training.config import OptimizerConfig
+from k_diffusion.training.weight_groups import weight_groups
 
 
 def learning_rate(
@@ -35,12 +36,8 @@ def learning_rate(
 def make_optimizer(network: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW in its fused form, which works on each weight once; decay spares biases and gains."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        weight_groups(network, config),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
