@@ -38,12 +38,12 @@ class Command(Protocol):
 
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
-    "config": Config,
     "sample": Sample,
     "info": Info,
     "samplers": Samplers,
     "schedule": Schedule,
     "ema": MakeEma,
+    "config": Config,
 }
 _STYLE = (tyro.conf.FlagCreatePairsOff,)
 

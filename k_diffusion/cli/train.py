@@ -80,10 +80,12 @@ class Train:
             given["data"] = {"source": "digits"}
         elif self.data:
             given["data.path"] = self.data
+        batch = {"micro_batch_size": "auto"} if self.batch_size == "auto" else {}
         named = {
             "out": self.out or None,
             "total_images": self.total_images,
-            "batch_size": self.batch_size,
+            "batch_size": None if batch else self.batch_size,
+            **batch,
             "seed": self.seed,
         }
         return given | {key: value for key, value in named.items() if value is not None} | joined(self.set)

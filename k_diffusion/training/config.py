@@ -289,7 +289,7 @@ class TrainConfig(_Config):
         if value is not None:
             if "name" not in value:
                 raise ValueError("the schedule's name is missing, as in name = 'cosine'")
-            _plainly(make_scheduler, **value)
+            _plainly(_make_process, **value)
         return value
 
     @field_validator("model")
@@ -357,6 +357,12 @@ def check_model(model: Mapping[str, Any]) -> None:
 def settled(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model's config with a number where only the data can tell it."""
     return {**model, **({"sigma_data": 1.0} if model.get("sigma_data") == AUTO else {})}
+
+
+def _make_process(**options: Any) -> None:
+    made = make_scheduler(**options)
+    if made.own_process is not made:
+        raise ValueError(f"{options['name']!r} only lays levels over a process: give that process")
 
 
 def _plainly(function: Any, *args: Any, **options: Any) -> None:

@@ -93,7 +93,7 @@ def test_a_config_that_is_none(tmp_path, capsys) -> None:
 
 
 def test_overrides() -> None:
-    given = Train(Path("c.toml"), data="faces", out="o", seed=0, set={"optimizer.lr": 1e-3})
+    given = Train(Path("c.toml"), data="faces", out="o", seed=0, set=({"optimizer.lr": 1e-3},))
     assert given._overrides() == {
         "data.path": "faces",
         "out": "o",

@@ -13,7 +13,7 @@ from k_diffusion.models import MODELS
 from k_diffusion.training import config as kinds_of_config
 from k_diffusion.training import config_file as configs
 from k_diffusion.training.config import ConfigError
-from k_diffusion.training.config_file import load_config, make_config
+from k_diffusion.training.config_file import load_config, make_config, override
 
 GOOD: dict[str, Any] = {
     "model": {"type": "tiny", "prediction": "edm", "sigma_data": "auto"},
@@ -26,7 +26,7 @@ FOLDER = {"source": "folder", "path": "images", "size": 32}
 def change(key: str, value: Any, base: dict[str, Any] = GOOD) -> dict[str, Any]:
     """A copy with one dotted key set."""
     data = json.loads(json.dumps(base))
-    configs._override(data, key, value)
+    override(data, key, value)
     return data
 
 
@@ -76,7 +76,7 @@ MISTAKES = [
     ("model.sigma_data", -1, "model.sigma_data = -1; give a number above 0, or 'auto'"),
     ("model.sigma_data", "automatic", "model.sigma_data = 'automatic'; give a number"),
     ("model.widht", 3, "model.widht = 3 is no option of this model; did you mean width?"),
-    ("model", "tiny", "model = 'tiny': input should be a valid dictionary"),
+    ("model", "tiny", "model = 'tiny': input should be a table of keys"),
 ]
 
 
