@@ -88,4 +88,8 @@ class Train:
             **batch,
             "seed": self.seed,
         }
-        return given | {key: value for key, value in named.items() if value is not None} | joined(self.set)
+        return (
+            given
+            | {key: value for key, value in named.items() if value is not None}
+            | joined(self.set)
+        )

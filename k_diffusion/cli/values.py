@@ -50,7 +50,7 @@ def settings(word: str) -> dict[str, Any]:
     else as text."""
     found: dict[str, Any] = {}
     for part in _parts(word):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
+        name, _, value = (piece.strip() for piece in part.partition("="))
         name = name.replace("-", "_")
         if not name or not value:
             raise ValueError(f"{part!r} is not of the form name=value")

@@ -218,7 +218,7 @@ _DENSITIES: dict[str, tuple[str, dict[str, str]]] = {
     "rand_v_diffusion": ("v_diffusion", {"min_value": "min", "max_value": "max"}),
     "rand_split_log_normal": (
         "split_lognormal",
-        {"loc": "mean", "scale_1": "std_1", "scale_2": "std_2"},
+        {"loc": "mode", "scale_1": "std_below", "scale_2": "std_above"},
     ),
     "rand_cosine_interpolated": (
         "cosine_interpolated",

@@ -38,7 +38,7 @@ class RunCheck:
         shape: of one image.
         num_classes: of the data.
         images: how many the data has, without the broken ones.
-        decoded: how many were decoded, evenly spread.
+        decoded: of how many the decoding was tried, evenly spread.
         bad_files: broken file -> what is wrong with it.
         parameters: of the network.
         weight_bytes: of its weights and buffers.
@@ -104,7 +104,7 @@ class RunCheck:
             peak = f"; at most {_size(self.peak_bytes)}{of} held on {self.device}"
         start = f", from {self.resumed_from}" if self.resumed_from else ""
         lines = {
-            "data": f"{self.images:,} images of {size}{classes}; {self.decoded:,} decoded, {left}",
+            "data": f"{self.images:,} images of {size}{classes}; {self.decoded:,} tried, {left}",
             "broken": ", ".join([*named, *more]),
             "model": f"{config.model.get('type', 'given')}, {config.prediction}, "
             f"{self.parameters:,} parameters",

@@ -110,10 +110,13 @@ def as_text(sections: list[Section]) -> str:
 
 
 def _table(kind: type[BaseModel], path: str, keys: str, title: str) -> Iterator[Section]:
-    entries, below = [], []
+    entries: list[Entry] = []
+    below: list[Section] = []
     for name, field in kind.model_fields.items():
         key = keys + name
-        default = None if field.is_required() else _plain(field.get_default(call_default_factory=True))
+        default = (
+            None if field.is_required() else _plain(field.get_default(call_default_factory=True))
+        )
         words = takes(field.annotation, field.metadata)
         tables = tables_in(field.annotation)
         if len(tables) > 1:

@@ -266,9 +266,7 @@ def test_an_option_that_does_not_fit(refused: Any, option: str, said: str) -> No
 
 
 @pytest.mark.parametrize(("keys", "said"), LATER)
-def test_what_only_data_and_machine_can_tell(
-    refused: Any, keys: dict[str, Any], said: str
-) -> None:
+def test_what_only_data_and_machine_can_tell(refused: Any, keys: dict[str, Any], said: str) -> None:
     data = deepcopy(GOOD)
     for key, value in keys.items():
         override(data, key, value)
