@@ -51,18 +51,29 @@ class Established(nn.Module):
         super().__init__()
         self.config = config
         self.num_classes = config.num_classes
+        self.has_variance = bool(config.model["has_variance"])
         self.sigma_data = float(config.model["sigma_data"])
         self.inner_model = make_model(config.established)
 
-    def forward(self, x: Tensor, t: Tensor, class_label: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        class_label: Tensor | None = None,
+        *,
+        return_variance: bool = False,
+    ) -> Any:
         """What the network predicts.
 
         Args:
             x: noisy data of unit variance, shape (B, input_channels, H, W).
             t: log(sigma) / 4, shape (B,).
             class_label: classes, shape (B,), num_classes for none; None: none for all.
+            return_variance: whether to return the log variance of its error, too, shape (B,).
         """
-        condition = {} if class_label is None else {"class_cond": class_label}
+        condition: dict[str, Any] = {} if class_label is None else {"class_cond": class_label}
+        if return_variance:
+            condition["return_variance"] = True
         return self.inner_model(x, (4 * t).exp(), **condition)
 
     def check_condition(self, batch: int, **condition: Any) -> None:

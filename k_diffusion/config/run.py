@@ -187,7 +187,6 @@ _NOT_TAKEN = {
     "mapping_cond_dim": "nothing in the data gives mapping_cond",
     "unet_cond_dim": "nothing in the data gives unet_cond",
     "cross_cond_dim": "nothing in the data gives cross_cond",
-    "has_variance": "the loss of a run here has no variance",
 }
 
 
@@ -235,11 +234,6 @@ _DENSITIES: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def _loss(model: Mapping[str, Any]) -> dict[str, Any]:
-    if (scales := model["loss_scales"]) != 1:
-        raise ValueError(
-            f"model.loss_scales = {scales} cannot be taken over: a run's loss has no frequencies; "
-            "give 1 (--set model.loss_scales=1)"
-        )
     draw = make_sample_density(model)
     density, names = _DENSITIES[draw.func.__name__]  # type: ignore[attr-defined]
     options = {
@@ -247,12 +241,13 @@ def _loss(model: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in draw.keywords.items()  # type: ignore[attr-defined]
         if key in names and math.isfinite(value)
     }
-    simple = model["loss_config"] == "simple"
-    return {
-        "weighting": "eps" if simple else _WEIGHTINGS[model["loss_weighting"]],
-        "density": density,
-        "density_options": options,
-    }
+    levels = {"density": density, "density_options": options}
+    if model["has_variance"]:  # then neither weighting nor scales have a part in the loss
+        return {**levels, "variance": True}
+    if model["loss_config"] == "simple":  # nor here, where the noise is learned
+        return {**levels, "weighting": "eps"}
+    scales = {"scales": float(model["loss_scales"])} if model["loss_scales"] != 1 else {}
+    return {**levels, **scales, "weighting": _WEIGHTINGS[model["loss_weighting"]]}
 
 
 def _optimizer(section: Mapping[str, Any]) -> dict[str, Any]:
