@@ -14,6 +14,7 @@ import torch
 
 import k_diffusion as K
 from k_diffusion.cli import main
+from k_diffusion.cli.train import Train
 from k_diffusion.config.run import is_established, load_run, to_run
 from k_diffusion.training import load_denoiser, read_info
 from k_diffusion.training.config import ConfigError, LossConfig, OptimizerConfig, TrainConfig
@@ -39,6 +40,7 @@ T2: dict[str, Any] = {
                    {"type": "global", "d_head": 64}],
     **LEVELS,
 }  # fmt: skip
+RESUME = "--resume-from" if "resume_from" in Train.__dataclass_fields__ else "--resume"
 SCHEDULES = str(OptimizerConfig.model_fields["schedule"].annotation)
 
 
@@ -257,7 +259,7 @@ def test_trained_by_the_command_line_loaded_by_both_faces(
     assert main([*argv, "--total-images", "8"]) == 0
     (checkpoint,) = (folder / "out").glob("*.safetensors")
     assert read_info(checkpoint).config["model"]["type"] == "established"
-    more = ["--resume-from", str(checkpoint), "--total-images", "12"]
+    more = [RESUME, str(checkpoint), "--total-images", "12"]
     assert main([*argv, *more]) == 0
     checkpoint = max((folder / "out").glob("*.safetensors"))
     theirs = K.config.load_model(checkpoint)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from k_diffusion.cli import main
+from k_diffusion.cli.train import Train
 from k_diffusion.training.config_file import override
 from k_diffusion.utils.images import save_png
 
@@ -26,6 +27,7 @@ GOOD: dict[str, Any] = {
 }
 FOLDER = {"source": "folder", "path": "images", "size": 8}
 LOST = object()
+RESUME = "--resume-from" if "resume_from" in Train.__dataclass_fields__ else "--resume"
 
 KEYS: list[tuple[str, Any, str]] = [
     # Keys that are not there, at every depth.
@@ -296,7 +298,7 @@ def test_the_good_one_is_good_and_the_same_run_is_not_another(
     before = sorted(path.read_bytes() for path in Path("out").iterdir())
     capsys.readouterr()
     for key, value in (("seed", 1), ("batch_size", 4), ("model.channels", 16)):
-        more = ["--resume-from", str(checkpoint), "--set", f"{key}={value}"]
+        more = [RESUME, str(checkpoint), "--set", f"{key}={value}"]
         assert main([*argv, *more]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert f"is of a run with {key} = " in line
