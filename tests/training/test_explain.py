@@ -65,6 +65,7 @@ def test_every_key_of_every_table_is_said_with_its_description(sections: Any) ->
 
 def test_what_registries_hold_is_said_with_all_options(sections: Any) -> None:
     for registry, key in ((MODELS, "model"), (CONDITIONERS, "conditioner")):
+        assert {f"{key}.{name}" for name in registry.homes} <= set(sections)
         ours = {n: c for n, c in registry.items() if c.__module__.startswith("k_diffusion.")}
         for name, cls in ours.items():
             section = sections[f"{key}.{name}"]
