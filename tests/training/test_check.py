@@ -149,6 +149,10 @@ def test_broken_images_are_counted_and_named(pictures: Path, make_run_config: An
     text = str(found)
     assert "7 images of 1 x 8 x 8; 7 tried, 2 broken" in text
     assert "cut.jpg (" in text.splitlines()[1]
+    source = Folder(pictures, 8, 1)
+    assert len(source.bad_files) == 1
+    decode_sample(source, 7)
+    assert len(source.bad_files) == 2
 
 
 def test_a_sample_is_spread_over_all_images(pictures: Path) -> None:
