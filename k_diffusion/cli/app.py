@@ -15,8 +15,8 @@ import tyro
 
 from k_diffusion.utils import maths
 
-from .ema import MakeEma
 from .config import Config
+from .ema import MakeEma
 from .info import Info
 from .problems import Stopped, UsageError, one_line, unboxed
 from .sample import Sample

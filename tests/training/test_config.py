@@ -11,7 +11,6 @@ from pydantic import BaseModel
 
 from k_diffusion.models import MODELS
 from k_diffusion.training import config as kinds_of_config
-from k_diffusion.training import config_file as configs
 from k_diffusion.training.config import ConfigError
 from k_diffusion.training.config_file import load_config, make_config, override
 
