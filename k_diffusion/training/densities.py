@@ -97,6 +97,11 @@ def draw_half_log_snr(
 # ------------------------------------------------- of r
 
 
+def _check_ends(low: float, high: float, least: str = "0 < min") -> None:
+    if not (low < high and (low > 0 or (least == "0 <= min" and low == 0))):
+        raise ValueError(f"min = {low} and max = {high} bound no levels; give {least} < max")
+
+
 @register_density("lognormal")
 def lognormal(
     u: Tensor, process: Scheduler | None, *, mean: float = -1.2, std: float = 1.2
@@ -143,6 +148,7 @@ def loglogistic(
         min, max: r between which the density is cut off.
         sigma_data: standard deviation of the clean data.
     """
+    _check_ends(min, max, "0 <= min")
     loc = math.log(sigma_data) if loc is None else loc
     return -log_logistic_quantile(u, loc, scale, min, max)
 
@@ -156,6 +162,7 @@ def loguniform(
     Args:
         min, max: r between which it lies.
     """
+    _check_ends(min, max)
     return -log_uniform_quantile(u, math.log(min), math.log(max))
 
 
@@ -175,6 +182,7 @@ def v_diffusion(
         min, max: r between which the density is cut off.
         sigma_data: standard deviation of the clean data.
     """
+    _check_ends(min, max)
     return -v_diffusion_quantile(u, min / sigma_data, max / sigma_data) - math.log(sigma_data)
 
 
@@ -200,6 +208,7 @@ def cosine_interpolated(
         min, max: smallest and largest r.
         sigma_data: standard deviation of the clean data.
     """
+    _check_ends(min, max)
     high = image_d if noise_d_high is None else noise_d_high
     ends = min / sigma_data, max / sigma_data
     # The quantile's share goes from most noise to least.

@@ -60,14 +60,11 @@ class Table(dict[str, Any]):
         for option, value in options.items():
             if option not in known:
                 raise ValueError(unknown(f"option of {self.kind} {name!r},", option, known))
-            default = known[option].default
-            for kind, types in _TYPES.items():
-                if isinstance(default, types) and not isinstance(value, types):
-                    raise ValueError(
-                        f"option {option} of {self.kind} {name!r} is {value!r}; give {kind}"
-                    )
-                if isinstance(default, types):
-                    break  # true and false are numbers, too
+            wanted = _kind(known[option].default)
+            if wanted and _kind(value) != wanted:
+                raise ValueError(
+                    f"option {option} of {self.kind} {name!r} is {value!r}; give {wanted}"
+                )
         for option, parameter in known.items():
             if parameter.default is parameter.empty and option not in options:
                 raise ValueError(
@@ -76,7 +73,10 @@ class Table(dict[str, Any]):
         return self[name]
 
 
-_TYPES: dict[str, Any] = {"true or false": bool, "a number": (int, float), "text": str}
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    return {int: "a number", float: "a number", str: "text"}.get(type(value), "")
 
 
 def options_of(function: Any) -> dict[str, inspect.Parameter]:
