@@ -14,31 +14,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from k_diffusion import training
 from k_diffusion.evaluation.classifier import train_classifier
 from k_diffusion.sampling import KSampler, unit_noise
-from k_diffusion.training import (
-    ArraySource,
-    Digits,
-    Outcome,
-    load_denoiser,
-    make_config,
-    register_loss,
-    run_training,
-)
 from k_diffusion.utils.images import image_grid, save_png
 
 
-@register_loss("features")
+@training.register_loss("features")
 class FeatureDistance(nn.Module):
     """How far apart two images are in the eyes of a network, at several scales (after Zhang et al.
     2018, arXiv:1801.03924): its weights are frozen, as it does not say `trained = True`."""
 
     def __init__(self, *, epochs: int = 10, seed: int = 0) -> None:
         super().__init__()
-        digits = Digits("train")
+        digits = training.Digits("train")
         self.layers = train_classifier(digits.images, digits.labels, epochs=epochs, seed=seed).body
 
-    def forward(self, outcome: Outcome) -> Tensor:
+    def forward(self, outcome: training.Outcome) -> Tensor:
         one, other, distance = outcome.denoised, outcome.x0, torch.zeros_like(outcome.weight)
         for layer in self.layers[:9]:  # those with a height and a width
             one, other = layer(one), layer(other)
@@ -48,8 +40,8 @@ class FeatureDistance(nn.Module):
         return distance  # of each sample, shape (B,)
 
 
-@register_loss("masked", raws=["mask"])
-def masked(outcome: Outcome, *, outside: float = 0.0) -> Tensor:
+@training.register_loss("masked", raws=["mask"])
+def masked(outcome: training.Outcome, *, outside: float = 0.0) -> Tensor:
     """The denoising loss of what a mask shows, and `outside` of the rest."""
     mask = outcome.raws["mask"]
     square = (outcome.denoised - outcome.x0).square() * (mask + outside * (1 - mask))
@@ -57,9 +49,11 @@ def masked(outcome: Outcome, *, outside: float = 0.0) -> Tensor:
 
 
 def main(images: int, out: str) -> None:
-    digits = Digits("train")
+    digits = training.Digits("train")
     ink = (digits.images > 0).float()
-    source = ArraySource(digits.images, digits.labels, digits.class_names, raws={"mask": ink})
+    source = training.ArraySource(
+        digits.images, digits.labels, digits.class_names, raws={"mask": ink}
+    )
     config = {
         "model": {
             "type": "unet", "channels": 32, "channel_mults": [1, 2], "blocks": 1,
@@ -71,8 +65,8 @@ def main(images: int, out: str) -> None:
         "total_images": images,
         "out": out,
     }  # fmt: skip
-    result = run_training(make_config(config), source=source, overwrite=True)
-    denoiser, _ = load_denoiser(result.checkpoint)
+    result = training.run_training(training.make_config(config), source=source, overwrite=True)
+    denoiser, _ = training.load_denoiser(result.checkpoint)
     noise = unit_noise((1, 8, 8), seeds=range(40))
     drawn = KSampler(denoiser, "karras", "dpmpp_2m").sample(noise, 20, torch.arange(40) % 10)
     save_png(f"{out}/digits.png", image_grid(drawn, scale=6))
