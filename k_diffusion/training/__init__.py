@@ -25,7 +25,9 @@ if TYPE_CHECKING:
         Stream,
         make_source,
     )
+    from k_diffusion.training.densities import make_density, register_density
     from k_diffusion.training.ema import Ema, PowerFunction, WarmUp
+    from k_diffusion.training.extra_losses import Outcome, register_loss
     from k_diffusion.training.folder import Folder
     from k_diffusion.training.latents import (
         LatentSource,
@@ -34,12 +36,7 @@ if TYPE_CHECKING:
         save_autoencoder,
         train_autoencoder,
     )
-    from k_diffusion.training.loss import (
-        denoising_loss,
-        make_density,
-        make_weighting,
-        uncertainty_loss,
-    )
+    from k_diffusion.training.loss import denoising_loss, uncertainty_loss, variance_loss
     from k_diffusion.training.posthoc import (
         PosthocError,
         Reconstruction,
@@ -50,6 +47,7 @@ if TYPE_CHECKING:
     from k_diffusion.training.run import RunResult, latest_checkpoint, run_training
     from k_diffusion.training.snapshots import Snapshot, list_snapshots
     from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
+    from k_diffusion.training.weightings import make_weighting, register_weighting
 
 _HOMES = {
     "checkpoint": (
@@ -61,8 +59,10 @@ _HOMES = {
     "config_file": ("load_config", "make_config"),
     "dataset": ("ArraySource", "DataError", "Digits", "Source", "Stream", "make_source"),
     "ema": ("Ema", "PowerFunction", "WarmUp"),
+    "densities": ("make_density", "register_density"),
+    "extra_losses": ("Outcome", "register_loss"),
     "folder": ("Folder",),
-    "loss": ("denoising_loss", "make_density", "make_weighting", "uncertainty_loss"),
+    "loss": ("denoising_loss", "uncertainty_loss", "variance_loss"),
     "latents": (
         "LatentSource",
         "check_autoencoder",
@@ -75,6 +75,7 @@ _HOMES = {
     "run": ("RunResult", "latest_checkpoint", "run_training"),
     "snapshots": ("Snapshot", "list_snapshots"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
+    "weightings": ("make_weighting", "register_weighting"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -88,6 +89,7 @@ __all__ = [
     "Ema",
     "Folder",
     "LatentSource",
+    "Outcome",
     "PosthocError",
     "PowerFunction",
     "Reconstruction",
@@ -114,12 +116,16 @@ __all__ = [
     "make_weighting",
     "read_info",
     "reconstruct",
+    "register_density",
+    "register_loss",
+    "register_weighting",
     "run_training",
     "save_autoencoder",
     "save_inference",
     "save_reconstruction",
     "train_autoencoder",
     "uncertainty_loss",
+    "variance_loss",
 ]
 
 

@@ -103,6 +103,10 @@ class FolderConfig(_Config):
 DataConfig = Annotated[DigitsConfig | FolderConfig, Field(discriminator="source")]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 class LossConfig(_Config):
     """How errors at different noise levels are weighed, and how often each level comes."""
 
@@ -125,6 +129,38 @@ class LossConfig(_Config):
         default=True, description="Spread a batch's noise levels evenly over their density."
     )
 
+    scales: NotNegative = Field(
+        default=1.0,
+        description="Octaves of spatial frequency that count each by itself, the lower the more; "
+        "1: all frequencies alike; 0: all octaves.",
+    )
+    uncertainty: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Learn the log of the expected loss at each noise level, by which levels are "
+        "brought to equal say (EDM2); auto: where the model has has_uncertainty.",
+    )
+    variance: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Learn the variance of the prediction's error, for models that tell it; auto: "
+        "where the model has has_variance.",
+    )
+    extra: dict[str, dict[str, Any]] = Field(
+        default={},
+        description="Losses that are added, by their names: each has a weight (1) and options of "
+        "its own.",
+    )
+
+    @field_validator("extra")
+    @classmethod
+    def _extra(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, options in value.items():
+            own = dict(options)
+            weight = own.pop("weight", 1.0)
+            if not _is_number(weight) or not 0 < weight < math.inf:
+                raise ValueError(f"{name}.weight = {weight!r}; give a number above 0")
+            check_options("loss", name, own)
+        return value
+
     @model_validator(mode="after")
     def _known(self) -> LossConfig:
         for kind in ("weighting", "density"):
@@ -133,6 +169,8 @@ class LossConfig(_Config):
                 check_options(kind, name, options)
             elif options:
                 raise ValueError(f"{kind}_options {options} are for a {kind} that is not named")
+        if self.variance is True and self.uncertainty is True:
+            raise ValueError("variance and uncertainty are both true; a loss has one of them")
         return self
 
 
@@ -299,11 +337,7 @@ class TrainConfig(_Config):
         if prediction is not None and prediction not in DENOISERS:
             raise ValueError(unknown("prediction", prediction, DENOISERS))
         sigma_data = value.get("sigma_data", 1.0)
-        if sigma_data != AUTO and not (
-            isinstance(sigma_data, (int, float))
-            and not isinstance(sigma_data, bool)
-            and 0 < sigma_data < math.inf
-        ):
+        if sigma_data != AUTO and not (_is_number(sigma_data) and 0 < sigma_data < math.inf):
             raise ValueError(f"sigma_data = {sigma_data!r}; give a number above 0, or 'auto'")
         check_model(value)
         prediction = model_trait(settled(value), "prediction", "eps")

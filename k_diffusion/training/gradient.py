@@ -99,7 +99,7 @@ def add_gradients(
         seed_part(part)
         last = stop == len(inputs)
         with nullcontext() if last else accelerator.no_sync(module):
-            loss = module(part.x0, part.sigma, part.noise, **part.condition)
+            loss = module(part.x0, part.sigma, part.noise, **part.keywords)
             accelerator.backward(loss.sum() / len(inputs))
         losses.append(loss.detach())
     return torch.cat(losses) if len(losses) > 1 else losses[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Inputs:
         condition: keyword arguments of the denoiser, B first in each.
         indices: the images' numbers in the source, int64 on the CPU, shape (B,).
         first: the place of the first sample in the whole step's batch.
+        raws: raw inputs that an extra loss asked for, B first in each.
     """
 
     x0: Tensor
@@ -35,6 +37,12 @@ class Inputs:
     condition: Mapping[str, Tensor] = field(default_factory=dict)
     indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     first: int = 0
+    raws: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What the objective takes beside x0, sigma and noise."""
+        return {**self.condition, **({"raws": self.raws} if self.raws else {})}
 
     def __len__(self) -> int:
         return len(self.x0)
@@ -49,6 +57,7 @@ class Inputs:
             condition={name: value[cut] for name, value in self.condition.items()},
             indices=self.indices[cut],
             first=self.first + start,
+            raws={name: value[cut] for name, value in self.raws.items()},
         )
 
 

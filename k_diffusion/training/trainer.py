@@ -11,8 +11,8 @@ import functools
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
 from k_diffusion.training.devices import make_accelerator, seed_network
 from k_diffusion.training.ema import MAIN, Ema, load_averages, make_averages
+from k_diffusion.training.extra_losses import raw_tensors
 from k_diffusion.training.fit import check_classes, check_null, check_shape, settle
 from k_diffusion.training.gradient import (
     OutOfMemory,
@@ -45,12 +46,8 @@ from k_diffusion.training.gradient import (
 )
 from k_diffusion.training.health import BadStep, examine, unchanged_buffers
 from k_diffusion.training.inputs import Inputs, draw_hidden, draw_noise
-from k_diffusion.training.loss import (
-    denoising_loss,
-    draw_half_log_snr,
-    make_density,
-    make_weighting,
-)
+from k_diffusion.training.loss import draw_half_log_snr
+from k_diffusion.training.objective import Objective, density_of, make_objective
 from k_diffusion.training.optimizer import learning_rate, load_moments, make_optimizer, moments
 from k_diffusion.training.restore import load_into
 from k_diffusion.utils.maths import fold_seed
@@ -78,6 +75,7 @@ class TrainState:
         ema_decay: what this step kept of the average.
         skipped: whether this step changed nothing, because loss or gradient were not finite.
         report: what was wrong with a skipped step.
+        terms: name -> mean over the batch of what the loss is made of, see `Objective.terms`.
         skipped_steps: how many have been, since the start of the run.
         images_per_second: over the last steps of this session.
         seconds_left: at that speed, to the end of the run.
@@ -95,18 +93,7 @@ class TrainState:
     images_per_second: float
     seconds_left: float
     report: BadStep | None = None
-
-
-class LossModule(nn.Module):
-    """Denoiser and loss as the one module that accelerate wraps for processes and precision."""
-
-    def __init__(self, denoiser: nn.Module, weighting: Any) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.weighting = weighting
-
-    def forward(self, x0: Tensor, sigma: Tensor, noise: Tensor, **condition: Any) -> Tensor:
-        return denoising_loss(self.denoiser, x0, sigma, noise, self.weighting, **condition)
+    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -168,17 +155,14 @@ class Trainer:
         self.network = network.to(self.device).train()
         process = make_scheduler(**config.process) if config.process else None
         self.denoiser: NetworkDenoiser = make_denoiser(self.network, process)
-        self._density = make_density(
-            config.density, self.denoiser.process, **config.loss.density_options
-        )
-        weighting = make_weighting(
-            config.weighting,
-            getattr(self.denoiser, "sigma_data", 1.0),
-            **config.loss.weighting_options,
-        )
+        self._density = density_of(config, self.denoiser)
+        self.objective: Objective = make_objective(config, self.denoiser).to(self.device)
+        self._named = self.objective.named_with(self.network)
+        self._raws(self.source.batch(torch.tensor([0])) if self.objective.raws else None)
 
         make = optimizer or functools.partial(make_optimizer, config=config.optimizer)
         self.optimizer = make(self.network)
+        self.objective.add_to(self.optimizer)
         self.averages = make_averages(self.network, config.ema)
         """By name; each is moved by every step that is not skipped."""
         self.ema: Ema = self.averages[MAIN]
@@ -192,11 +176,8 @@ class Trainer:
         """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
         if resume is not None:
             self._resume(Path(resume))
-        self.objective = LossModule(self.denoiser, weighting)
         self._module, self._optimizer = self.accelerator.prepare(self.objective, self.optimizer)
-        self._parameters = [p for p in self.network.parameters() if p.requires_grad]
-        # Some networks have something to put right, such as the lengths of their weights.
-        self._after_step = getattr(self.network, "after_step", lambda: None)
+        self._parameters = [p for p in self.objective.parameters() if p.requires_grad]
 
     @property
     def images_seen(self) -> int:
@@ -234,6 +215,7 @@ class Trainer:
                 images_per_second=speed,
                 seconds_left=left / speed,
                 report=report,
+                terms=self._terms,
             )
             if self.skipped_in_a_row >= config.max_skipped:
                 raise TrainingError(
@@ -252,12 +234,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         losses = self._gradient(inputs)
-        loss = losses.mean()
+        terms = self.objective.terms()
+        loss = torch.stack([losses.mean(), *(term.to(losses) for term in terms.values())])
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients, foreach=True)
         total = self.accelerator.reduce(loss, reduction="mean")
         # The one place where the host waits for the device: what follows depends on it.
-        loss_value, norm_value = torch.stack([total.double(), norm.double()]).tolist()
+        facts = torch.cat([total.double(), norm.double()[None]]).tolist()
+        loss_value, norm_value = facts[0], facts[-1]
+        self._terms = dict(zip(terms, facts[1:-1], strict=True))
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         report = None if finite else self._examine(inputs, losses, loss_value, norm_value)
         clip = self.config.grad_clip
@@ -271,7 +256,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         if finite:
-            self._after_step()
+            self.objective.after_step()
             for average in self.averages.values():
                 average.update()
             self.skipped_in_a_row = 0
@@ -307,6 +292,7 @@ class Trainer:
             self._forget_gradients()
 
     def _add_gradients(self, inputs: Inputs, micro_batch: int) -> Tensor:
+        self.objective.forget_terms()
         return add_gradients(
             self._module,
             inputs,
@@ -354,14 +340,14 @@ class Trainer:
 
     def _examine(self, inputs: Inputs, losses: Tensor, loss: float, norm: float) -> BadStep:
         """What was wrong with a step that is not finite."""
-        names = self.network.named_parameters()
+        names = self._named.named_parameters()
 
         def replay(inputs: Inputs) -> None:
             with self.accelerator.autocast():
                 for start, stop in even_parts(len(inputs), self.micro_batch or len(inputs)):
                     part = inputs.part(start, stop)
                     self._seed_part(part)
-                    self.objective(part.x0, part.sigma, part.noise, **part.condition)
+                    self.objective(part.x0, part.sigma, part.noise, **part.keywords)
 
         return examine(
             step=self.step + 1,
@@ -401,7 +387,17 @@ class Trainer:
             condition=self._shown_condition(batch, x0, mine),
             indices=batch.indices,
             first=mine.start,
+            raws=self._raws(batch),
         )
+
+    def _raws(self, batch: Batch | None) -> dict[str, Tensor]:
+        """What the extra losses asked for, of a batch."""
+        if batch is None or not self.objective.raws:
+            return {}
+        try:
+            return raw_tensors(self.objective.raws, batch.raws, self.device)
+        except ValueError as error:
+            raise ConfigError(f"loss.extra and data do not fit each other: {error}") from None
 
     def _shown_condition(self, batch: Batch, x0: Tensor, mine: slice) -> dict[str, Tensor]:
         """The samples' condition, a share of them without any; mine: their places in the step."""
@@ -463,7 +459,8 @@ class Trainer:
             {
                 "model": named_tensors(self.network),
                 **{name: average.state_dict() for name, average in self.averages.items()},
-                "optimizer": moments(self.optimizer, self.network),
+                "optimizer": moments(self.optimizer, self._named),
+                "loss": self.objective.own_tensors(),
             },
             config=self.config.to_json(),
             images_seen=self.images_seen,
@@ -480,7 +477,7 @@ class Trainer:
         )
 
     def _resume(self, path: Path) -> None:
-        info, parts = read_checkpoint(path, ["model", *self.averages, "optimizer"])
+        info, parts = read_checkpoint(path, ["model", *self.averages, "optimizer", "loss"])
         self._check_same_run(info)
         if not parts["model"]:
             raise CheckpointError(
@@ -489,7 +486,8 @@ class Trainer:
         load_into(self.network, parts["model"], info)
         try:
             load_averages(self.averages, parts, info.state["ema_updates"])
-            load_moments(self.optimizer, self.network, parts["optimizer"])
+            self.objective.load_own_tensors(parts["loss"])
+            load_moments(self.optimizer, self._named, parts["optimizer"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None
         scaler = getattr(self.accelerator, "scaler", None)

@@ -640,7 +640,7 @@ def test_after_step_rests_in_a_skipped_step(
     bad = int(Trainer(config).stream[2].indices[0])
     trainer = Trainer(config, source=poisoned(bad))
     calls: list[int] = []
-    monkeypatch.setattr(trainer, "_after_step", lambda: calls.append(trainer.step))
+    monkeypatch.setattr(trainer.objective, "after_step", lambda: calls.append(trainer.step))
     skipped = [state.skipped for state in trainer]
     assert 0 < sum(skipped) < len(skipped)
     assert len(calls) == len(skipped) - sum(skipped)
