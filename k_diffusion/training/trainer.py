@@ -32,7 +32,7 @@ from k_diffusion.training.checkpoint import (
 from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
-from k_diffusion.training.devices import make_accelerator, seed_network
+from k_diffusion.training.devices import compiled, make_accelerator, seed_network
 from k_diffusion.training.ema import MAIN, Ema, load_averages, make_averages
 from k_diffusion.training.fit import check_classes, check_null, check_shape, settle
 from k_diffusion.training.gradient import (
@@ -45,18 +45,26 @@ from k_diffusion.training.gradient import (
 )
 from k_diffusion.training.health import BadStep, examine, unchanged_buffers
 from k_diffusion.training.inputs import Inputs, draw_hidden, draw_noise
+from k_diffusion.training.learning_rate import learning_rate
 from k_diffusion.training.loss import (
     denoising_loss,
     draw_half_log_snr,
     make_density,
     make_weighting,
 )
-from k_diffusion.training.optimizer import learning_rate, load_moments, make_optimizer, moments
+from k_diffusion.training.optimizer import (
+    check_optimizer,
+    group_values,
+    load_moments,
+    make_optimizer,
+    moments,
+    plain_state,
+)
 from k_diffusion.training.restore import load_into
 from k_diffusion.utils.maths import fold_seed
 from k_diffusion.utils.scheduler import make_scheduler
 
-FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner")
+FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner", "optimizer.type")
 """What a resumed run must share with the one it continues: else its steps would be others."""
 
 
@@ -179,6 +187,8 @@ class Trainer:
 
         make = optimizer or functools.partial(make_optimizer, config=config.optimizer)
         self.optimizer = make(self.network)
+        check_optimizer(self.optimizer, self.network)
+        self._group_start = group_values(self.optimizer)
         self.averages = make_averages(self.network, config.ema)
         """By name; each is moved by every step that is not skipped."""
         self.ema: Ema = self.averages[MAIN]
@@ -193,7 +203,8 @@ class Trainer:
         if resume is not None:
             self._resume(Path(resume))
         self.objective = LossModule(self.denoiser, weighting)
-        self._module, self._optimizer = self.accelerator.prepare(self.objective, self.optimizer)
+        trained = compiled(self.objective) if config.compile else self.objective
+        self._module, self._optimizer = self.accelerator.prepare(trained, self.optimizer)
         self._parameters = [p for p in self.network.parameters() if p.requires_grad]
         # Some networks have something to put right, such as the lengths of their weights.
         self._after_step = getattr(self.network, "after_step", lambda: None)
@@ -340,7 +351,8 @@ class Trainer:
             finally:
                 self._forget_gradients()
 
-        with unchanged_buffers(self.network):
+        # Each size would be compiled anew; compiled, a step takes less memory rather than more.
+        with unchanged_buffers(self.network), torch.compiler.set_stance("force_eager"):
             try:
                 return largest_that_fits(fits, len(inputs))
             except OutOfMemory:
@@ -475,6 +487,7 @@ class Trainer:
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "micro_batch": self.micro_batch,
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "optimizer": plain_state(self.optimizer, self.network, self._group_start),
                 "extra": self.extra,
             },
         )
@@ -489,7 +502,9 @@ class Trainer:
         load_into(self.network, parts["model"], info)
         try:
             load_averages(self.averages, parts, info.state["ema_updates"])
-            load_moments(self.optimizer, self.network, parts["optimizer"])
+            load_moments(
+                self.optimizer, self.network, parts["optimizer"], info.state.get("optimizer")
+            )
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None
         scaler = getattr(self.accelerator, "scaler", None)
@@ -506,8 +521,9 @@ class Trainer:
     def _check_same_run(self, info: CheckpointInfo) -> None:
         theirs, ours = flat(filled(info.config)), flat(filled(self.config.to_json()))
         theirs["data.images"], ours["data.images"] = info.data.get("images"), len(self.source)
+        theirs.setdefault("optimizer.type", "adamw")
         theirs, ours = (
-            {k: v for k, v in both.items() if k.split(".")[0] in FIXED and k != "data.path"}
+            {k: v for k, v in both.items() if {k, k.split(".")[0]} & set(FIXED) and k != "data.path"}
             for both in (theirs, ours)
         )
         if differing := differences(theirs, ours):

@@ -19,7 +19,8 @@ from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint
 from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig
 from k_diffusion.training.config_file import make_config
 from k_diffusion.training.dataset import ArraySource, Digits
-from k_diffusion.training.optimizer import learning_rate, load_moments, make_optimizer
+from k_diffusion.training.learning_rate import learning_rate
+from k_diffusion.training.optimizer import load_moments, make_optimizer
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
