@@ -1,4 +1,4 @@
-"""The machine: devices and processes as accelerate sees them, what is drawn and compiled on them."""
+"""The machine: devices and processes as accelerate sees them; what is drawn or compiled there."""
 
 from __future__ import annotations
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -75,7 +74,8 @@ def hidden_weights(network: nn.Module) -> list[str]:
         if isinstance(module, LINEAR) and getattr(module, "groups", 1) == 1
     ]
     # A network in a wrapper has all its names behind the wrapper's.
-    wrapped = len(os.path.commonprefix([name.split(".")[:-1] for name in shapes]))
+    parts = zip(*(name.split(".")[:-1] for name in shapes), strict=False)
+    wrapped = sum(1 for _ in itertools.takewhile(lambda names: len(set(names)) == 1, parts))
     return [
         name
         for name in layers[1:-1]

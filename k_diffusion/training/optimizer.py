@@ -67,24 +67,30 @@ def _decayed_or_not(weights: Sequence[Tensor], config: OptimizerConfig) -> list[
     return [group for group in groups if group["params"]]
 
 
-def check_optimizer(optimizer: Any, network: nn.Module) -> None:
-    """Refuse what is no optimiser, or one of other weights than the network's.
+def adopt(optimizer: Any, network: nn.Module) -> None:
+    """Take an optimiser of a network's weights; those that it leaves out learn nothing any more.
+
+    Without that their gradients would be computed, add up from step to step, and count in the norm
+    that is clipped.
 
     Raises:
-        ConfigError: names it, and the way out.
+        ConfigError: it is no optimiser, or one of other weights than the network's.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             f"optimizer gave {type(optimizer).__name__}: give a function network -> "
             "torch.optim.Optimizer"
         )
-    own = {id(p) for p in network.parameters()}
-    for weight in (p for group in optimizer.param_groups for p in group["params"]):
+    own = {id(p): p for p in network.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    for weight in held:
         if id(weight) not in own:
             raise ConfigError(
                 f"{type(optimizer).__name__} holds a weight of shape {tuple(weight.shape)} that is "
                 "not the network's: make it of network.parameters()"
             )
+    for left_out in set(own) - {id(p) for p in held}:
+        own[left_out].requires_grad_(False)
 
 
 # ---------------------------------------------------------------- what it remembers

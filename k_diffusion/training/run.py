@@ -99,7 +99,7 @@ def run_training(
         source: trained on instead of the config's data.
         conditioner: makes what the network is told, instead of the config's.
         optimizer: network -> the optimiser to train it with, instead of the config's; its learning
-            rate still takes the config's course.
+            rate still takes the config's course. Weights that it leaves out stay as they are.
 
     Raises:
         ConfigError: the folder holds a run that is neither resumed nor to be overwritten, or the

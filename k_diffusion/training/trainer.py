@@ -53,7 +53,7 @@ from k_diffusion.training.loss import (
     make_weighting,
 )
 from k_diffusion.training.optimizer import (
-    check_optimizer,
+    adopt,
     group_values,
     load_moments,
     make_optimizer,
@@ -127,7 +127,7 @@ class Trainer:
         source: trained on instead of the config's data.
         conditioner: makes what the network is told, instead of the config's.
         optimizer: network -> the optimiser to train it with, instead of the config's; its learning
-            rate still takes the config's course.
+            rate still takes the config's course. Weights that it leaves out stay as they are.
 
     Raises:
         ConfigError: model, conditioner and data do not fit each other, or the machine has no such
@@ -187,7 +187,7 @@ class Trainer:
 
         make = optimizer or functools.partial(make_optimizer, config=config.optimizer)
         self.optimizer = make(self.network)
-        check_optimizer(self.optimizer, self.network)
+        adopt(self.optimizer, self.network)
         self._group_start = group_values(self.optimizer)
         self.averages = make_averages(self.network, config.ema)
         """By name; each is moved by every step that is not skipped."""
@@ -204,7 +204,10 @@ class Trainer:
             self._resume(Path(resume))
         self.objective = LossModule(self.denoiser, weighting)
         trained = compiled(self.objective) if config.compile else self.objective
-        self._module, self._optimizer = self.accelerator.prepare(trained, self.optimizer)
+        # The optimiser's state is where it belongs: moving it, accelerate would cast it, too.
+        self._module, self._optimizer = self.accelerator.prepare(
+            trained, self.optimizer, device_placement=[True, False]
+        )
         self._parameters = [p for p in self.network.parameters() if p.requires_grad]
         # Some networks have something to put right, such as the lengths of their weights.
         self._after_step = getattr(self.network, "after_step", lambda: None)
@@ -523,7 +526,11 @@ class Trainer:
         theirs["data.images"], ours["data.images"] = info.data.get("images"), len(self.source)
         theirs.setdefault("optimizer.type", "adamw")
         theirs, ours = (
-            {k: v for k, v in both.items() if {k, k.split(".")[0]} & set(FIXED) and k != "data.path"}
+            {
+                k: v
+                for k, v in both.items()
+                if {k, k.split(".")[0]} & set(FIXED) and k != "data.path"
+            }
             for both in (theirs, ours)
         )
         if differing := differences(theirs, ours):
