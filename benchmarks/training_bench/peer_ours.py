@@ -74,7 +74,7 @@ class Ours:
         watch.watch_calculation(self._network)
         batches = trainer.stream.batches
         trainer.stream.batches = lambda *args, **options: Laps(batches(*args, **options), watch)
-        trainer._optimizer.step = watch.timed("optimizer", trainer._optimizer.step)
+        trainer.optimizer.step = watch.timed("optimizer", trainer.optimizer.step)
         trainer.ema.update = watch.timed("ema", trainer.ema.update)
         for name in ("get_total_norm", "clip_grads_with_norm_"):
             setattr(nn.utils, name, watch.timed("clip", getattr(nn.utils, name)))

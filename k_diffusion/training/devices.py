@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from k_diffusion.training.config import ConfigError
 
@@ -37,6 +37,25 @@ def seed_network(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type != "cpu":
         torch.manual_seed(seed)
+
+
+def backward(accelerator: Any, loss: Tensor) -> None:
+    """The loss's gradients, scaled for float16.
+
+    As accelerate's own, which looks on the disk each time whether some package is there.
+    """
+    scaler = getattr(accelerator, "scaler", None)
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def optimizer_step(accelerator: Any, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the optimiser, which the scaler of float16 leaves out at an overflow; see above."""
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
 
 
 def compiled(objective: nn.Module) -> nn.Module:

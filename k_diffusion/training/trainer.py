@@ -32,7 +32,12 @@ from k_diffusion.training.checkpoint import (
 from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
-from k_diffusion.training.devices import compiled, make_accelerator, seed_network
+from k_diffusion.training.devices import (
+    compiled,
+    make_accelerator,
+    optimizer_step,
+    seed_network,
+)
 from k_diffusion.training.ema import MAIN, Ema, load_averages, make_averages
 from k_diffusion.training.fit import check_classes, check_null, check_shape, settle
 from k_diffusion.training.gradient import (
@@ -279,7 +284,9 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self._parameters, clip, norm, foreach=True)
         scaler = getattr(self.accelerator, "scaler", None)
         if finite or (scaler is not None and not math.isfinite(norm_value)):
-            self._optimizer.step()  # the scaler skips by itself here, and learns from it
+            optimizer_step(
+                self.accelerator, self.optimizer
+            )  # the scaler skips by itself here, and learns from it
         elif scaler is not None:
             scaler.update()
         self.optimizer.zero_grad()

@@ -160,6 +160,8 @@ class Inline:
             return {"name": self.name, "version": "1", "parameters": 8}
         if order["do"] == "load":
             return 0.003
+        if order["do"] == "end":
+            return None
         return [step(1.0 if self.name == "ours" else 2.0)] * order["steps"]
 
     def close(self):
