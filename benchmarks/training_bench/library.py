@@ -118,15 +118,16 @@ class Laps:
         return self._next()
 
 
-def make_images(folder: Path, count: int) -> None:
-    """PNG files of 3 x 32 x 32 in a folder: smooth patterns, as photographs are."""
+def make_images(folder: Path, count: int, size: int = SIZE) -> None:
+    """PNG files of 3 x size x size in a folder: smooth patterns, as photographs are."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(count, CHANNELS, 8, 8, generator=generator)
-    fine = nn.functional.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic")
-    fine = (fine + 0.05 * torch.randn(fine.shape, generator=generator)).clamp(0, 1)
-    for i, image in enumerate((fine * 255).byte().permute(0, 2, 3, 1)):
-        Image.fromarray(np.ascontiguousarray(image.numpy())).save(folder / f"{i:05d}.png")
+    for i in range(count):
+        coarse = torch.rand(1, CHANNELS, 8, 8, generator=generator)
+        fine = nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")[0]
+        fine = (fine + 0.05 * torch.randn(fine.shape, generator=generator)).clamp(0, 1)
+        image = np.ascontiguousarray((fine * 255).byte().permute(1, 2, 0).numpy())
+        Image.fromarray(image).save(folder / f"{i:06d}.png")

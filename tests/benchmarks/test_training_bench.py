@@ -147,6 +147,22 @@ def test_images_are_what_both_read(tmp_path):
     assert 0.1 < source.std < 1
 
 
+def test_the_gpu_script_s_dry_run(monkeypatch, tmp_path, capsys):
+    script = importlib.import_module("on_gpu_training")
+    out = tmp_path / "none.json"
+    monkeypatch.setattr(sys, "argv", ["on_gpu_training.py", "--dry-run", "--out", str(out)])
+    script.main()
+    said = capsys.readouterr().out
+    rows = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert [row["optimizer"] for row in rows] == ["adamw", "muon"]
+    for row in rows:
+        assert row["images/s"] * row["s a step"] == pytest.approx(4)
+        assert 0 < row["data wait, ms"] < 1e3 * row["s a step"]
+        assert row["share"] > 0
+    assert "of a step spent waiting for data" in said
+    assert not out.exists()
+
+
 class Inline:
     """A worker in this process, whose clock is not looked at."""
 
