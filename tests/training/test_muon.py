@@ -293,6 +293,5 @@ def test_sharded_weights_move_as_whole_ones(tmp_path: Path) -> None:
         subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    for process in processes:
-        _, words = process.communicate(timeout=120)
-        assert process.returncode == 0, words
+    words = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], words

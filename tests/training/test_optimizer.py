@@ -124,7 +124,8 @@ def test_ours_resume_bitwise(make_run_config: MakeConfig, tmp_path: Path, kind: 
 
 
 def test_what_is_plain_is_saved_as_json(make_run_config: MakeConfig, tmp_path: Path) -> None:
-    trainer = Trainer(make_run_config(), optimizer=OPTIMIZERS["counting"])
+    config = make_run_config(optimizer={"lr": 2e-3})
+    trainer = Trainer(config, optimizer=OPTIMIZERS["counting"])
     list(itertools.islice(trainer, 3))
     trainer.save(tmp_path / "a.safetensors")
     info, parts = read_checkpoint(tmp_path / "a.safetensors", ["optimizer"])
@@ -135,6 +136,8 @@ def test_what_is_plain_is_saved_as_json(make_run_config: MakeConfig, tmp_path: P
     assert {name for name in parts["optimizer"] if name.startswith("enter.bias")} == {
         "enter.bias/exact", "enter.bias/steps",
     }  # fmt: skip
+    again = Trainer(config, optimizer=OPTIMIZERS["counting"], resume=tmp_path / "a.safetensors")
+    assert again.optimizer.param_groups[0]["span"] == (3, 0.1)  # a tuple, as it was
 
 
 def test_what_the_caller_changed_in_a_group_stays_changed(
@@ -162,6 +165,19 @@ def test_another_class_or_type_is_refused(make_run_config: MakeConfig, tmp_path:
     muon = make_run_config(optimizer={"type": "muon"})
     with pytest.raises(CheckpointError, match="a run with optimizer.type = 'adamw', not 'muon'"):
         Trainer(muon, optimizer=OPTIMIZERS["sgd"], resume=path)
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_is_adamw_s(
+    make_run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(make_run_config())
+    next(iter(trainer))
+    config = trainer.config.to_json()
+    del config["optimizer"]["type"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainConfig, "to_json", lambda self: config)
+        trainer.save(tmp_path / "a.safetensors")
+    assert Trainer(make_run_config(), resume=tmp_path / "a.safetensors").step == 1
 
 
 def test_moments_that_fit_no_weight_are_refused() -> None:
