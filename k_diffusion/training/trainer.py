@@ -284,9 +284,8 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self._parameters, clip, norm, foreach=True)
         scaler = getattr(self.accelerator, "scaler", None)
         if finite or (scaler is not None and not math.isfinite(norm_value)):
-            optimizer_step(
-                self.accelerator, self.optimizer
-            )  # the scaler skips by itself here, and learns from it
+            # At an overflow the scaler skips by itself, and learns from it.
+            optimizer_step(self.accelerator, self.optimizer)
         elif scaler is not None:
             scaler.update()
         self.optimizer.zero_grad()
