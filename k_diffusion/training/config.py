@@ -174,26 +174,82 @@ class LossConfig(_Config):
         return self
 
 
-class OptimizerConfig(_Config):
-    """AdamW and the course of its learning rate, measured in images."""
+COURSE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "cosine": ("final_share",),
+    "inverse_sqrt": ("decay_images", "min_lr"),
+    "inverse": ("decay_images", "power", "min_lr"),
+    "exponential": ("decay_images", "decay", "min_lr"),
+}
+"""optimizer.schedule -> the options that it takes; see `learning_rate`."""
 
+
+class OptimizerConfig(_Config):
+    """The optimiser, and the course of its learning rate, measured in images."""
+
+    type: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: orthogonalised momentum for hidden weights, AdamW for the others.",
+    )
     lr: Positive = Field(default=1e-3, description="Learning rate after the warm-up.")
-    schedule: Literal["constant", "cosine"] = Field(
+    schedule: Literal["constant", "cosine", "inverse_sqrt", "inverse", "exponential"] = Field(
         default="constant",
-        description="After the warm-up; cosine: falls to final_share of lr at the end.",
+        description="After the warm-up, n images into the run; cosine: falls to final_share of lr "
+        "at its end; inverse_sqrt: lr / sqrt(max(n / decay_images, 1)); inverse: "
+        "lr (1 + n / decay_images)^-power; exponential: lr decay^(n / decay_images).",
     )
     warmup_images: Amount = Field(default=0, description="Images over which lr rises from 0.")
+    warmup_decay: Below1 = Field(
+        default=0.0,
+        description="In place of warmup_images: in step k, from 1, lr times 1 - warmup_decay^k.",
+    )
     final_share: Share = Field(
         default=0.0, description="What is left of lr at the end, for cosine."
+    )
+    decay_images: Positive | None = Field(
+        default=None, description="How long the fall takes, for inverse_sqrt, inverse, exponential."
+    )
+    power: Positive = Field(default=1.0, description="Exponent of the fall, for inverse.")
+    decay: Positive = Field(
+        default=0.5, description="Factor of the fall in decay_images, for exponential."
+    )
+    min_lr: NotNegative = Field(
+        default=0.0, description="The fall stops here, for inverse_sqrt, inverse and exponential."
     )
     betas: Annotated[tuple[Below1, Below1], BeforeValidator(_from_list)] = Field(
         default=(0.9, 0.999),
         description="Decay of AdamW's averages of the gradient and of its square.",
     )
     eps: Positive = Field(default=1e-8, description="AdamW's epsilon.")
+    momentum: Below1 = Field(
+        default=0.95, description="Decay of muon's average of the gradient, in hidden weights."
+    )
     weight_decay: NotNegative = Field(
         default=0.0, description="Decoupled weight decay, of weights with two dimensions or more."
     )
+
+    @model_validator(mode="after")
+    def _used(self) -> OptimizerConfig:
+        """Refuse what would be without effect, and a course without its length."""
+        taken = COURSE_OPTIONS[self.schedule]
+        for option in sorted({o for options in COURSE_OPTIONS.values() for o in options}):
+            value = getattr(self, option)
+            if option not in taken and value != type(self).model_fields[option].default:
+                takers = [name for name, o in COURSE_OPTIONS.items() if option in o]
+                raise ValueError(
+                    f"{option} = {value} is for schedule = {' or '.join(map(repr, takers))}, not "
+                    f"{self.schedule!r}: leave it out"
+                )
+        if "decay_images" in taken and self.decay_images is None:
+            raise ValueError(f"decay_images is missing, which schedule = {self.schedule!r} needs")
+        if self.warmup_decay and self.warmup_images:
+            raise ValueError(
+                f"warmup_decay = {self.warmup_decay} takes the place of warmup_images = "
+                f"{self.warmup_images}: give one of them"
+            )
+        if self.type != "muon" and self.momentum != 0.95:
+            raise ValueError(f"momentum = {self.momentum} is for type = 'muon': leave it out")
+        return self
 
 
 class EmaConfig(_Config):
@@ -262,7 +318,9 @@ class TrainConfig(_Config):
         "prediction's usual one.",
     )
     loss: LossConfig = Field(default=LossConfig(), description="Weighting and noise levels.")
-    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW.")
+    optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(), description="Optimiser and learning rate."
+    )
     ema: EmaConfig = Field(default=EmaConfig(), description="The averaged weights.")
     batch_size: Count = Field(
         default=128,
@@ -286,6 +344,10 @@ class TrainConfig(_Config):
     precision: Literal["no", "bf16", "fp16"] = Field(
         default="no",
         description="Mixed precision of the network's arithmetic; weights stay float32.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the network by torch.compile: minutes at first, then faster steps.",
     )
     workers: Amount = Field(
         default=0, description="Processes that load images; 0: the main one does."

@@ -1,10 +1,12 @@
-"""The machine: devices and processes as accelerate sees them, and what is drawn on them."""
+"""The machine: devices and processes as accelerate sees them; what is drawn or compiled there."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from k_diffusion.training.config import ConfigError
 
@@ -35,3 +37,44 @@ def seed_network(seed: int, device: torch.device) -> None:
         torch.cuda.manual_seed(seed)
     elif device.type != "cpu":
         torch.manual_seed(seed)
+
+
+def backward(accelerator: Any, loss: Tensor) -> None:
+    """The loss's gradients, scaled for float16.
+
+    As accelerate's own, which looks on the disk each time whether some package is there.
+    """
+    scaler = getattr(accelerator, "scaler", None)
+    (loss if scaler is None else scaler.scale(loss)).backward()
+
+
+def optimizer_step(accelerator: Any, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the optimiser, which the scaler of float16 leaves out at an overflow; see above."""
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+
+
+def compiled(objective: nn.Module) -> nn.Module:
+    """The same objective (see `Objective`), whose network runs as torch.compile makes it.
+
+    The weights are shared, and the objective stays what it was: its names are those of a
+    checkpoint, and its modules can be watched. Compiled for each batch size by itself; a step's
+    micro-batches have two at most.
+    """
+    denoiser: Any = objective.denoiser
+    network = getattr(denoiser, "network", None)
+    if network is None:  # a network that is a denoiser itself
+        return _with(objective, denoiser=torch.compile(denoiser, dynamic=False))
+    faster = _with(denoiser, network=torch.compile(network, dynamic=False))
+    return _with(objective, denoiser=faster)
+
+
+def _with(module: nn.Module, **parts: Any) -> nn.Module:
+    """A shallow copy of a module that has other modules as some of its parts."""
+    twin = copy.copy(module)
+    twin._modules = {**module._modules, **parts}
+    return twin

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.training.devices import backward
 from k_diffusion.training.inputs import Inputs
 
 
@@ -100,6 +101,6 @@ def add_gradients(
         last = stop == len(inputs)
         with nullcontext() if last else accelerator.no_sync(module):
             loss = module(part.x0, part.sigma, part.noise, **part.keywords)
-            accelerator.backward(loss.sum() / len(inputs))
+            backward(accelerator, loss.sum() / len(inputs))
         losses.append(loss.detach())
     return torch.cat(losses) if len(losses) > 1 else losses[0]

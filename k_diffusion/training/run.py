@@ -30,6 +30,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+import torch
 from torch import nn
 
 from k_diffusion.models import Conditioner
@@ -82,6 +83,7 @@ def run_training(
     network: nn.Module | None = None,
     source: Source | None = None,
     conditioner: Conditioner | None = None,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
 ) -> RunResult:
     """Train to the end of the run, or until Ctrl-C or SIGTERM; both leave a checkpoint.
 
@@ -96,6 +98,8 @@ def run_training(
         network: trained instead of one built from the config.
         source: trained on instead of the config's data.
         conditioner: makes what the network is told, instead of the config's.
+        optimizer: network -> the optimiser to train it with, instead of the config's; its learning
+            rate still takes the config's course. Weights that it leaves out stay as they are.
 
     Raises:
         ConfigError: the folder holds a run that is neither resumed nor to be overwritten, or the
@@ -116,7 +120,14 @@ def run_training(
             print(line, file=sys.stderr, flush=True)
 
     start = _start_point(out, resume, overwrite, tell)
-    trainer = Trainer(config, resume=start, network=network, source=source, conditioner=conditioner)
+    trainer = Trainer(
+        config,
+        resume=start,
+        network=network,
+        source=source,
+        conditioner=conditioner,
+        optimizer=optimizer,
+    )
     main = trainer.accelerator.is_main_process
     config = trainer.config
     if main:
@@ -315,8 +326,6 @@ def _agreed(trainer: Trainer, stopped_by: int | None) -> int | None:
     """The signal, once any process has one: all of them must stop after the same step."""
     if trainer.accelerator.num_processes == 1:
         return stopped_by
-    import torch
-
     flags = torch.tensor([stopped_by or 0], device=trainer.device)
     return int(trainer.accelerator.gather(flags).max()) or None
 

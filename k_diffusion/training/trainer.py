@@ -32,7 +32,12 @@ from k_diffusion.training.checkpoint import (
 from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
-from k_diffusion.training.devices import make_accelerator, seed_network
+from k_diffusion.training.devices import (
+    compiled,
+    make_accelerator,
+    optimizer_step,
+    seed_network,
+)
 from k_diffusion.training.ema import MAIN, Ema, load_averages, make_averages
 from k_diffusion.training.extra_losses import raw_tensors
 from k_diffusion.training.fit import check_classes, check_null, check_shape, settle
@@ -46,14 +51,22 @@ from k_diffusion.training.gradient import (
 )
 from k_diffusion.training.health import BadStep, examine, unchanged_buffers
 from k_diffusion.training.inputs import Inputs, draw_hidden, draw_noise
+from k_diffusion.training.learning_rate import learning_rate
 from k_diffusion.training.loss import draw_half_log_snr
 from k_diffusion.training.objective import Objective, density_of, make_objective
-from k_diffusion.training.optimizer import learning_rate, load_moments, make_optimizer, moments
+from k_diffusion.training.optimizer import (
+    adopt,
+    group_values,
+    load_moments,
+    make_optimizer,
+    moments,
+    plain_state,
+)
 from k_diffusion.training.restore import load_into
 from k_diffusion.utils.maths import fold_seed
 from k_diffusion.utils.scheduler import make_scheduler
 
-FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner")
+FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner", "optimizer.type")
 """What a resumed run must share with the one it continues: else its steps would be others."""
 
 
@@ -106,7 +119,7 @@ class Trainer:
         source: trained on instead of the config's data.
         conditioner: makes what the network is told, instead of the config's.
         optimizer: network -> the optimiser to train it with, instead of the config's; its learning
-            rate still takes the config's course.
+            rate still takes the config's course. Weights that it leaves out stay as they are.
 
     Raises:
         ConfigError: model, conditioner and data do not fit each other, or the machine has no such
@@ -162,7 +175,9 @@ class Trainer:
 
         make = optimizer or functools.partial(make_optimizer, config=config.optimizer)
         self.optimizer = make(self.network)
+        adopt(self.optimizer, self.network)
         self.objective.add_to(self.optimizer)
+        self._group_start = group_values(self.optimizer)
         self.averages = make_averages(self.network, config.ema)
         """By name; each is moved by every step that is not skipped."""
         self.ema: Ema = self.averages[MAIN]
@@ -176,7 +191,11 @@ class Trainer:
         """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
         if resume is not None:
             self._resume(Path(resume))
-        self._module, self._optimizer = self.accelerator.prepare(self.objective, self.optimizer)
+        trained = compiled(self.objective) if config.compile else self.objective
+        # The optimiser's state is where it belongs: moving it, accelerate would cast it, too.
+        self._module, self._optimizer = self.accelerator.prepare(
+            trained, self.optimizer, device_placement=[True, False]
+        )
         self._parameters = [p for p in self.objective.parameters() if p.requires_grad]
 
     @property
@@ -250,7 +269,8 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self._parameters, clip, norm, foreach=True)
         scaler = getattr(self.accelerator, "scaler", None)
         if finite or (scaler is not None and not math.isfinite(norm_value)):
-            self._optimizer.step()  # the scaler skips by itself here, and learns from it
+            # At an overflow the scaler skips by itself, and learns from it.
+            optimizer_step(self.accelerator, self.optimizer)
         elif scaler is not None:
             scaler.update()
         self.optimizer.zero_grad()
@@ -326,7 +346,8 @@ class Trainer:
             finally:
                 self._forget_gradients()
 
-        with unchanged_buffers(self.network):
+        # Each size would be compiled anew; compiled, a step takes less memory rather than more.
+        with unchanged_buffers(self.network), torch.compiler.set_stance("force_eager"):
             try:
                 return largest_that_fits(fits, len(inputs))
             except OutOfMemory:
@@ -472,6 +493,7 @@ class Trainer:
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "micro_batch": self.micro_batch,
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "optimizer": plain_state(self.optimizer, self._named, self._group_start),
                 "extra": self.extra,
             },
         )
@@ -487,7 +509,9 @@ class Trainer:
         try:
             load_averages(self.averages, parts, info.state["ema_updates"])
             self.objective.load_own_tensors(parts["loss"])
-            load_moments(self.optimizer, self._named, parts["optimizer"])
+            load_moments(
+                self.optimizer, self._named, parts["optimizer"], info.state.get("optimizer")
+            )
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None
         scaler = getattr(self.accelerator, "scaler", None)
@@ -504,8 +528,13 @@ class Trainer:
     def _check_same_run(self, info: CheckpointInfo) -> None:
         theirs, ours = flat(filled(info.config)), flat(filled(self.config.to_json()))
         theirs["data.images"], ours["data.images"] = info.data.get("images"), len(self.source)
+        theirs.setdefault("optimizer.type", "adamw")
         theirs, ours = (
-            {k: v for k, v in both.items() if k.split(".")[0] in FIXED and k != "data.path"}
+            {
+                k: v
+                for k, v in both.items()
+                if {k, k.split(".")[0]} & set(FIXED) and k != "data.path"
+            }
             for both in (theirs, ours)
         )
         if differing := differences(theirs, ours):

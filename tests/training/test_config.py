@@ -58,7 +58,7 @@ MISTAKES = [
     ("optimizer.lr", "1e-3", "optimizer.lr = '1e-3': input should be a valid number"),
     ("optimizer.betas", [0.9, 1.0], "optimizer.betas.1 = 1.0: input should be less than 1"),
     ("optimizer", 3, "optimizer = 3"),
-    ("optimizer.schedule", "linear", "is not one of 'constant' or 'cosine'"),
+    ("optimizer.schedule", "linear", "is not one of 'constant', 'cosine'"),
     ("condition_dropout", 1.5, "condition_dropout = 1.5"),
     ("label_dropout", 0.1, "label_dropout = 0.1 is no known key; did you mean condition_dropout?"),
     ("conditioner", {"type": "clas"}, "conditioner: unknown conditioner type 'clas'; did you mean"),

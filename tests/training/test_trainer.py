@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from k_diffusion.models import PRESETS, make_model, model_config
 from k_diffusion.training import load_denoiser
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint
-from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import make_config
 from k_diffusion.training.dataset import ArraySource, Digits
-from k_diffusion.training.optimizer import learning_rate, load_moments, make_optimizer
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
@@ -151,14 +150,6 @@ def test_data_may_be_moved(make_run_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "there" / "0.png").unlink()
     with pytest.raises(CheckpointError, match=r"data\.images = 3, not 2"):
         Trainer(config("there"), resume=tmp_path / "a.safetensors")
-
-
-def test_moments_that_fit_no_weight_are_refused() -> None:
-    network = nn.Linear(2, 3)
-    optimizer = make_optimizer(network, OptimizerConfig())
-    for name, shape in (("weight/exp_avg", (2, 3)), ("bias/exp_avg", (4,)), ("gain/step", ())):
-        with pytest.raises(ValueError, match=f"optimizer/{name} of shape .* fits no weight"):
-            load_moments(optimizer, network, {name: torch.zeros(shape)})
 
 
 def test_inference_file_cannot_be_resumed(make_run_config: MakeConfig, tmp_path: Path) -> None:
@@ -644,34 +635,6 @@ def test_after_step_rests_in_a_skipped_step(
     skipped = [state.skipped for state in trainer]
     assert 0 < sum(skipped) < len(skipped)
     assert len(calls) == len(skipped) - sum(skipped)
-
-
-# ---------------------------------------------------------------- learning rate
-
-
-def test_learning_rate_courses() -> None:
-    def course(**options: Any) -> list[float]:
-        config = OptimizerConfig(lr=2.0, **options)
-        return [learning_rate(config, seen, 1000, 100) for seen in range(0, 1100, 100)]
-
-    assert course() == [2.0] * 11
-    assert course(warmup_images=400) == [0.5, 1.0, 1.5] + [2.0] * 8
-    cosine = course(schedule="cosine", final_share=0.1)
-    for i, lr in enumerate(cosine):
-        assert abs(lr - (0.2 + 1.8 * (0.5 + 0.5 * math.cos(math.pi * i / 10)))) < 1e-12
-    both = course(schedule="cosine", warmup_images=400)
-    assert both[:4] == [0.5, 1.0, 1.5, 2.0]
-    assert abs(both[7] - 1.0) < 1e-12  # half-way between the warm-up's end and the run's
-    assert both[10] == 0
-
-
-def test_learning_rate_is_used(make_run_config: MakeConfig) -> None:
-    config = make_run_config(optimizer={"lr": 1e-2, "warmup_images": 320, "schedule": "cosine"})
-    trainer = Trainer(config)
-    for state in trainer:
-        expected = learning_rate(config.optimizer, state.images_seen - 32, 640, 32)
-        assert state.lr == expected
-        assert {group["lr"] for group in trainer.optimizer.param_groups} == {expected}
 
 
 LIGHT = """
