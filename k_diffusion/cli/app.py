@@ -15,6 +15,7 @@ import tyro
 
 from k_diffusion.utils import maths
 
+from .export import Export
 from .info import Info
 from .problems import Stopped, UsageError, one_line, unboxed
 from .sample import Sample
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "sample": Sample,
     "info": Info,
+    "export": Export,
     "samplers": Samplers,
     "schedule": Schedule,
 }

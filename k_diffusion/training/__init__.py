@@ -41,7 +41,8 @@ if TYPE_CHECKING:
         uncertainty_loss,
     )
     from k_diffusion.training.restore import load_conditioner, load_denoiser, save_inference
-    from k_diffusion.training.run import RunResult, latest_checkpoint, run_training
+    from k_diffusion.training.retention import latest_checkpoint
+    from k_diffusion.training.run import RunResult, run_training
     from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
 _HOMES = {
@@ -64,7 +65,8 @@ _HOMES = {
         "train_autoencoder",
     ),
     "restore": ("load_conditioner", "load_denoiser", "save_inference"),
-    "run": ("RunResult", "latest_checkpoint", "run_training"),
+    "retention": ("latest_checkpoint",),
+    "run": ("RunResult", "run_training"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

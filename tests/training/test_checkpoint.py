@@ -283,8 +283,12 @@ def test_failed_write_leaves_the_old_file(
         raise OSError("no space left")
 
     monkeypatch.setattr(os, function, fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError) as caught:
         save_checkpoint(saved, parts_of(tiny), config={}, images_seen=1, step=1)
+    assert str(caught.value) == (
+        f"checkpoint {saved} could not be written (no space left); what was there before is "
+        "untouched"
+    )
     assert saved.read_bytes() == old
     assert list(saved.parent.iterdir()) == [saved]
 
