@@ -39,9 +39,9 @@ COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "sample": Sample,
     "info": Info,
-    "export": Export,
     "samplers": Samplers,
     "schedule": Schedule,
+    "export": Export,
 }
 _STYLE = (tyro.conf.FlagCreatePairsOff,)
 

@@ -396,5 +396,19 @@ def _verify_metadata(
         )
     if metadata.get("sha256") != _seal(metadata):
         raise _damaged(path, "its metadata is not what was written")
-    manifest, record = json.loads(metadata["manifest"]), json.loads(metadata["record"])
+    try:
+        manifest, record = json.loads(metadata["manifest"]), json.loads(metadata["record"])
+        whole = isinstance(manifest, dict) and all(
+            isinstance(record[key], kind) for key, kind in _RECORD.items()
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise CheckpointError(
+            f"checkpoint {path} is whole, but its record is not one that k_diffusion writes: it "
+            "needs " + ", ".join(_RECORD)
+        )
     return manifest, record
+
+
+_RECORD = {"config": dict, "images_seen": int, "step": int, "data": dict, "state": dict}

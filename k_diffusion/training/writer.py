@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -126,5 +127,7 @@ class HostCopy:
         held = self._held.get(name)
         if held is not None and (held.shape, held.dtype) == (tensor.shape, tensor.dtype):
             return held
-        pinned = tensor.device.type == "cuda"
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        if tensor.device.type == "cuda":
+            with suppress(RuntimeError):  # a system may lend less pinned memory than it has
+                return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
