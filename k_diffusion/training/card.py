@@ -19,7 +19,7 @@ def model_card(
 
     Args:
         info: of the checkpoint; its network's type must be registered.
-        weights: which they are, "ema" or "model".
+        weights: which they are: "ema", "model", or the name of another average.
         dtype: what they are stored as.
         licence: under which they are given away; empty: the card says that none is stated.
         note: Markdown, put at the end.
@@ -29,7 +29,6 @@ def model_card(
     config, data, model = info.config, info.data, info.config["model"]
     prediction = model_trait(model, "prediction", "eps")
     shape = " x ".join(map(str, data.get("shape", ()))) or "unknown"
-    ema = config.get("ema") or {}
     lines = {
         "network": f"{model['type']}, {info.parameters:,} parameters and buffers",
         "prediction": prediction,
@@ -38,11 +37,7 @@ def model_card(
         "is told": _told(info),
         "trained on": _data(config.get("data") or {}, data),
         "training": f"{info.images_seen:,} images seen, in {info.step:,} steps",
-        "weights": {
-            "ema": f"moving average ({_options(ema)})" if ema else "moving average",
-            "model": "those after the last step",
-        }[weights]
-        + f", stored as {dtype}",
+        "weights": f"{_which(weights, config)}, stored as {dtype}",
         "made from": f"checkpoint of SHA-256 {info.sha256}",
         "made with": f"k-diffusion {version('k-diffusion')}",
         "sampling": f"`k-diffusion sample FILE {_command()}`",
@@ -54,6 +49,15 @@ def model_card(
     text = f"# Diffusion model: {model['type']}, {prediction}\n\n"
     text += "".join(f"- {name}: {' '.join(said.split())}\n" for name, said in lines.items())
     return text + (f"\n{note.strip()}\n" if note.strip() else "")
+
+
+def _which(weights: str, config: Mapping[str, Any]) -> str:
+    if weights == "model":
+        return "those after the last step"
+    if weights != "ema":
+        return f"the moving average {weights}"
+    options = _options(config.get("ema"))
+    return f"moving average ({options})" if options else "moving average"
 
 
 def _told(info: CheckpointInfo) -> str:

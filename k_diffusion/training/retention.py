@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from k_diffusion.training.checkpoint import SUFFIX, CheckpointError, read_info
+
+if TYPE_CHECKING:
+    from k_diffusion.training.config import TrainConfig
 
 _NAME = re.compile(rf"checkpoint-([0-9]{{12}}){re.escape(SUFFIX)}")
 
@@ -83,28 +87,21 @@ def surplus(
     return [n for n in found if n > newest], old
 
 
-def remove_surplus(
-    newest: Path,
-    *,
-    keep: int,
-    keep_every: int | None,
-    batch_size: int,
-    say: Callable[[str], None],
-) -> None:
+def remove_surplus(newest: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
     """Remove what need not stay beside a checkpoint that is written and verified.
 
     One that cannot be removed is told, and ends nothing.
     """
-    folder = newest.parent
+    found = {images_of(path): path for path in list_checkpoints(newest.parent)}
     later, old = surplus(
-        map(images_of, list_checkpoints(folder)),
+        found,
         images_of(newest),
-        keep=keep,
-        keep_every=keep_every,
-        batch_size=batch_size,
+        keep=config.keep_checkpoints,
+        keep_every=config.keep_every_images,
+        batch_size=config.batch_size,
     )
     for images_seen in [*later, *old]:
-        path = checkpoint_path(folder, images_seen)
+        path = found[images_seen]
         if images_seen in later:
             say(f"removing {path}, which the resumed run has not reached")
         try:

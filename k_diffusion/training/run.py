@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -137,17 +138,7 @@ def run_training(
     began, state, sha256 = time.perf_counter(), None, ""
     checkpoint = start
     log = Log(trainer, out / METRICS if main else None, resumed=start is not None)
-    writer = CheckpointWriter(
-        background=config.background_checkpoints,
-        after=lambda path: remove_surplus(
-            path,
-            keep=config.keep_checkpoints,
-            keep_every=config.keep_every_images,
-            batch_size=config.batch_size,
-            say=tell,
-        ),
-        say=tell,
-    )
+    writer = CheckpointWriter(background=config.background_checkpoints, say=tell)
     try:
         with stop_signals() as stop, writer:
             if progress and main:
@@ -169,7 +160,11 @@ def run_training(
                 if ended or stopped is not None or _due(state, config):
                     checkpoint = checkpoint_path(out, state.images_seen)
                     if main:
-                        writer.save(checkpoint, trainer.contents())
+                        writer.save(
+                            checkpoint,
+                            trainer.contents(),
+                            after=partial(remove_surplus, checkpoint, config, tell),
+                        )
                 if stopped is not None:
                     writer.wait()
                     tell(

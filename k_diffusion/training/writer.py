@@ -27,8 +27,6 @@ class CheckpointWriter:
     Args:
         background: whether `save` returns before the file is written. This takes host memory for
             one checkpoint, kept from save to save.
-        after: called with the path of each checkpoint once it stands, before the write counts as
-            done; in the writing thread.
         say: takes a line of news.
     """
 
@@ -36,29 +34,37 @@ class CheckpointWriter:
         self,
         *,
         background: bool = True,
-        after: Callable[[Path], object] = lambda path: None,
         say: Callable[[str], object] = lambda line: None,
     ) -> None:
-        self.background, self._after, self._say = background, after, say
+        self.background, self._say = background, say
         self._host = HostCopy()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._sha256 = ""
 
-    def save(self, path: Path, contents: Contents) -> None:
+    def save(
+        self, path: Path, contents: Contents, after: Callable[[], object] = lambda: None
+    ) -> None:
         """Write a checkpoint, once the one before is written.
+
+        Args:
+            path: the file.
+            contents: copied before this returns.
+            after: called once the file stands, before the write counts as done; in the thread.
 
         Raises:
             CheckpointError: the one before could not be written, or, not in the background, this.
         """
         self.wait()
         if not self.background:
-            self._write(path, contents)
+            self._write(path, contents, after)
             self.wait()
             return
         held = Contents(self._host.take(contents.tensors), contents.record)
         # No daemon: even a program that ends without waiting ends with the file written.
-        self._thread = threading.Thread(target=self._write, args=(path, held), name="checkpoint")
+        self._thread = threading.Thread(
+            target=self._write, args=(path, held, after), name="checkpoint"
+        )
         self._thread.start()
 
     def wait(self) -> str:
@@ -75,10 +81,10 @@ class CheckpointWriter:
             raise error
         return self._sha256
 
-    def _write(self, path: Path, contents: Contents) -> None:
+    def _write(self, path: Path, contents: Contents, after: Callable[[], object]) -> None:
         try:
             self._sha256 = write_checkpoint(path, contents)
-            self._after(path)
+            after()
         except BaseException as error:  # it is the main thread's, which will ask
             self._error = error
 

@@ -87,10 +87,10 @@ def test_the_old_one_goes_after_the_new_one_stands(
 ) -> None:
     seen: list[tuple[int, list[int]]] = []
 
-    def look(newest: Path, **options: Any) -> None:
+    def look(newest: Path, *arguments: Any) -> None:
         before = [images_of(path) for path in list_checkpoints(newest.parent)]
         seen.append((images_of(newest), before))
-        remove_surplus(newest, **options)
+        remove_surplus(newest, *arguments)
 
     monkeypatch.setattr("k_diffusion.training.run.remove_surplus", look)
     config = make_run_config(checkpoint_every_images=320, keep_checkpoints=1)
@@ -99,12 +99,12 @@ def test_the_old_one_goes_after_the_new_one_stands(
     assert [images_of(path) for path in list_checkpoints(config.out)] == [640]
 
 
-def test_what_cannot_be_removed_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_removed_is_told(make_run_config: MakeConfig, tmp_path: Path) -> None:
     checkpoint_path(tmp_path, 32).mkdir()
     newest = checkpoint_path(tmp_path, 64)
     newest.touch()
     said: list[str] = []
-    remove_surplus(newest, keep=1, keep_every=None, batch_size=32, say=said.append)
+    remove_surplus(newest, make_run_config(keep_checkpoints=1), said.append)
     assert len(said) == 1
     assert said[0].startswith(f"{checkpoint_path(tmp_path, 32)} cannot be removed (")
     assert newest.exists()

@@ -112,11 +112,14 @@ def test_what_is_written_is_of_the_moment_of_the_save(tmp_path: Path, gate: Gate
 def test_one_write_at_a_time(tmp_path: Path, gate: Gate) -> None:
     paths = [tmp_path / f"{name}.safetensors" for name in "ab"]
     order: list[str] = []
-    with CheckpointWriter(after=lambda path: order.append(f"after {path.stem}")) as writer:
-        writer.save(paths[0], contents_of(torch.zeros(3)))
-        second = threading.Thread(
-            target=lambda: (writer.save(paths[1], contents_of(torch.ones(3))), order.append("b"))
-        )
+
+    def save_second() -> None:
+        writer.save(paths[1], contents_of(torch.ones(3)), lambda: order.append("after b"))
+        order.append("b")
+
+    with CheckpointWriter() as writer:
+        writer.save(paths[0], contents_of(torch.zeros(3)), lambda: order.append("after a"))
+        second = threading.Thread(target=save_second)
         second.start()
         assert gate.reached.wait(60)
         assert second.is_alive()
@@ -155,11 +158,11 @@ def test_a_full_disk_is_told_and_the_old_file_stays(
         f"checkpoint {path} could not be written (No space left on device); what was there before "
         "is untouched"
     )
-    writer = CheckpointWriter(background=background, after=gone.append)
+    writer = CheckpointWriter(background=background)
     if background:
-        writer.save(path, contents_of(torch.ones(3)))  # the next one tells
-    with pytest.raises(CheckpointError) as caught:
-        writer.save(path, contents_of(torch.ones(3)))
+        writer.save(path, contents_of(torch.ones(3)), lambda: gone.append(path))
+    with pytest.raises(CheckpointError) as caught:  # in the background, the next one tells
+        writer.save(path, contents_of(torch.ones(3)), lambda: gone.append(path))
     assert str(caught.value) == said
     assert gone == []
     assert path.read_bytes() == old
