@@ -211,6 +211,21 @@ def test_what_the_disk_does_not_hold_is_not_renamed(
     assert path.read_bytes() != old
 
 
+def test_a_failure_is_raised_at_the_end_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_space(monkeypatch)
+    said: list[str] = []
+
+    def save_and_leave() -> None:
+        with CheckpointWriter(say=said.append) as writer:
+            writer.save(tmp_path / "a.safetensors", contents_of(torch.ones(3)))
+
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_and_leave()
+    assert said == []
+
+
 def test_a_failure_beside_another_error_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
