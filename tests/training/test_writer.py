@@ -284,6 +284,21 @@ def test_a_run_ends_with_the_write(make_run_config: MakeConfig, gate: Gate) -> N
     assert read_info(result.checkpoint).sha256 == result.sha256
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_the_config_says_in_which_thread(
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    main: list[bool] = []
+
+    def write(path: Path, contents: Contents) -> str:
+        main.append(threading.current_thread() is threading.main_thread())
+        return write_checkpoint(path, contents)
+
+    monkeypatch.setattr(writer_module, "write_checkpoint", write)
+    run(make_run_config(background_checkpoints=background, checkpoint_every_images=320))
+    assert main == [not background] * 2
+
+
 def test_a_stop_and_an_error_wait_for_the_write(make_run_config: MakeConfig, gate: Gate) -> None:
     class Kill(BaseException):
         pass
