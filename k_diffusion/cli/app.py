@@ -15,6 +15,7 @@ import tyro
 
 from k_diffusion.utils import maths
 
+from .ema import MakeEma
 from .export import Export
 from .info import Info
 from .problems import Stopped, UsageError, one_line, unboxed
@@ -42,6 +43,7 @@ COMMANDS: dict[str, type[Any]] = {
     "samplers": Samplers,
     "schedule": Schedule,
     "export": Export,
+    "ema": MakeEma,
 }
 _STYLE = (tyro.conf.FlagCreatePairsOff,)
 

@@ -66,6 +66,7 @@ def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
         "prediction": model_trait(model, "prediction", "eps") if known else "?",
         "parameters": info.parameters,
         "weights": sorted({name.partition("/")[0] for name in info.tensors}),
+        "averages": info.averages,
         "data": info.data,
         "config": info.config,
     } | ({"card": info.card} if info.card else {})

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         Stream,
         make_source,
     )
-    from k_diffusion.training.ema import Ema
+    from k_diffusion.training.ema import Ema, PowerFunction, WarmUp
     from k_diffusion.training.folder import Folder
     from k_diffusion.training.latents import (
         LatentSource,
@@ -40,9 +40,16 @@ if TYPE_CHECKING:
         make_weighting,
         uncertainty_loss,
     )
+    from k_diffusion.training.posthoc import (
+        PosthocError,
+        Reconstruction,
+        reconstruct,
+        save_reconstruction,
+    )
     from k_diffusion.training.restore import load_conditioner, load_denoiser, save_inference
     from k_diffusion.training.retention import latest_checkpoint
     from k_diffusion.training.run import RunResult, run_training
+    from k_diffusion.training.snapshots import Snapshot, list_snapshots
     from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
 _HOMES = {
@@ -54,7 +61,7 @@ _HOMES = {
     "config": ("ConfigError", "TrainConfig"),
     "config_file": ("load_config", "make_config"),
     "dataset": ("ArraySource", "DataError", "Digits", "Source", "Stream", "make_source"),
-    "ema": ("Ema",),
+    "ema": ("Ema", "PowerFunction", "WarmUp"),
     "folder": ("Folder",),
     "loss": ("denoising_loss", "make_density", "make_weighting", "uncertainty_loss"),
     "latents": (
@@ -64,9 +71,11 @@ _HOMES = {
         "save_autoencoder",
         "train_autoencoder",
     ),
+    "posthoc": ("PosthocError", "Reconstruction", "reconstruct", "save_reconstruction"),
     "restore": ("load_conditioner", "load_denoiser", "save_inference"),
     "retention": ("latest_checkpoint",),
     "run": ("RunResult", "run_training"),
+    "snapshots": ("Snapshot", "list_snapshots"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -81,16 +90,22 @@ __all__ = [
     "Ema",
     "Folder",
     "LatentSource",
+    "PosthocError",
+    "PowerFunction",
+    "Reconstruction",
     "RunResult",
+    "Snapshot",
     "Source",
     "Stream",
     "TrainConfig",
     "TrainState",
     "Trainer",
     "TrainingError",
+    "WarmUp",
     "check_autoencoder",
     "denoising_loss",
     "latest_checkpoint",
+    "list_snapshots",
     "load_autoencoder",
     "load_conditioner",
     "load_config",
@@ -100,9 +115,11 @@ __all__ = [
     "make_source",
     "make_weighting",
     "read_info",
+    "reconstruct",
     "run_training",
     "save_autoencoder",
     "save_inference",
+    "save_reconstruction",
     "train_autoencoder",
     "uncertainty_loss",
 ]

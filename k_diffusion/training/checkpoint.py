@@ -77,10 +77,19 @@ class CheckpointInfo:
     @property
     def parameters(self) -> int:
         """How many numbers the network's weights and buffers are."""
-        part = "model/" if any(n.startswith("model/") for n in self.tensors) else "ema/"
+        kinds = {n.partition("/")[0] for n in self.tensors} - {"optimizer"}
+        part = "model" if "model" in kinds else min(kinds, default="")
         return sum(
-            torch.Size(shape).numel() for n, shape in self.tensors.items() if n.startswith(part)
+            torch.Size(shape).numel()
+            for n, shape in self.tensors.items()
+            if n.startswith(f"{part}/")
         )
+
+    @property
+    def averages(self) -> list[str]:
+        """The names of the averaged weights in it: "ema" and such as "ema_0.05"."""
+        kinds = {n.partition("/")[0] for n in self.tensors}
+        return sorted(kind for kind in kinds if kind == "ema" or kind.startswith("ema_"))
 
 
 # ---------------------------------------------------------------- tensors by name
@@ -335,6 +344,23 @@ def read_info(path: str | Path) -> CheckpointInfo:
     return read_checkpoint(path)[0]
 
 
+def read_record(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's record (see above) by its sealed metadata alone: no tensor is read.
+
+    Raises:
+        CheckpointError: missing, damaged there, or not a checkpoint of this library.
+    """
+    path = Path(path)
+    _recognise(path)
+    try:
+        with path.open("rb") as file:
+            return _verify_metadata(path, read_header(file)[0])[1]
+    except FormatError as error:
+        raise _foreign(path, error) from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+
+
 _OTHERS = "use an earlier checkpoint or another copy"
 
 
@@ -348,7 +374,7 @@ def _recognise(path: Path) -> None:
         raise CheckpointError(f"checkpoint {path} is a folder: name the {SUFFIX} file in it")
     try:
         with path.open("rb") as file:
-            head = file.read(8)
+            head = file.read(1)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist{_neighbour(path)}") from None
     except OSError as error:

@@ -23,6 +23,7 @@ from pydantic import (
 from k_diffusion.denoiser import DENOISERS
 from k_diffusion.models import CONDITIONERS, make_model
 from k_diffusion.models.registry import model_trait
+from k_diffusion.training.ema import average_name, exponent_of
 from k_diffusion.training.loss import check_options
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.scheduler import make_scheduler
@@ -149,7 +150,7 @@ class OptimizerConfig(_Config):
 
 
 class EmaConfig(_Config):
-    """The average of the weights that sampling uses."""
+    """The average of the weights that sampling uses, and others kept beside it."""
 
     max_decay: Share = Field(
         default=0.9999, description="The most that one update keeps of the average."
@@ -158,6 +159,39 @@ class EmaConfig(_Config):
     inv_gamma: Positive = Field(
         default=1.0, description="Stretches the warm-up: n is updates / inv_gamma."
     )
+    profiles: Annotated[tuple[float, ...], BeforeValidator(_from_list)] = Field(
+        default=(),
+        description="Further averages, of power-function shape: the relative length sigma_rel of "
+        "each, above 0 and below 0.2887, as in [0.05, 0.1].",
+    )
+    snapshot_every_images: Count | None = Field(
+        default=None,
+        description="Images between snapshots of these, from which k-diffusion ema makes averages "
+        "of other lengths after the run; none: no snapshots.",
+    )
+    snapshot_dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="Of the averages in a snapshot."
+    )
+
+    @field_validator("profiles")
+    @classmethod
+    def _profiles(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for sigma_rel in value:
+            exponent_of(sigma_rel)
+        names = [average_name(sigma_rel) for sigma_rel in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name.removeprefix('ema_')} stands twice")
+        return value
+
+    @model_validator(mode="after")
+    def _something_to_keep(self) -> EmaConfig:
+        if self.snapshot_every_images is not None and not self.profiles:
+            raise ValueError(
+                f"snapshot_every_images = {self.snapshot_every_images} has nothing to keep: give "
+                "profiles as well, as in [0.05, 0.1]"
+            )
+        return self
 
 
 class TrainConfig(_Config):

@@ -28,12 +28,13 @@ from k_diffusion.training.checkpoint import (
     save_checkpoint,
 )
 from k_diffusion.training.compare import differences, filled, flat, full_model
+from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
 
 
 def load_denoiser(
     path: str | Path,
-    ema: bool = True,
+    ema: bool | str = True,
     device: str | torch.device = "cpu",
     network: nn.Module | None = None,
 ) -> tuple[Any, CheckpointInfo]:
@@ -41,7 +42,8 @@ def load_denoiser(
 
     Args:
         path: a checkpoint, or what `save_inference` wrote.
-        ema: whether to take the averaged weights, or the last ones.
+        ema: True: the averaged weights; False: the last ones; a name: that average, one of the
+            info's `averages`, such as "ema_0.05".
         device: where to put it.
         network: takes the weights instead of one built from the config: for a network of your own.
 
@@ -119,7 +121,7 @@ def save_inference(
     source: str | Path,
     path: str | Path,
     *,
-    ema: bool = True,
+    ema: bool | str = True,
     dtype: torch.dtype | None = None,
     licence: str = "",
     note: str = "",
@@ -129,7 +131,7 @@ def save_inference(
     Args:
         source: a checkpoint.
         path: the file to write.
-        ema: whether the averaged weights are taken, or the last ones.
+        ema: which weights are taken, see `load_denoiser`; in the new file they are "ema".
         dtype: what they are stored as; None: as they are. Those that are no floats stay.
         licence, note: for the card, see `model_card`.
 
@@ -211,19 +213,24 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _weights_part(ema: bool) -> str:
-    return "ema" if ema else "model"
+def _weights_part(ema: bool | str) -> str:
+    return ema if isinstance(ema, str) else "ema" if ema else "model"
 
 
 def _chosen(
-    info: CheckpointInfo, weights: Mapping[str, dict[str, Tensor]], ema: bool
+    info: CheckpointInfo, weights: Mapping[str, dict[str, Tensor]], ema: bool | str
 ) -> dict[str, Tensor]:
-    chosen = weights[_weights_part(ema)]
-    if not chosen:
+    part = _weights_part(ema)
+    chosen = weights[part]
+    if not chosen or (isinstance(ema, str) and part not in info.averages):
         there = sorted({name.partition("/")[0] for name in info.tensors})
+        averages = info.averages
+        way = nearest(part, averages) or (averages[0] if averages else "model")
+        asked = {"ema": "ema=True", "model": "ema=False"}.get(way, f"ema={way!r}")
         raise CheckpointError(
-            f"checkpoint {info.path} holds no {_weights_part(ema)} weights, only "
-            f"{', '.join(there) or 'nothing'}: ask for {'ema=False' if ema else 'ema=True'}"
+            f"checkpoint {info.path} holds no "
+            f"{f'average {part}' if isinstance(ema, str) else f'{part} weights'}, only "
+            f"{', '.join(there) or 'nothing'}: ask for {asked}"
         )
     return chosen
 

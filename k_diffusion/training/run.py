@@ -1,7 +1,7 @@
 """A training run in a folder: progress, metrics, checkpoints, an orderly end, and going on.
 
-The folder holds `checkpoint-<images seen>.safetensors` (see `retention`) and `metrics.jsonl`, one
-JSON object a line:
+The folder holds `checkpoint-<images seen>.safetensors` (see `retention`), `ema/` with snapshots of
+the averages where the config asks for them, and `metrics.jsonl`, one JSON object a line:
 
 - {"event": "start", "config", "data", "parameters", "versions"}: once;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
@@ -46,6 +46,7 @@ from k_diffusion.training.retention import (
     remove_half_written,
     remove_surplus,
 )
+from k_diffusion.training.snapshots import remove_snapshots_after, save_snapshot
 from k_diffusion.training.trainer import Trainer, TrainState
 from k_diffusion.training.writer import CheckpointWriter
 
@@ -132,6 +133,7 @@ def run_training(
     config = trainer.config
     if main:
         _make_room(out, start, overwrite)
+        remove_snapshots_after(out, trainer.images_seen, tell)
     for file, reason in trainer.source.bad_files.items():
         tell(f"skipping broken image {file}: {reason}")
     named = set(trainer.source.bad_files)
@@ -157,6 +159,10 @@ def run_training(
                     bar.update(config.batch_size)
                 ended = state.step == config.steps
                 stopped = _agreed(trainer, stop.signal) if not ended else None
+                every = config.ema.snapshot_every_images
+                if every and (ended or passed(state.images_seen, config.batch_size, every)):
+                    # Before the checkpoint: a run that goes on from that one lacks none.
+                    save_snapshot(trainer)
                 if ended or stopped is not None or _due(state, config):
                     checkpoint = checkpoint_path(out, state.images_seen)
                     if main:

@@ -35,7 +35,7 @@ from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
 from k_diffusion.training.devices import make_accelerator, seed_network
-from k_diffusion.training.ema import Ema
+from k_diffusion.training.ema import MAIN, Ema, load_averages, make_averages
 from k_diffusion.training.fit import check_classes, check_null, check_shape, settle
 from k_diffusion.training.gradient import (
     OutOfMemory,
@@ -181,12 +181,9 @@ class Trainer:
 
         make = optimizer or functools.partial(make_optimizer, config=config.optimizer)
         self.optimizer = make(self.network)
-        self.ema = Ema(
-            self.network,
-            power=config.ema.power,
-            inv_gamma=config.ema.inv_gamma,
-            max_decay=config.ema.max_decay,
-        )
+        self.averages = make_averages(self.network, config.ema)
+        """By name; each is moved by every step that is not skipped."""
+        self.ema: Ema = self.averages[MAIN]
         self.micro_batch = self._first_micro_batch()
         """The most samples that a process computes at once, halved where memory runs out; None:
         to be found in the next step."""
@@ -277,7 +274,8 @@ class Trainer:
         self.step += 1
         if finite:
             self._after_step()
-            self.ema.update()
+            for average in self.averages.values():
+                average.update()
             self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
@@ -469,7 +467,7 @@ class Trainer:
         return make_contents(
             {
                 "model": named_tensors(self.network),
-                "ema": self.ema.state_dict(),
+                **{name: average.state_dict() for name, average in self.averages.items()},
                 "optimizer": moments(self.optimizer, self.network),
             },
             config=self.config.to_json(),
@@ -491,7 +489,7 @@ class Trainer:
         )
 
     def _resume(self, path: Path) -> None:
-        info, parts = read_checkpoint(path, ["model", "ema", "optimizer"])
+        info, parts = read_checkpoint(path, ["model", *self.averages, "optimizer"])
         self._check_same_run(info)
         if not parts["model"]:
             raise CheckpointError(
@@ -499,7 +497,7 @@ class Trainer:
             )
         load_into(self.network, parts["model"], info)
         try:
-            self.ema.load_state_dict(parts["ema"], info.state["ema_updates"])
+            load_averages(self.averages, parts, info.state["ema_updates"])
             load_moments(self.optimizer, self.network, parts["optimizer"])
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None

@@ -136,6 +136,25 @@ def test_inference_file_has_one_set_of_weights(saved: Path, tmp_path: Path, tiny
 # ---------------------------------------------------------------- damage
 
 
+@pytest.mark.parametrize("length", [0x4B50, 0x10280])
+def test_header_as_long_as_a_pickle_begins_is_none(tmp_path: Path, length: int) -> None:
+    """The first bytes are the header's length, here "PK" or a pickle's 80 02."""
+    path, size, padding = tmp_path / "a.safetensors", 0, 0
+    while size != length:
+        padding = max(0, padding + length - size)
+        tensors = {"model": {"a": torch.ones(2)}}
+        save_checkpoint(path, tensors, config={"x": "a" * padding}, images_seen=1, step=1)
+        size = int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.read_bytes()[:2] in (b"PK", b"\x80\x02")
+    assert read_info(path).parameters == 2
+
+
+def test_a_single_byte_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"\x80")
+    with pytest.raises(CheckpointError, match="is truncated, damaged or no safetensors file"):
+        read_info(tmp_path / "a.safetensors")
+
+
 def test_any_flipped_bit_is_refused(saved: Path) -> None:
     whole = saved.read_bytes()
     generator = torch.Generator().manual_seed(0)
