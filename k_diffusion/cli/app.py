@@ -17,6 +17,7 @@ from k_diffusion.utils import maths
 
 from .config import Config
 from .ema import MakeEma
+from .export import Export
 from .info import Info
 from .problems import Stopped, UsageError, one_line, unboxed
 from .sample import Sample
@@ -42,6 +43,7 @@ COMMANDS: dict[str, type[Any]] = {
     "info": Info,
     "samplers": Samplers,
     "schedule": Schedule,
+    "export": Export,
     "ema": MakeEma,
     "config": Config,
 }

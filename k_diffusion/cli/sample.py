@@ -34,7 +34,8 @@ class Sample:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A .safetensors file that `k-diffusion train` wrote, or a run's folder: the newest in it."""
+    """A .safetensors file that `k-diffusion train` or `export` wrote, or a run's folder: the newest
+    in it."""
     sampler: str = "dpmpp_2m"
     """The method; `k-diffusion samplers` lists them."""
     scheduler: str = "karras"

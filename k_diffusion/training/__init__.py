@@ -44,7 +44,8 @@ if TYPE_CHECKING:
         save_reconstruction,
     )
     from k_diffusion.training.restore import load_conditioner, load_denoiser, save_inference
-    from k_diffusion.training.run import RunResult, latest_checkpoint, run_training
+    from k_diffusion.training.retention import latest_checkpoint
+    from k_diffusion.training.run import RunResult, run_training
     from k_diffusion.training.snapshots import Snapshot, list_snapshots
     from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
     from k_diffusion.training.weightings import make_weighting, register_weighting
@@ -72,7 +73,8 @@ _HOMES = {
     ),
     "posthoc": ("PosthocError", "Reconstruction", "reconstruct", "save_reconstruction"),
     "restore": ("load_conditioner", "load_denoiser", "save_inference"),
-    "run": ("RunResult", "latest_checkpoint", "run_training"),
+    "retention": ("latest_checkpoint",),
+    "run": ("RunResult", "run_training"),
     "snapshots": ("Snapshot", "list_snapshots"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
     "weightings": ("make_weighting", "register_weighting"),

@@ -363,6 +363,15 @@ class TrainConfig(_Config):
     keep_checkpoints: Count = Field(
         default=2, description="How many of the newest checkpoints stay."
     )
+    keep_every_images: Count | None = Field(
+        default=None,
+        description="Images between checkpoints that are written and stay for ever, beside the "
+        "newest; none: no such.",
+    )
+    background_checkpoints: bool = Field(
+        default=True,
+        description="Write checkpoints while training goes on, from a copy in the host's memory.",
+    )
     log_every_images: Count = Field(
         default=1000,
         description="Images between lines of the metrics file, to the next whole step.",

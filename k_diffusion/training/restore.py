@@ -10,8 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.denoiser import make_denoiser
-from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
+from k_diffusion.models import (
+    CONDITIONERS,
+    ClassConditioner,
+    Conditioner,
+    make_conditioner,
+    make_model,
+)
 from k_diffusion.models.registry import model_trait
+from k_diffusion.training.card import model_card
 from k_diffusion.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
@@ -110,27 +117,100 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], info: Checkpoin
         ) from None
 
 
-def save_inference(source: str | Path, path: str | Path, *, ema: bool | str = True) -> str:
-    """Write from a checkpoint one that holds only what sampling needs: one set of weights.
+def save_inference(
+    source: str | Path,
+    path: str | Path,
+    *,
+    ema: bool | str = True,
+    dtype: torch.dtype | None = None,
+    licence: str = "",
+    note: str = "",
+) -> str:
+    """Write from a checkpoint one that holds only what sampling needs, and a model card.
 
     Args:
         source: a checkpoint.
         path: the file to write.
         ema: which weights are taken, see `load_denoiser`; in the new file they are "ema".
+        dtype: what they are stored as; None: as they are. Those that are no floats stay.
+        licence, note: for the card, see `model_card`.
 
     Returns:
         The new checkpoint's sha256.
+
+    Raises:
+        CheckpointError: the source is damaged, has no such weights, or has a network or conditioner
+            that nobody could rebuild from the file; or a weight is beyond the dtype.
     """
     info, weights = read_checkpoint(source, [_weights_part(ema)])
+    chosen = _chosen(info, weights, ema)
+    _check_rebuildable(info, chosen)
+    if dtype is not None:
+        chosen = {name: _stored(info, name, t, dtype) for name, t in chosen.items()}
+    floats = {_name(t.dtype) for t in chosen.values() if t.is_floating_point()}
+    card = model_card(
+        info,
+        weights=info.state.get("weights", _weights_part(ema)),
+        dtype=" and ".join(sorted(floats)),
+        licence=licence,
+        note=note,
+    )
     return save_checkpoint(
         path,
-        {"ema": _chosen(info, weights, ema)},
+        {"ema": chosen},
         config=info.config,
         images_seen=info.images_seen,
         step=info.step,
         data=info.data,
-        state={"weights": info.state.get("weights", _weights_part(ema))},
+        state={key: info.state.get(key) for key in ("network", "conditioner")}
+        | {"weights": info.state.get("weights", _weights_part(ema))},
+        card=card,
     )
+
+
+def _check_rebuildable(info: CheckpointInfo, weights: Mapping[str, Tensor]) -> None:
+    """Refuse what was trained in Python with parts that the file could not name."""
+    state = info.state
+    own = state.get("conditioner")
+    if own not in (None, ClassConditioner.__name__) and not info.config.get("conditioner"):
+        raise CheckpointError(
+            f"checkpoint {info.path} was trained with the conditioner {own}, which has no type, so "
+            "that the file could not name it: register it by @register_conditioner, and train with "
+            "it again"
+        )
+    try:
+        network = make_model(info.config["model"])
+        if conditioner := info.config.get("conditioner"):
+            CONDITIONERS.settings(conditioner)
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"checkpoint {info.path} holds a network or conditioner that is not known here "
+            f"({_line(error)})"
+        ) from None
+    trained = state.get("network", type(network).__name__)
+    if trained != type(network).__name__:
+        raise CheckpointError(
+            f"checkpoint {info.path} holds a {trained}, but its config names "
+            f"{info.config['model']['type']!r}, a {type(network).__name__}: register the class by "
+            "@register_model, and train with its type in the config"
+        )
+    load_into(network, weights, info)
+
+
+def _stored(info: CheckpointInfo, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    stored = tensor.to(dtype)
+    if not bool(stored.isfinite().all()) and bool(tensor.isfinite().all()):
+        raise CheckpointError(
+            f"checkpoint {info.path} has the value {float(tensor.abs().max()):.3g} in {name}, "
+            f"beyond {_name(dtype)}: give bfloat16 or float32"
+        )
+    return stored
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _weights_part(ema: bool | str) -> str:

@@ -1,6 +1,6 @@
 """A training run in a folder: progress, metrics, checkpoints, an orderly end, and going on.
 
-The folder holds `checkpoint-<images seen>.safetensors` (the newest few), `ema/` with snapshots of
+The folder holds `checkpoint-<images seen>.safetensors` (see `retention`), `ema/` with snapshots of
 the averages where the config asks for them, and `metrics.jsonl`, one JSON object a line:
 
 - {"event": "start", "config", "data", "parameters", "versions"}: once;
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -34,11 +35,21 @@ import torch
 from torch import nn
 
 from k_diffusion.models import Conditioner
-from k_diffusion.training.checkpoint import SUFFIX, CheckpointError, read_info
+from k_diffusion.training.checkpoint import read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
+from k_diffusion.training.retention import (
+    checkpoint_path,
+    latest_checkpoint,
+    list_checkpoints,
+    passed,
+    remove_all,
+    remove_half_written,
+    remove_surplus,
+)
 from k_diffusion.training.snapshots import remove_snapshots_after, save_snapshot
 from k_diffusion.training.trainer import Trainer, TrainState
+from k_diffusion.training.writer import CheckpointWriter
 
 METRICS = "metrics.jsonl"
 
@@ -104,7 +115,8 @@ def run_training(
     Raises:
         ConfigError: the folder holds a run that is neither resumed nor to be overwritten, or the
             config does not fit the data or the machine.
-        CheckpointError: the checkpoint to resume from is damaged or of another run.
+        CheckpointError: the checkpoint to resume from is damaged or of another run, or one cannot
+            be written.
         DataError: the data cannot be used.
         TrainingError: too many steps in a row were not finite.
     """
@@ -139,8 +151,9 @@ def run_training(
     began, state, sha256 = time.perf_counter(), None, ""
     checkpoint = start
     log = Log(trainer, out / METRICS if main else None, resumed=start is not None)
+    writer = CheckpointWriter(background=config.background_checkpoints, say=tell)
     try:
-        with stop_signals() as stop:
+        with stop_signals() as stop, writer:
             if progress and main:
                 bar = _bar(trainer)
             for state in trainer:
@@ -158,16 +171,19 @@ def run_training(
                 ended = state.step == config.steps
                 stopped = _agreed(trainer, stop.signal) if not ended else None
                 every = config.ema.snapshot_every_images
-                if every and (ended or _passed(state, config, every)):
+                if every and (ended or passed(state.images_seen, config.batch_size, every)):
                     # Before the checkpoint: a run that goes on from that one lacks none.
                     save_snapshot(trainer)
-                every = config.checkpoint_every_images
-                if ended or stopped is not None or (every and _passed(state, config, every)):
-                    checkpoint = _path(out, state.images_seen)
-                    sha256 = trainer.save(checkpoint)
+                if ended or stopped is not None or _due(state, config):
+                    checkpoint = checkpoint_path(out, state.images_seen)
                     if main:
-                        _remove_old(out, checkpoint, config.keep_checkpoints, tell)
+                        writer.save(
+                            checkpoint,
+                            trainer.contents(),
+                            after=partial(remove_surplus, checkpoint, config, tell),
+                        )
                 if stopped is not None:
+                    writer.wait()
                     tell(
                         f"stopped by {signal.Signals(stopped).name} at {state.images_seen} of "
                         f"{state.total_images} images; checkpoint: {checkpoint}"
@@ -175,8 +191,10 @@ def run_training(
                     break
             else:
                 stopped = None
+            sha256 = writer.wait()
+            trainer.accelerator.wait_for_everyone()
             if checkpoint is None or not sha256:  # resumed at the very end: nothing was left to do
-                checkpoint = checkpoint or _path(out, trainer.images_seen)
+                checkpoint = checkpoint or checkpoint_path(out, trainer.images_seen)
                 sha256 = read_info(checkpoint).sha256
         seconds = time.perf_counter() - began
         log.end(
@@ -205,45 +223,7 @@ def run_training(
     )
 
 
-# ---------------------------------------------------------------- checkpoints in a folder
-
-
-def list_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints that `run_training` left in a folder, oldest first."""
-    return sorted(Path(folder).glob(f"checkpoint-{'[0-9]' * 12}{SUFFIX}"))
-
-
-def latest_checkpoint(
-    folder: str | Path, say: Callable[[str], None] = lambda line: None
-) -> Path | None:
-    """The newest checkpoint in a folder that is whole; None where there is none at all.
-
-    Args:
-        folder: of a run.
-        say: takes a line for each damaged one that is passed over.
-
-    Raises:
-        CheckpointError: there are some, and all are damaged.
-    """
-
-    def whole(path: Path) -> bool:
-        try:
-            read_info(path)
-        except CheckpointError as error:
-            say(f"passing over {error}")
-            return False
-        return True
-
-    found = list_checkpoints(folder)
-    if (newest := next(filter(whole, reversed(found)), None)) is not None:
-        return newest
-    if found:
-        raise CheckpointError(f"all {len(found)} checkpoints in {folder} are damaged: begin anew")
-    return None
-
-
-def _path(out: Path, images_seen: int) -> Path:
-    return out / f"checkpoint-{images_seen:012d}{SUFFIX}"
+# ---------------------------------------------------------------- the folder
 
 
 def _start_point(
@@ -266,26 +246,17 @@ def _start_point(
 
 def _make_room(out: Path, start: Path | None, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    for half in out.glob(f".checkpoint-*{SUFFIX}.*.tmp"):  # of a run that was killed in a write
-        half.unlink(missing_ok=True)
+    remove_half_written(out)
     if start is None and overwrite:
-        for old in list_checkpoints(out):
-            old.unlink()
+        remove_all(out)
 
 
-def _remove_old(out: Path, newest: Path, keep: int, tell: Callable[[str], None]) -> None:
-    """Leave `keep` checkpoints up to the newest; later ones are of a run given up by a resume."""
-    found = list_checkpoints(out)
-    for later in (path for path in found if path.name > newest.name):
-        tell(f"removing {later}, which the resumed run has not reached")
-        later.unlink(missing_ok=True)
-    for old in [path for path in found if path.name <= newest.name][:-keep]:
-        old.unlink(missing_ok=True)
-
-
-def _passed(state: TrainState, config: TrainConfig, every: int) -> bool:
-    """Whether this step reached or passed a multiple of `every` images."""
-    return state.images_seen // every > (state.images_seen - config.batch_size) // every
+def _due(state: TrainState, config: TrainConfig) -> bool:
+    """Whether a checkpoint is to be written after this step."""
+    return any(
+        passed(state.images_seen, config.batch_size, every)
+        for every in (config.checkpoint_every_images, config.keep_every_images)
+    )
 
 
 # ---------------------------------------------------------------- signals
@@ -365,7 +336,8 @@ class Log:
             sums["steps"] += 1
             sums["loss"] += state.loss
             sums["grad_norm"] += state.grad_norm
-        if not (_passed(state, config, config.log_every_images) or state.step == config.steps):
+        due = passed(state.images_seen, config.batch_size, config.log_every_images)
+        if not (due or state.step == config.steps):
             return
         steps = sums["steps"]
         self._write(

@@ -25,9 +25,11 @@ from k_diffusion.models.registry import known_classes
 from k_diffusion.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
+    Contents,
+    make_contents,
     named_tensors,
     read_checkpoint,
-    save_checkpoint,
+    write_checkpoint,
 )
 from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
@@ -474,9 +476,12 @@ class Trainer:
         """Write a checkpoint, on the main process only; gives its sha256."""
         if not self.accelerator.is_main_process:
             return ""
+        return write_checkpoint(path, self.contents())
+
+    def contents(self) -> Contents:
+        """What a checkpoint of this moment holds; its tensors are the live ones, not copies."""
         scaler = getattr(self.accelerator, "scaler", None)
-        return save_checkpoint(
-            path,
+        return make_contents(
             {
                 "model": named_tensors(self.network),
                 **{name: average.state_dict() for name, average in self.averages.items()},
@@ -495,6 +500,10 @@ class Trainer:
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "optimizer": plain_state(self.optimizer, self._named, self._group_start),
                 "extra": self.extra,
+                "network": type(self.network).__name__,
+                "conditioner": None
+                if self.conditioner is None
+                else type(self.conditioner).__name__,
             },
         )
 

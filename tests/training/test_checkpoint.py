@@ -302,8 +302,12 @@ def test_failed_write_leaves_the_old_file(
         raise OSError("no space left")
 
     monkeypatch.setattr(os, function, fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError) as caught:
         save_checkpoint(saved, parts_of(tiny), config={}, images_seen=1, step=1)
+    assert str(caught.value) == (
+        f"checkpoint {saved} could not be written (no space left); what was there before is "
+        "untouched"
+    )
     assert saved.read_bytes() == old
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -313,7 +317,7 @@ def test_file_and_folder_are_flushed_in_order(
 ) -> None:
     """Renamed before its bytes lie on the disk, a file could be whole in name only."""
     events = []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace, read = os.fsync, os.replace, checkpoint.read_info
 
     def note_fsync(handle: int) -> None:
         events.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
@@ -323,11 +327,22 @@ def test_file_and_folder_are_flushed_in_order(
         events.append("rename")
         replace(*args)
 
+    def note_forget(handle: int, start: int, length: int, advice: int) -> None:
+        assert (start, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        events.append("forget")
+
+    def note_read(path: Path) -> Any:
+        events.append("read")
+        return read(path)
+
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(checkpoint, "read_info", note_read)
+    if hasattr(os, "posix_fadvise"):  # what is read back is then what lies on the disk
+        monkeypatch.setattr(os, "posix_fadvise", note_forget)
     save_checkpoint(saved, parts_of(tiny), config={}, images_seen=1, step=1)
-    kinds = ["file", "rename", "folder"] if os.path.isdir("/proc/self/fd") else events
-    assert events == kinds
+    kinds = ["file", "forget", "read", "rename", "folder"]
+    assert events == (kinds if os.path.isdir("/proc/self/fd") else events)
 
 
 KILLED = """

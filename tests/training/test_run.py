@@ -18,13 +18,8 @@ from torch import Tensor
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint, read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits
-from k_diffusion.training.run import (
-    RunResult,
-    latest_checkpoint,
-    list_checkpoints,
-    run_training,
-    stop_signals,
-)
+from k_diffusion.training.retention import latest_checkpoint, list_checkpoints
+from k_diffusion.training.run import RunResult, run_training, stop_signals
 from k_diffusion.training.trainer import Trainer, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
@@ -99,7 +94,9 @@ def test_checkpoints_on_the_way_and_the_newest_stay(make_run_config: MakeConfig)
     def look(trainer: Trainer, state: TrainState) -> None:
         written.append([p.name[-18:-12] for p in list_checkpoints(trainer.config.out)])
 
-    config = make_run_config(checkpoint_every_images=100, keep_checkpoints=2)
+    config = make_run_config(
+        checkpoint_every_images=100, keep_checkpoints=2, background_checkpoints=False
+    )
     run(config, on_step=look)
     everything = sorted({name for names in written for name in names})
     # The step that reaches each hundred: 128, 224, 320, 416, 512, 608; and the end.

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from k_diffusion.training import checkpoint
-from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint, read_info
+from k_diffusion.training.checkpoint import CheckpointError, Contents, read_checkpoint, read_info
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits
 from k_diffusion.training.restore import load_denoiser
@@ -134,13 +133,13 @@ def test_the_snapshot_is_there_before_the_checkpoint(
 ) -> None:
     # Killed between the two, a run that goes on from the checkpoint would lack the snapshot.
     seen: list[list[int]] = []
-    save = Trainer.save
+    contents = Trainer.contents
 
-    def look(self: Trainer, path: str | Path) -> str:
+    def look(self: Trainer) -> Contents:
         seen.append(images(self.config))
-        return save(self, path)
+        return contents(self)
 
-    monkeypatch.setattr(Trainer, "save", look)
+    monkeypatch.setattr(Trainer, "contents", look)
     run(make_run_config(ema=EMA, checkpoint_every_images=320))
     assert seen == [[160, 320], TIMES]
 
@@ -169,13 +168,13 @@ def test_remove_snapshots_after(tmp_path: Path) -> None:
 def test_a_broken_write_leaves_nothing(
     make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path) -> None:
+    def full(handle: int) -> None:
         raise OSError("No space left on device")
 
     trainer = Trainer(make_run_config(ema=EMA))
     next(iter(trainer))
-    monkeypatch.setattr(checkpoint, "_flush", full)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left"):
         save_snapshot(trainer)
     assert list((Path(trainer.config.out) / "ema").iterdir()) == []
 
