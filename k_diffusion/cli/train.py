@@ -8,7 +8,7 @@ from typing import Any
 
 from .plugins import Plugins, load_plugins
 from .problems import Stopped, as_usage
-from .values import Settings, WholeOrNone
+from .values import Resume, Settings, WholeOrNone
 
 
 @dataclass
@@ -34,10 +34,9 @@ class Train:
     """Decides the first weights and everything random after."""
     set: Settings = field(default_factory=dict)
     """Any other keys of the config, such as optimizer.lr=3e-4,model.channels=64."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint in the out folder; begin where there is none."""
-    resume_from: str = ""
-    """Go on from this checkpoint."""
+    resume: Resume = ""
+    """Go on from this checkpoint; `--resume` alone, or `--resume auto`: from the newest whole one
+    in the out folder, or from the beginning where there is none."""
     overwrite: bool = False
     """Begin anew where the out folder holds a run, and remove that one's checkpoints."""
     plugin: Plugins = ()
@@ -56,7 +55,7 @@ class Train:
             config = load_config(self.config, given)
         result = run_training(
             config,
-            resume=self.resume_from or ("auto" if self.resume else None),
+            resume=self.resume or None,
             overwrite=self.overwrite,
         )
         if result.stopped_by is not None:

@@ -69,6 +69,13 @@ def show_setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def resume(words: list[str]) -> str:
+    """A checkpoint's path, or "auto", which stands for itself and for nothing."""
+    if len(words) > 1:
+        raise ValueError(f"{words[1]!r} is one value too many: give one checkpoint, or auto")
+    return words[0] if words else "auto"
+
+
 def _or_default(value: object) -> str:
     return "as configured" if value is None else str(value)
 
@@ -76,6 +83,16 @@ def _or_default(value: object) -> str:
 WholeOrNone = Annotated[int | None, _spec("INT", whole, _or_default)]
 Classes = Annotated[
     tuple[int, ...], _spec("INT[,INT...]", classes, lambda value: ",".join(map(str, value)))
+]
+Resume = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[auto|FILE]",
+        instance_from_str=resume,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value or "no"],
+    ),
 ]
 Words = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="VALUE")]
 Settings = Annotated[dict[str, Any], _spec("NAME=VALUE[,...]", settings, show_settings)]
