@@ -217,3 +217,44 @@ def test_a_pickle_is_not_resumed_from(tmp_path, write_config, capsys) -> None:
     argv = ["train", "--config", str(write_config(tmp_path)), "--resume", str(weights)]
     assert main(argv) == 1
     assert "is a pickle" in last_line(capsys)
+
+
+POISONED = """
+import math
+from k_diffusion.training import dataset, folder
+
+class Poisoned(folder.Folder):
+    def batch(self, indices, seeds=None):
+        batch = super().batch(indices, seeds)
+        images = batch.images.float() / 127.5 - 1
+        for place, index in enumerate(batch.indices.tolist()):
+            if self.files[index].name == "0.png":
+                images[place] = math.nan
+        return batch._replace(images=images)
+
+dataset.SOURCES["folder"] = Poisoned
+"""
+
+
+def test_a_nan_in_the_data_names_the_file(
+    tmp_path, folder_config, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from k_diffusion.training import dataset
+
+    monkeypatch.setitem(dataset.SOURCES, "folder", dataset.SOURCES["folder"])  # it comes back
+    for index in range(12):
+        save_png(tmp_path / f"pictures/{index}.png", torch.full((1, 8, 8), index / 12))
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    argv = ["train", "--config", str(folder_config), "--plugin", str(tmp_path / "poisoned.py")]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    skipped = [line for line in captured.err.splitlines() if " skipped as not finite: " in line]
+    end = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-2])
+    assert end["skipped_steps"] == len(skipped) > 0
+    for line in skipped:
+        assert f"from {tmp_path / 'pictures/0.png'}, at sigma " in line
+        assert line.endswith("first not finite: the data")
+    assert main([*argv, "--overwrite", "--set", "max_skipped=1"]) == 1
+    last = last_line(capsys)
+    assert "1 steps in a row were not finite" in last
+    assert str(tmp_path / "pictures/0.png") in last
