@@ -88,10 +88,8 @@ class Log:
         sums.update(steps=0, loss=0.0, grad_norm=0.0)
 
     def went_back(self) -> None:
-        """The trainer has taken up an earlier checkpoint: what was written meanwhile stays."""
+        """The trainer has taken up an earlier checkpoint; what was written meanwhile stays."""
         self._recent = []
-        if self._file is not None:
-            self._sums["lines"] = self._lines
 
     def write(self, event: str, **facts: Any) -> None:
         """A line of any kind."""

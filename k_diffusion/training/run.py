@@ -129,6 +129,7 @@ def run_training(
     found = list_checkpoints(out)
     trainer = Trainer(config, resume=start, network=network, source=source, conditioner=conditioner)
     main = trainer.accelerator.is_main_process
+    tell_once = tell if main else lambda line: None  # what all processes know alike
     config = trainer.config
     began, state, written = time.perf_counter(), None, -1
     checkpoint = start
@@ -145,7 +146,7 @@ def run_training(
         stack.callback(log.close)
         stack.callback(display.close)
         for file, reason in trainer.source.bad_files.items():
-            tell(f"skipping broken image {file}: {reason}")
+            tell_once(f"skipping broken image {file}: {reason}")
         named = set(trainer.source.bad_files)
 
         def to_go_back_to() -> list[Path]:
@@ -155,7 +156,7 @@ def run_training(
 
         writer = CheckpointWriter(background=config.background_checkpoints, say=tell)
         stack.enter_context(writer)
-        recovery = Recovery(trainer, log, to_go_back_to, tell)
+        recovery = Recovery(trainer, log, to_go_back_to, tell_once)
 
         def save() -> Path:
             path = checkpoint_path(out, trainer.images_seen)
@@ -187,7 +188,7 @@ def run_training(
                     stopped = agreed(trainer.accelerator, stop.signal)
             if stopped is not None:
                 writer.wait()
-                tell(
+                tell_once(
                     f"stopped by {signal.Signals(stopped).name} at {trainer.images_seen} of "
                     f"{state.total_images} images; checkpoint: {checkpoint}"
                 )
