@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,14 @@ class Attempt:
     newest: int
     half: bool
     ended: bool
+
+
+def in_short(attempt: Attempt) -> str:
+    return (
+        f"{attempt.began_at // BATCH}:{attempt.kind or 'end'}"
+        + (":program" if attempt.fresh else "")
+        + (":half" if attempt.half else "")
+    )
 
 
 def newest_whole(out: Path) -> int:
@@ -307,7 +315,9 @@ def main() -> None:
                     "failed_to_resume": 0,  # one that does ends the program
                     "differing": differing,
                     "seconds": round(time.monotonic() - begin, 1),
-                    "attempts": [asdict(a) for a in attempts],
+                    # Of each start: the step that it went on from (-1: the beginning), the kind of
+                    # its end, whether it was a whole program and left half a checkpoint.
+                    "attempts": " ".join(map(in_short, attempts)),
                 }
             )
             shown = {k: v for k, v in rows[-1].items() if k != "attempts"}
