@@ -232,7 +232,8 @@ def killed_run(
         ended = status is not None
         if status:
             sys.exit(f"attempt {len(attempts) + 1} failed:\n{report.read_text()}")
-        half = bool(half_written(out))
+        # In a start it may be the one of the kill before, which is not removed yet.
+        half = kind != "start" and bool(half_written(out))
         attempts.append(Attempt(kind, how == "fresh", began_at, newest_whole(out), half, ended))
         if attempts[-1].newest < began_at:
             sys.exit(f"attempt {len(attempts)} lost checkpoints: {attempts[-1]}")
