@@ -49,7 +49,7 @@ def another(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_the_second_run_names_the_first_and_a_killed_one_is_taken_over(
-    make_run_config: MakeConfig,
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_run_config(total_images=64)
     out = Path(config.out)
@@ -58,7 +58,8 @@ def test_the_second_run_names_the_first_and_a_killed_one_is_taken_over(
     with another(out) as process:
         message = f"'{out}' is in use by another run, process {process.pid}: wait for its end"
         for resume in (None, "auto"):
-            with pytest.raises(ConfigError, match=message):
+            with monkeypatch.context() as patch, pytest.raises(ConfigError, match=message):
+                patch.delattr("k_diffusion.training.run.Trainer")  # before anything is loaded
                 run_training(config, resume=resume, progress=False, say=said.append)
         with pytest.raises(ConfigError, match=message):
             RunLock(out, said.append)  # though it may have come between the look and this
