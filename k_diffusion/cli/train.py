@@ -8,7 +8,7 @@ from typing import Any
 
 from .plugins import Plugins, load_plugins
 from .problems import Stopped, as_usage
-from .values import MoreSettings, WholeOrAuto, WholeOrNone, joined
+from .values import MoreSettings, Resume, WholeOrAuto, WholeOrNone, joined
 
 
 @dataclass
@@ -39,10 +39,9 @@ class Train:
     check: bool = False
     """Train nothing: see whether config, data and memory will do by one step on a copy of
     everything, and say what was found. The out folder stays as it is."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint in the out folder; begin where there is none."""
-    resume_from: str = ""
-    """Go on from this checkpoint."""
+    resume: Resume = ""
+    """Go on from this checkpoint; `--resume` alone, or `--resume auto`: from the newest whole one
+    in the out folder, or from the beginning where there is none."""
     overwrite: bool = False
     """Begin anew where the out folder holds a run, and remove that one's checkpoints."""
     plugin: Plugins = ()
@@ -56,7 +55,7 @@ class Train:
         load_plugins(self.plugin)
         with as_usage():
             config = load_run(self.config, self._overrides())
-        resume = self.resume_from or ("auto" if self.resume else None)
+        resume = self.resume or None
         if self.check:
             from k_diffusion.training.check import check_run
 

@@ -100,6 +100,13 @@ def whole_or_auto(word: str) -> int | str:
     return word if word == "auto" else whole(word)
 
 
+def resume(words: list[str]) -> str:
+    """A checkpoint's path, or "auto", which stands for itself and for nothing."""
+    if len(words) > 1:
+        raise ValueError(f"{words[1]!r} is one value too many: give one checkpoint, or auto")
+    return words[0] if words else "auto"
+
+
 def _or_default(value: object) -> str:
     return "as configured" if value is None else str(value)
 
@@ -108,6 +115,16 @@ WholeOrNone = Annotated[int | None, _spec("INT", whole, _or_default)]
 WholeOrAuto = Annotated[int | str | None, _spec("INT|auto", whole_or_auto, _or_default)]
 Classes = Annotated[
     tuple[int, ...], _spec("INT[,INT...]", classes, lambda value: ",".join(map(str, value)))
+]
+Resume = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[auto|FILE]",
+        instance_from_str=resume,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value or "no"],
+    ),
 ]
 Words = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="VALUE")]
 MoreSettings = Annotated[

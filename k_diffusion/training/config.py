@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -297,6 +298,30 @@ class EmaConfig(_Config):
         return self
 
 
+class SpikesConfig(_Config):
+    """Losses far above the usual, and what follows where a run does not come back from them."""
+
+    factor: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="A loss above so many times the usual one is told and logged; none: none is.",
+    )
+    window: Count = Field(
+        default=100, description="The usual loss is the median of so many steps before."
+    )
+    patience: Annotated[int, Field(ge=2)] = Field(
+        default=20,
+        description="Steps from a first spike on; where most are spikes, the run has diverged.",
+    )
+    roll_back: bool = Field(
+        default=False,
+        description="A run that has diverged, or skipped max_skipped steps in a row, goes back to "
+        "the newest checkpoint from before and passes over the batches of those steps.",
+    )
+    most_roll_backs: Count = Field(
+        default=3, description="How often it may; after that it goes on, or ends, as it is."
+    )
+
+
 class TrainConfig(_Config):
     """A whole training run."""
 
@@ -376,6 +401,9 @@ class TrainConfig(_Config):
         default=1000,
         description="Images between lines of the metrics file, to the next whole step.",
     )
+    spikes: SpikesConfig = Field(
+        default=SpikesConfig(), description="Losses far above the usual, and going back."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -421,6 +449,15 @@ class TrainConfig(_Config):
     def _conditioner(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
         if value is not None:
             _plainly(CONDITIONERS.settings, value)
+        return value
+
+    @field_validator("spikes")
+    @classmethod
+    def _spikes(cls, value: SpikesConfig, info: ValidationInfo) -> SpikesConfig:
+        if value.roll_back and info.data.get("checkpoint_every_images", 1) is None:
+            raise ValueError(
+                "roll_back = true has nothing to go back to: give checkpoint_every_images"
+            )
         return value
 
     @property

@@ -129,6 +129,7 @@ def first_bad_module(network: nn.Module, run: Callable[[], Any]) -> str:
     """Name and kind of the first module whose output is not finite as `run` calls the network.
 
     Empty where all outputs are finite. A module without parts comes before one that holds it.
+    Buffers and the state of torch's global generators are as before afterwards.
     """
     found: list[str] = []
 
@@ -141,7 +142,7 @@ def first_bad_module(network: nn.Module, run: Callable[[], Any]) -> str:
 
     hooks = [module.register_forward_hook(watch(name)) for name, module in network.named_modules()]
     try:
-        with unchanged_buffers(network):
+        with unchanged_buffers(network), unchanged_generators(network):
             run()
     finally:
         for hook in hooks:
@@ -169,3 +170,13 @@ def unchanged_buffers(network: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+@contextmanager
+def unchanged_generators(network: nn.Module) -> Iterator[None]:
+    """Within the block torch's global generators, of the CPU and of the network's devices, may be
+    drawn from; their state comes back."""
+    devices = {p.device for p in network.parameters() if p.device.type in ("cuda", "xpu")}
+    kind = next((device.type for device in devices), "cuda")
+    with torch.random.fork_rng(devices=sorted(devices, key=str), device_type=kind):
+        yield

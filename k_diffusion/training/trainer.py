@@ -65,6 +65,7 @@ from k_diffusion.training.optimizer import (
     plain_state,
 )
 from k_diffusion.training.restore import load_into
+from k_diffusion.training.spikes import without
 from k_diffusion.utils.maths import fold_seed
 from k_diffusion.utils.scheduler import make_scheduler
 
@@ -189,6 +190,9 @@ class Trainer:
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.passed_over: list[tuple[int, int]] = []
+        """(start, stop) of steps that are left out, counted from 0; the clock runs on over them."""
+        self._went_back = 0
         self.extra: dict[str, Any] = {}
         """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
         if resume is not None:
@@ -208,18 +212,17 @@ class Trainer:
 
     def __iter__(self) -> Iterator[TrainState]:
         config = self.config
-        batches = self.stream.batches(
-            self.step, config.steps, config.workers, pin_memory=self.device.type == "cuda"
-        )
-        clock = deque([(time.perf_counter(), self.images_seen)], maxlen=51)
-        for batch in batches:
+        done = 0  # images of this session
+        clock = deque([(time.perf_counter(), done)], maxlen=51)
+        for batch in self._batches():
             lr = learning_rate(
                 config.optimizer, self.images_seen, config.total_images, config.batch_size
             )
             decay = self.ema.decay
             loss, grad_norm, report = self.train_step(batch, lr)
             skipped = report is not None
-            clock.append((time.perf_counter(), self.images_seen))
+            done += config.batch_size
+            clock.append((time.perf_counter(), done))
             seconds = clock[-1][0] - clock[0][0]
             speed = (clock[-1][1] - clock[0][1]) / max(seconds, 1e-9)
             left = config.steps * config.batch_size - self.images_seen
@@ -244,6 +247,38 @@ class Trainer:
                     f"{self.images_seen} images ({report}): lower optimizer.lr (now "
                     f"{config.optimizer.lr}) or look at the data"
                 )
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of the steps to come, with `step` set to each's; anew after `go_back`."""
+        again = True
+        while again:
+            again, turn = False, self._went_back
+            for first, last in without(self.passed_over, self.step, self.config.steps):
+                self.step = first
+                for batch in self.stream.batches(
+                    first, last, self.config.workers, pin_memory=self.device.type == "cuda"
+                ):
+                    yield batch
+                    if again := self._went_back != turn:
+                        break
+                if again:
+                    break
+        self.step = max(self.step, self.config.steps)  # the last ones may be passed over
+
+    def go_back(self, checkpoint: str | Path, first: int, last: int) -> None:
+        """Between two steps: take up an earlier checkpoint, and pass over some steps this time.
+
+        Args:
+            checkpoint: of this run.
+            first, last: the steps left out, counted from 1, the last one included.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or of another run.
+        """
+        passed_over = self.passed_over
+        self._resume(Path(checkpoint))
+        self.passed_over = [*passed_over, (first - 1, last)]
+        self._went_back += 1
 
     def train_step(self, batch: Batch, lr: float) -> tuple[float, float, BadStep | None]:
         """One step, from (seed, step) alone.
@@ -497,6 +532,7 @@ class Trainer:
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "micro_batch": self.micro_batch,
+                "passed_over": [list(part) for part in self.passed_over],
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "optimizer": plain_state(self.optimizer, self._named, self._group_start),
                 "extra": self.extra,
@@ -532,6 +568,7 @@ class Trainer:
         # What memory once refused it would refuse again.
         known = [m for m in (self.micro_batch, info.state.get("micro_batch")) if m is not None]
         self.micro_batch = min(known, default=None)
+        self.passed_over = [(a, b) for a, b in info.state.get("passed_over", [])]
         self.extra = dict(info.state["extra"])
 
     def _check_same_run(self, info: CheckpointInfo) -> None:
