@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.training.config import OptimizerConfig
+from k_diffusion.training.shards import cut_like
 from k_diffusion.training.weight_groups import weight_groups
 
 
@@ -63,14 +64,16 @@ def load_moments(
     Raises:
         ValueError: one belongs to no weight, or has another shape.
     """
-    names = {id(p): name for name, p in network.named_parameters()}
+    parameters = dict(network.named_parameters())
+    names = {id(p): name for name, p in parameters.items()}
     order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    shapes = {name: p.shape for name, p in network.named_parameters()}
     state: dict[int, dict[str, Tensor]] = {}
     for full, tensor in saved.items():
         name, _, key = full.rpartition("/")
-        if name not in order or (tensor.ndim and tensor.shape != shapes[name]):
+        if name not in order or (tensor.ndim and tensor.shape != parameters[name].shape):
             raise ValueError(f"optimizer/{full} of shape {tuple(tensor.shape)} fits no weight")
+        if tensor.ndim:
+            tensor = cut_like(tensor, parameters[name])
         state.setdefault(order.index(name), {})[key] = tensor
     optimizer.load_state_dict(
         {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}

@@ -1,12 +1,14 @@
 """A training run in a folder: progress, metrics, checkpoints, an orderly end, and going on.
 
 The folder holds `checkpoint-<images seen>.safetensors` (the newest few), `ema/` with snapshots of
-the averages where the config asks for them, and `metrics.jsonl`, one JSON object a line:
+the averages where the config asks for them, and `metrics.jsonl`. With sharded weights checkpoints
+on the way are folders, `checkpoint-<images seen>`; the last one is a file. Of several processes the
+main one speaks and writes. The metrics are one JSON object a line:
 
 - {"event": "start", "config", "data", "parameters", "versions"}: once;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
   "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
-  over the finite steps since the line before;
+  over the finite steps since the line before; "noise_scale" too, where that is measured;
 - {"event": "skipped", "images_seen", and what `BadStep` has}: for each step that was not finite;
 - {"event": "end", "images_seen", "checkpoint", "sha256", "seconds", "stopped_by", "bad_files"}.
 
@@ -19,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -36,6 +39,7 @@ from k_diffusion.models import Conditioner
 from k_diffusion.training.checkpoint import SUFFIX, CheckpointError, read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
+from k_diffusion.training.devices import is_main_process
 from k_diffusion.training.snapshots import remove_snapshots_after, save_snapshot
 from k_diffusion.training.trainer import Trainer, TrainState
 
@@ -108,6 +112,8 @@ def run_training(
     bar: Any = None
 
     def tell(line: str) -> None:
+        if not is_main_process():
+            return
         if say is not None:
             say(line)
         elif bar is not None:
@@ -122,6 +128,7 @@ def run_training(
     if main:
         _make_room(out, start, overwrite)
         remove_snapshots_after(out, trainer.images_seen, tell)
+    trainer.processes.wait()
     for file, reason in trainer.source.bad_files.items():
         tell(f"skipping broken image {file}: {reason}")
     named = set(trainer.source.bad_files)
@@ -152,7 +159,7 @@ def run_training(
                     save_snapshot(trainer)
                 every = config.checkpoint_every_images
                 if ended or stopped is not None or (every and _passed(state, config, every)):
-                    checkpoint = _path(out, state.images_seen)
+                    checkpoint = _path(out, state.images_seen, trainer.is_sharded and not ended)
                     sha256 = trainer.save(checkpoint)
                     if main:
                         _remove_old(out, checkpoint, config.keep_checkpoints, tell)
@@ -199,7 +206,9 @@ def run_training(
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints that `run_training` left in a folder, oldest first."""
-    return sorted(Path(folder).glob(f"checkpoint-{'[0-9]' * 12}{SUFFIX}"))
+    name = f"checkpoint-{'[0-9]' * 12}"
+    sharded = [path for path in Path(folder).glob(name) if path.is_dir()]
+    return sorted([*sharded, *Path(folder).glob(name + SUFFIX)])
 
 
 def latest_checkpoint(
@@ -231,8 +240,18 @@ def latest_checkpoint(
     return None
 
 
-def _path(out: Path, images_seen: int) -> Path:
-    return out / f"checkpoint-{images_seen:012d}{SUFFIX}"
+def _path(out: Path, images_seen: int, sharded: bool = False) -> Path:
+    return out / f"checkpoint-{images_seen:012d}{'' if sharded else SUFFIX}"
+
+
+def _remove(checkpoint: Path) -> None:
+    if not checkpoint.is_dir():
+        checkpoint.unlink(missing_ok=True)
+        return
+    # What is left of one that is removed in part would count as damaged.
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old.tmp")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def _start_point(
@@ -257,19 +276,22 @@ def _make_room(out: Path, start: Path | None, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for half in out.glob(f".checkpoint-*{SUFFIX}.*.tmp"):  # of a run that was killed in a write
         half.unlink(missing_ok=True)
+    for half in out.glob(".checkpoint-*.tmp"):
+        if half.is_dir():
+            shutil.rmtree(half)
     if start is None and overwrite:
         for old in list_checkpoints(out):
-            old.unlink()
+            _remove(old)
 
 
 def _remove_old(out: Path, newest: Path, keep: int, tell: Callable[[str], None]) -> None:
     """Leave `keep` checkpoints up to the newest; later ones are of a run given up by a resume."""
     found = list_checkpoints(out)
-    for later in (path for path in found if path.name > newest.name):
+    for later in (path for path in found if path.stem > newest.stem):
         tell(f"removing {later}, which the resumed run has not reached")
-        later.unlink(missing_ok=True)
-    for old in [path for path in found if path.name <= newest.name][:-keep]:
-        old.unlink(missing_ok=True)
+        _remove(later)
+    for old in [path for path in found if path.stem <= newest.stem][:-keep]:
+        _remove(old)
 
 
 def _passed(state: TrainState, config: TrainConfig, every: int) -> bool:
@@ -369,6 +391,7 @@ class Log:
             ema_decay=state.ema_decay,
             skipped_steps=state.skipped_steps,
             images_per_second=round(state.images_per_second, 1),
+            **({"noise_scale": state.noise_scale} if self.trainer.noise_scale else {}),
         )
         sums.update(steps=0, loss=0.0, grad_norm=0.0)
 
