@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .plugins import Plugins, load_plugins
-from .problems import Stopped, as_usage
+from .problems import Stopped, as_usage, process_number
 from .values import MoreSettings, Resume, WholeOrAuto, WholeOrNone, joined
 
 
@@ -68,6 +68,8 @@ class Train:
                 f"stopped at {result.images_seen} of {config.total_images} images; the checkpoint "
                 f"is {result.checkpoint}, and the same command with --resume goes on",
             )
+        if process_number():
+            return
         print(f"trained on {result.images_seen} images in {result.seconds:.0f} s")
         print(f"checkpoint: {result.checkpoint}")
         print(f"metrics:    {result.metrics}")

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.training.shards import local, part_like
 from k_diffusion.training.tensor_file import (
     FormatError,
     look_at_tensor,
@@ -39,10 +40,14 @@ from k_diffusion.utils.maths import nearest
 FORMAT = "k_diffusion"
 VERSION = 1
 SUFFIX = ".safetensors"
+MANIFEST = "manifest.json"
+"""In a folder: it is a checkpoint of several processes, see `sharded`."""
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or written, or does not fit; its message is one line."""
+
+    everywhere = True  # as in ConfigError
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
                 f"{tuple(tensor.shape)}"
             )
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        local(tensor).copy_(part_like(source[name], tensor))
 
 
 def _and_more(names: list[str]) -> str:
@@ -299,6 +304,10 @@ def read_checkpoint(
         CheckpointError: missing, damaged, or not a checkpoint of this library.
     """
     path = Path(path)
+    if (path / MANIFEST).is_file():
+        from k_diffusion.training.sharded import read_sharded
+
+        return read_sharded(path, parts)
     _recognise(path)
     kept: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
     try:

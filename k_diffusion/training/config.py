@@ -43,6 +43,8 @@ NotNegative = Annotated[float, Field(ge=0)]
 class ConfigError(ValueError):
     """A config that cannot be used; its message is one line."""
 
+    everywhere = True  # of several processes all meet it, so that one may speak for them
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(
@@ -357,6 +359,11 @@ class TrainConfig(_Config):
         description="The most images that a process computes at once, the rest of its share by "
         "accumulation; auto: the most that fit into memory; none: its whole share.",
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="How several processes share the work; ddp: each holds the whole network; "
+        "fsdp: each also holds only its share of weights, average and optimiser.",
+    )
     seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED)] = Field(
         default=0, description="Decides the first weights and everything random in every step."
     )
@@ -365,6 +372,11 @@ class TrainConfig(_Config):
     )
     grad_clip: Positive | None = Field(
         default=1.0, description="Largest norm of the gradient; none: any."
+    )
+    noise_scale_decay: Below1 | None = Field(
+        default=None,
+        description="Measure the gradient noise scale, the batch size beyond which larger ones "
+        "bring little, by moving averages that keep this much a step, such as 0.99; none: do not.",
     )
     precision: Literal["no", "bf16", "fp16"] = Field(
         default="no",
@@ -459,6 +471,29 @@ class TrainConfig(_Config):
                 "roll_back = true has nothing to go back to: give checkpoint_every_images"
             )
         return value
+
+    @model_validator(mode="after")
+    def _parallel(self) -> TrainConfig:
+        if self.parallel == "fsdp" and self.micro_batch_size == AUTO:
+            raise ValueError(
+                "micro_batch_size = 'auto' does not go with parallel = 'fsdp', whose processes "
+                "must all compute in the same parts: give a number"
+            )
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise ValueError(
+                "precision = 'fp16' does not go with parallel = 'fsdp', whose shards would each "
+                "have a loss scale of their own: give 'bf16'"
+            )
+        if self.parallel == "fsdp" and self.compile:
+            raise ValueError(
+                "compile = true does not go with parallel = 'fsdp': leave one of them out"
+            )
+        if self.parallel == "fsdp" and self.optimizer.type == "muon":
+            raise ValueError(
+                "optimizer.type = 'muon' does not go with parallel = 'fsdp': take 'adamw', or "
+                "parallel = 'ddp'"
+            )
+        return self
 
     @property
     def steps(self) -> int:

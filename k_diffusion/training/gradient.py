@@ -10,18 +10,21 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable
-from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from k_diffusion.training.devices import backward
 from k_diffusion.training.inputs import Inputs
+from k_diffusion.training.noise_scale import PartNorms
+
+if TYPE_CHECKING:
+    from k_diffusion.training.parallel import Alone
 
 
 class OutOfMemory(RuntimeError):
-    """Not even one sample at a time fits into the device's memory."""
+    """A step does not fit into the device's memory, and nothing can be made smaller."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -73,25 +76,25 @@ def largest_that_fits(fits: Callable[[int], bool], limit: int, slack: float = 0.
 
 
 def add_gradients(
-    module: nn.Module,
+    way: Alone,
     inputs: Inputs,
     micro_batch: int,
     *,
-    accelerator: Any,
     seed_part: Callable[[Inputs], None],
+    norms: PartNorms | None = None,
 ) -> Tensor:
     """Forward and backward in micro-batches; gradients are added to those of the weights.
 
     Args:
-        module: from accelerate; inputs -> the loss of each sample.
+        way: how the processes' gradients are joined; its module gives each sample's loss.
         inputs: of this process.
         micro_batch: the largest number of samples at a time.
-        accelerator: scales the loss for float16, and joins the processes' gradients with the last
-            micro-batch's.
         seed_part: seeds the network's own randomness for a micro-batch.
+        norms: takes the norm of each micro-batch's gradient.
 
     Returns:
-        The loss of each sample, detached, shape (B,). The gradient is that of their mean.
+        The loss of each sample, detached, shape (B,). The gradient is that of their mean, once
+        `way.finish` has been called.
     """
     losses = []
     parts = even_parts(len(inputs), micro_batch)
@@ -99,8 +102,12 @@ def add_gradients(
         part = inputs.part(start, stop) if len(parts) > 1 else inputs
         seed_part(part)
         last = stop == len(inputs)
-        with nullcontext() if last else accelerator.no_sync(module):
-            loss = module(part.x0, part.sigma, part.noise, **part.keywords)
-            backward(accelerator, loss.sum() / len(inputs))
+        with way.joining(last):
+            loss = way.module(part.x0, part.sigma, part.noise, **part.keywords)
+            backward(way.accelerator, loss.sum() / len(inputs))
         losses.append(loss.detach())
+        if norms is not None:
+            norms.take(len(part))
+    if norms is not None:
+        norms.give_back()
     return torch.cat(losses) if len(losses) > 1 else losses[0]

@@ -7,18 +7,22 @@ only and with the same randomness, to find where the first value went wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from k_diffusion.training.inputs import Inputs
 
+if TYPE_CHECKING:
+    from k_diffusion.training.parallel import Processes
+
 NAMED = 8
 """Images named in a report; the others are counted."""
+ONLY_NORM = "the norm of the gradient, each part of which is finite"
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class BadStep:
         step: its number, counted from 1.
         loss: mean over the whole batch.
         grad_norm: norm of the gradient; nan where it was not computed.
-        images: names of this process's images whose loss was not finite; where each loss was, of
-            none, since a gradient is everybody's.
+        images: names of the images whose loss was not finite; where each loss was, of none, since
+            a gradient is everybody's.
         more_images: how many there were beyond those named.
         sigmas: least and greatest noise level of those images, or else of all.
         where: the first thing that was not finite: "the data", a module or a weight's gradient.
@@ -74,38 +78,62 @@ def examine(
     gradients: Mapping[str, Tensor],
     replay: Callable[[Inputs], Any],
     name: Callable[[int], str],
+    processes: Processes,
 ) -> BadStep:
-    """Find out what was wrong with a step.
+    """Find out what was wrong with a step; all processes do so together, and all are told.
 
     Args:
         step, loss, grad_norm: see `BadStep`.
         losses: of each sample of this process, shape (B,).
         inputs: of this process.
         network: whose modules are watched.
-        gradients: by the weights' names, as the step computed them.
+        gradients: by the weights' names, as the step computed them; of shards, this process's.
         replay: computes some inputs forward once more, as in the step.
         name: number of an image -> what to call it.
+        processes: of the run.
     """
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     some = bad or range(len(inputs))
     sigmas = inputs.sigma[list(some)].double()
-    return BadStep(
+    # Alone, the bad samples take another path through float arithmetic than among the others: only
+    # the whole batch shows again what went wrong there. Sharded weights are gathered on the way,
+    # so that all processes compute it where one has to.
+    module = ""
+    if processes.any(bool(bad)):
+        module = first_bad_module(network, lambda: replay(inputs))
+    report = BadStep(
         step=step,
         loss=loss,
         grad_norm=grad_norm,
         images=tuple(name(int(inputs.indices[i])) for i in bad[:NAMED]),
         more_images=max(0, len(bad) - NAMED),
         sigmas=(float(sigmas.min()), float(sigmas.max())),
-        where=_where(inputs, bad, network, gradients, replay),
+        where=_where(inputs, bad, module, gradients),
+    )
+    return joined(processes.gather(report))
+
+
+def joined(reports: Sequence[BadStep]) -> BadStep:
+    """What several processes found of one step, each in its part of the batch."""
+    # Whose images were all well knows neither their levels nor the module.
+    having = [r for r in reports if r.images] or list(reports)
+    images = [image for r in having for image in r.images]
+    more = sum(r.more_images for r in having)
+    found = [r.where for r in having if r.where != ONLY_NORM]
+    return replace(
+        reports[0],
+        images=tuple(images[:NAMED]),
+        more_images=more + max(0, len(images) - NAMED),
+        sigmas=(min(r.sigmas[0] for r in having), max(r.sigmas[1] for r in having)),
+        where=found[0] if found else ONLY_NORM,
     )
 
 
 def _where(
     inputs: Inputs,
     bad: list[int],
-    network: nn.Module,
+    module: str,
     gradients: Mapping[str, Tensor],
-    replay: Callable[[Inputs], Any],
 ) -> str:
     if bad:
         if not inputs.x0[bad].isfinite().all():
@@ -113,15 +141,11 @@ def _where(
         for keyword, value in inputs.condition.items():
             if value.is_floating_point() and not value[bad].isfinite().all():
                 return f"the condition {keyword}"
-        # Alone, the bad samples take another path through float arithmetic than among the others:
-        # only the whole batch shows again what went wrong there.
-        if module := first_bad_module(network, lambda: replay(inputs)):
-            return module
-        return "the loss, of a finite network output"
+        return module or "the loss, of a finite network output"
     for parameter, gradient in gradients.items():
         if not gradient.isfinite().all():
             return f"the gradient of {parameter}"
-    return "the norm of the gradient, each part of which is finite"
+    return ONLY_NORM
 
 
 @torch.no_grad()

@@ -85,6 +85,7 @@ class Log:
             loss=sums["loss"] / steps if steps else None,
             grad_norm=sums["grad_norm"] / steps if steps else None,
             **({"terms": terms} if terms else {}),
+            **({} if state.noise_scale is None else {"noise_scale": state.noise_scale}),
             lr=state.lr,
             ema_decay=state.ema_decay,
             skipped_steps=state.skipped_steps,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from k_diffusion.training.config import ConfigError, OptimizerConfig
 from k_diffusion.training.muon import Muon, fusible, hidden_weights
+from k_diffusion.training.shards import cut_like
 from k_diffusion.training.weight_groups import weight_groups
 
 
@@ -172,7 +173,10 @@ def load_moments(
         name, _, key = full.rpartition("/")
         if name not in number or not _fits(tensor, weights[name]):
             raise ValueError(f"optimizer/{full} of shape {tuple(tensor.shape)} fits no weight")
-        state.setdefault(number[name], {})[key] = tensor
+        whole = tensor.ndim and tensor.shape == weights[name].shape
+        state.setdefault(number[name], {})[key] = (
+            cut_like(tensor, weights[name]) if whole else tensor
+        )
     for name, values in plain.get("weights", {}).items():
         state.setdefault(number[name], {}).update(values)
     optimizer.load_state_dict(

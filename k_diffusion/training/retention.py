@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,12 +13,12 @@ from k_diffusion.training.checkpoint import SUFFIX, CheckpointError, read_info
 if TYPE_CHECKING:
     from k_diffusion.training.config import TrainConfig
 
-_NAME = re.compile(rf"checkpoint-([0-9]{{12}}){re.escape(SUFFIX)}")
+_NAME = re.compile(rf"checkpoint-([0-9]{{12}})({re.escape(SUFFIX)})?")
 
 
-def checkpoint_path(folder: str | Path, images_seen: int) -> Path:
-    """Where a run's checkpoint of this moment lies; names sort as the clock does."""
-    return Path(folder) / f"checkpoint-{images_seen:012d}{SUFFIX}"
+def checkpoint_path(folder: str | Path, images_seen: int, sharded: bool = False) -> Path:
+    """Where a run's checkpoint of this moment lies: a file, or a folder of shards."""
+    return Path(folder) / f"checkpoint-{images_seen:012d}{'' if sharded else SUFFIX}"
 
 
 def images_of(path: Path) -> int:
@@ -29,7 +30,9 @@ def images_of(path: Path) -> int:
 
 def list_checkpoints(folder: str | Path) -> list[Path]:
     """The checkpoints that `run_training` left in a folder, oldest first."""
-    return sorted(p for p in Path(folder).glob(f"checkpoint-*{SUFFIX}") if _NAME.fullmatch(p.name))
+    found = [p for p in Path(folder).glob("checkpoint-*") if _NAME.fullmatch(p.name)]
+    # A folder has shards; of one moment the file, which is whole for itself, counts as the newer.
+    return sorted(p for p in found if p.suffix == SUFFIX or p.is_dir())
 
 
 def latest_checkpoint(
@@ -92,20 +95,21 @@ def remove_surplus(newest: Path, config: TrainConfig, say: Callable[[str], None]
 
     One that cannot be removed is told, and ends nothing.
     """
-    found = {images_of(path): path for path in list_checkpoints(newest.parent)}
+    found = list_checkpoints(newest.parent)
     later, old = surplus(
-        found,
+        {images_of(path) for path in found},
         images_of(newest),
         keep=config.keep_checkpoints,
         keep_every=config.keep_every_images,
         batch_size=config.batch_size,
     )
-    for images_seen in [*later, *old]:
-        path = found[images_seen]
-        if images_seen in later:
+    for path in found:
+        if images_of(path) not in (*later, *old):
+            continue
+        if images_of(path) in later:
             say(f"removing {path}, which the resumed run has not reached")
         try:
-            path.unlink(missing_ok=True)
+            _remove(path)
         except OSError as error:
             say(f"{path} cannot be removed ({error.strerror}): it stays")
 
@@ -113,10 +117,23 @@ def remove_surplus(newest: Path, config: TrainConfig, say: Callable[[str], None]
 def remove_all(folder: Path) -> None:
     """Remove all checkpoints of a run that is begun anew."""
     for path in list_checkpoints(folder):
-        path.unlink()
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    # What is left of one that is removed in part would count as damaged.
+    hidden = path.with_name(f".{path.name}.old.tmp")
+    path.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def remove_half_written(folder: Path) -> None:
     """Remove what a run left that was killed in a write."""
     for half in folder.glob(f".checkpoint-*{SUFFIX}.*.tmp"):
         half.unlink(missing_ok=True)
+    for half in folder.glob(".checkpoint-*.tmp"):
+        if half.is_dir():
+            shutil.rmtree(half)

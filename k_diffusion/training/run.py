@@ -7,7 +7,7 @@ The metrics are one JSON object a line:
 - {"event": "start", "config", "data", "parameters", "versions"}: once;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
   "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
-  over the finite steps since the line before;
+  over the finite steps since the line before; "noise_scale" too, where that is measured;
 - {"event": "skipped", "images_seen", and what `BadStep` has}: for each step that was not finite;
 - {"event": "spike", "step", "images_seen", "loss", "median"}: for each loss far above the median
   of those before, see `SpikeWatch`;
@@ -156,6 +156,7 @@ def run_training(
                 raise ConfigError(f"another run has written to out = {str(out)!r} meanwhile")
             _make_room(out, start, overwrite)
             remove_snapshots_after(out, trainer.images_seen, tell)
+        trainer.processes.wait()
         log = Log(trainer, out / METRICS if main else None, resumed=start is not None, say=tell)
         stack.callback(log.close)
         stack.callback(display.close)
@@ -172,14 +173,23 @@ def run_training(
         stack.enter_context(writer)
         recovery = Recovery(trainer, log, to_go_back_to, tell_once)
 
-        def save() -> Path:
-            path = checkpoint_path(out, trainer.images_seen)
+        def save(ended: bool) -> Path:
+            # Shards on the way, as they are quick to write; one file that is whole at the end.
+            sharded = trainer.is_sharded and not ended
+            path = checkpoint_path(out, trainer.images_seen, sharded)
             log.flush()
+            all_stay = recovery.in_question
+            after = (lambda: None) if all_stay else partial(remove_surplus, path, config, tell)
             if main:
                 lock.renew()
-                remove = partial(remove_surplus, path, config, tell)
-                all_stay = recovery.in_question
-                writer.save(path, trainer.contents(), after=(lambda: None) if all_stay else remove)
+            if sharded:
+                trainer.save(path)
+                if main:
+                    after()
+            else:
+                contents = trainer.contents()
+                if main:
+                    writer.save(path, contents, after=after)
             return path
 
         for state in trainer:
@@ -188,9 +198,9 @@ def run_training(
                 on_step(trainer, state)
             for file in set(trainer.source.bad_files) - named:
                 named.add(file)
-                tell(f"replacing broken image {file}: {trainer.source.bad_files[file]}")
+                tell_once(f"replacing broken image {file}: {trainer.source.bad_files[file]}")
             if state.skipped:
-                tell(f"step {state.step} skipped as not finite: {state.report}")
+                tell_once(f"step {state.step} skipped as not finite: {state.report}")
             back = recovery.went_back(state)
             if back and main:
                 remove_snapshots_after(out, trainer.images_seen, tell)
@@ -207,7 +217,7 @@ def run_training(
                 # Before the checkpoint: a run that goes on from that one lacks none.
                 save_snapshot(trainer)
             if ended or stopped is not None or (_due(state, config) and not back):
-                checkpoint, written = save(), trainer.step
+                checkpoint, written = save(ended), trainer.step
                 if not ended and stopped is None:  # a signal during the write needs no other one
                     stopped = agreed(trainer.accelerator, stop.signal)
             if stopped is not None:
@@ -220,7 +230,7 @@ def run_training(
         else:
             stopped = None
             if state is not None and written != trainer.step:  # the last steps were passed over
-                checkpoint = save()
+                checkpoint = save(True)
         sha256 = writer.wait()
         trainer.accelerator.wait_for_everyone()
         if checkpoint is None or not sha256:  # resumed at the very end: nothing was left to do

@@ -7,7 +7,7 @@ one part for each average, such as `ema_0.05/...`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from k_diffusion.training.checkpoint import SUFFIX, CheckpointError, read_record, save_checkpoint
-from k_diffusion.training.ema import Ema, PowerFunction
+from k_diffusion.training.ema import PowerFunction
+from k_diffusion.training.shards import gathered
 
 if TYPE_CHECKING:
     from k_diffusion.training.trainer import Trainer
@@ -47,7 +48,7 @@ class Snapshot:
 
 
 def save_snapshot(trainer: Trainer) -> Path | None:
-    """Write the run's power-function averages as they are now into its folder.
+    """Write the run's power-function averages as they are now into its folder; all processes call.
 
     Returns:
         The file; None where there is none to write: no update has been made, or this process is
@@ -62,10 +63,14 @@ def save_snapshot(trainer: Trainer) -> Path | None:
         for name, average in averages.items()
         if isinstance(average.profile, PowerFunction)
     }
-    if not (trainer.accelerator.is_main_process and profiles and trainer.ema.updates):
+    if not (profiles and trainer.ema.updates):
+        return None
+    main = trainer.processes.main
+    whole = {name: gathered(averages[name].state_dict(), keep=main) for name in profiles}
+    if not main:
         return None
     path, dtype = snapshot_path(config.out, trainer.images_seen), config.ema.snapshot_dtype
-    parts = {name: _rounded(averages[name], dtype, path) for name in profiles}
+    parts = {name: _rounded(whole[name], averages[name].buffers, dtype, path) for name in profiles}
     save_checkpoint(
         path,
         parts,
@@ -83,9 +88,11 @@ def save_snapshot(trainer: Trainer) -> Path | None:
     return path
 
 
-def _rounded(average: Ema, dtype: str, path: Path) -> dict[str, Tensor]:
-    found = average.state_dict()
-    for name in set(found) - average.buffers:
+def _rounded(
+    average: dict[str, Tensor], buffers: Set[str], dtype: str, path: Path
+) -> dict[str, Tensor]:
+    found = dict(average)
+    for name in set(found) - buffers:
         exact = found[name]
         found[name] = exact.to(DTYPES[dtype])
         if dtype != "float32" and not torch.equal(found[name].isfinite(), exact.isfinite()):

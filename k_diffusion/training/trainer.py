@@ -23,6 +23,7 @@ from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
 from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
 from k_diffusion.models.registry import known_classes
 from k_diffusion.training.checkpoint import (
+    SUFFIX,
     CheckpointError,
     CheckpointInfo,
     Contents,
@@ -55,6 +56,7 @@ from k_diffusion.training.health import BadStep, examine, unchanged_buffers
 from k_diffusion.training.inputs import Inputs, draw_hidden, draw_noise
 from k_diffusion.training.learning_rate import learning_rate
 from k_diffusion.training.loss import draw_half_log_snr
+from k_diffusion.training.noise_scale import BucketNorms, NoiseScale, PartNorms
 from k_diffusion.training.objective import Objective, density_of, make_objective
 from k_diffusion.training.optimizer import (
     adopt,
@@ -64,7 +66,17 @@ from k_diffusion.training.optimizer import (
     moments,
     plain_state,
 )
+from k_diffusion.training.parallel import (
+    Processes,
+    Sharded,
+    check_processes,
+    clip,
+    make_joining,
+    out_of_memory,
+)
 from k_diffusion.training.restore import load_into
+from k_diffusion.training.sharded import read_sharded, save_sharded
+from k_diffusion.training.shards import gathered, local
 from k_diffusion.training.spikes import without
 from k_diffusion.utils.maths import fold_seed
 from k_diffusion.utils.scheduler import make_scheduler
@@ -75,6 +87,8 @@ FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner", "optim
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line."""
+
+    everywhere = True  # as in ConfigError
 
 
 @dataclass(frozen=True)
@@ -92,6 +106,8 @@ class TrainState:
         skipped: whether this step changed nothing, because loss or gradient were not finite.
         report: what was wrong with a skipped step.
         terms: name -> mean over the batch of what the loss is made of, see `Objective.terms`.
+        noise_scale: the gradient noise scale in images; None where it is not measured, or not yet
+            told from noise.
         skipped_steps: how many have been, since the start of the run.
         images_per_second: over the last steps of this session.
         seconds_left: at that speed, to the end of the run.
@@ -110,6 +126,7 @@ class TrainState:
     seconds_left: float
     report: BadStep | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
+    noise_scale: float | None = None
 
 
 class Trainer:
@@ -143,6 +160,8 @@ class Trainer:
     ) -> None:
         self.accelerator = make_accelerator(config.precision)
         self.device: torch.device = self.accelerator.device
+        self.processes = Processes(self.accelerator)
+        check_processes(config, self.processes.count)
         options = config.data.model_dump()
         self.source = make_source(**options) if source is None else source
         self.config = config = settle(config, self.source, conditioner)
@@ -152,8 +171,8 @@ class Trainer:
             self.source,
             config.batch_size,
             config.seed,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            rank=self.processes.index,
+            world=self.processes.count,
         )
 
         torch.manual_seed(fold_seed(config.seed, Purpose.INIT))
@@ -169,6 +188,7 @@ class Trainer:
         model = full_model(network, config.model)
         self.config = config = config.model_copy(update={"model": model})
         self.network = network.to(self.device).train()
+        self.processes.copy_from_main(self.network)
         process = make_scheduler(**config.process) if config.process else None
         self.denoiser: NetworkDenoiser = make_denoiser(self.network, process)
         self._density = density_of(config, self.denoiser)
@@ -176,6 +196,8 @@ class Trainer:
         self._named = self.objective.named_with(self.network)
         self._raws(self.source.batch(torch.tensor([0])) if self.objective.raws else None)
 
+        self._joining = make_joining(config, self.accelerator, self.processes)
+        self._joining.shard(self.objective, self.network)
         make = optimizer or functools.partial(make_optimizer, config=config.optimizer)
         self.optimizer = make(self.network)
         adopt(self.optimizer, self.network)
@@ -184,6 +206,10 @@ class Trainer:
         self.averages = make_averages(self.network, config.ema)
         """By name; each is moved by every step that is not skipped."""
         self.ema: Ema = self.averages[MAIN]
+        measured = config.noise_scale_decay
+        self.noise_scale = None if measured is None else NoiseScale(measured)
+        self._bucket_norms: BucketNorms | None = None
+        self._known_bad_files = 0
         self.micro_batch = self._first_micro_batch()
         """The most samples that a process computes at once, halved where memory runs out; None:
         to be found in the next step."""
@@ -197,11 +223,9 @@ class Trainer:
         """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
         if resume is not None:
             self._resume(Path(resume))
+        self._check_agreed()
         trained = compiled(self.objective) if config.compile else self.objective
-        # The optimiser's state is where it belongs: moving it, accelerate would cast it, too.
-        self._module, self._optimizer = self.accelerator.prepare(
-            trained, self.optimizer, device_placement=[True, False]
-        )
+        self._optimizer = self._joining.prepare(trained, self.optimizer)
         self._parameters = [p for p in self.objective.parameters() if p.requires_grad]
 
     @property
@@ -240,6 +264,7 @@ class Trainer:
                 seconds_left=left / speed,
                 report=report,
                 terms=self._terms,
+                noise_scale=self.noise_scale.value if self.noise_scale else None,
             )
             if self.skipped_in_a_row >= config.max_skipped:
                 raise TrainingError(
@@ -289,22 +314,30 @@ class Trainer:
         inputs = self._inputs(batch)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        losses = self._gradient(inputs)
+        losses, part_norms = self._gradient(inputs)
         terms = self.objective.terms()
-        loss = torch.stack([losses.mean(), *(term.to(losses) for term in terms.values())])
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-        total = self.accelerator.reduce(loss, reduction="mean")
+        facts = [losses.mean().double() / self.processes.count]
+        facts += [self._joining.squared_norm(gradients)]
+        facts += [term.to(losses).double() / self.processes.count for term in terms.values()]
+        facts += part_norms
+        facts += [torch.full_like(facts[0], len(self.source.bad_files))]
+        totals = self.processes.total(torch.stack(facts))
+        norm = totals[1].sqrt().float()
         # The one place where the host waits for the device: what follows depends on it.
-        facts = torch.cat([total.double(), norm.double()[None]]).tolist()
-        loss_value, norm_value = facts[0], facts[-1]
-        self._terms = dict(zip(terms, facts[1:-1], strict=True))
+        loss_value, square, *rest, bad_files = totals.tolist()
+        self._terms = dict(zip(terms, rest, strict=False))
+        part_squares = rest[len(terms) :]
+        self._share_bad_files(int(bad_files))
+        norm_value = math.sqrt(square)
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         report = None if finite else self._examine(inputs, losses, loss_value, norm_value)
-        clip = self.config.grad_clip
-        if finite and clip is not None and norm_value > clip:
-            nn.utils.clip_grads_with_norm_(self._parameters, clip, norm, foreach=True)
+        largest = self.config.grad_clip
+        if finite and largest is not None and norm_value > largest:
+            clip(gradients, largest, norm)
         scaler = getattr(self.accelerator, "scaler", None)
+        if part_squares:
+            self._measure_noise(part_squares[0], square, scaler)
         if finite or (scaler is not None and not math.isfinite(norm_value)):
             # At an overflow the scaler skips by itself, and learns from it.
             optimizer_step(self.accelerator, self.optimizer)
@@ -322,40 +355,103 @@ class Trainer:
             self.skipped_in_a_row += 1
         return loss_value, norm_value, report
 
-    def _first_micro_batch(self) -> int | None:
-        share = self.config.batch_size // self.accelerator.num_processes
-        asked = self.config.micro_batch_size
-        return None if asked == AUTO else share if asked is None else min(share, asked)
+    def _share_bad_files(self, known: int) -> None:
+        """Let every process know the broken files that any has met; known: by all of them."""
+        if self.processes.count > 1 and known != self._known_bad_files:
+            for theirs in self.processes.gather(dict(self.source.bad_files)):
+                self.source.bad_files |= theirs
+            self._known_bad_files = self.processes.count * len(self.source.bad_files)
 
-    def _gradient(self, inputs: Inputs) -> Tensor:
-        """Each sample's loss, and the gradient of their mean in the weights, unscaled.
+    @property
+    def _most_at_once(self) -> int:
+        """The most samples of a process that may be computed at once, memory aside."""
+        share = self.config.batch_size // self.processes.count
+        halves = self.noise_scale is not None and self._joining.splits
+        return -(-share // 2) if halves else share
+
+    def _first_micro_batch(self) -> int | None:
+        asked, most = self.config.micro_batch_size, self._most_at_once
+        if asked == AUTO:
+            return None
+        return most if asked is None else min(most, int(asked))
+
+    def _gradient(self, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+        """Each sample's loss, and the gradient of the whole batch's mean in the weights, unscaled.
 
         Where memory runs out, the same step begins again with half the micro-batch.
+
+        Returns:
+            The losses; and where noise is measured, what this process counts of the mean squared
+            norm of the gradients of the batch's parts, scaled.
         """
+        self._joining.begin(lambda: self._has_unused_weights(inputs))
         if self.micro_batch is None:
             self.micro_batch = self._largest_micro_batch(inputs)
         while True:
+            failed, norms = False, self._part_norms()
             try:
-                losses = self._add_gradients(inputs, self.micro_batch)
-                self.accelerator.unscale_gradients()
-                return losses
+                losses = self._add_gradients(inputs, self.micro_batch, norms)
             except Exception as error:
-                if not is_out_of_memory(error) or self.accelerator.num_processes > 1:
+                if not is_out_of_memory(error):
                     raise
-                if self.micro_batch == 1:
-                    raise self._too_large() from None
+                if not self._joining.retries:
+                    raise out_of_memory(self.processes, self.micro_batch) from None
+                failed = True
             # Only here, where the error no longer holds what the failed attempt had computed.
+            if not self._joining.retries or not self.processes.any(failed):
+                break
+            if self.micro_batch == 1:
+                raise self._too_large()
             self.micro_batch = -(-min(self.micro_batch, len(inputs)) // 2)
             self._forget_gradients()
+        self._joining.finish(self._parameters)
+        self.accelerator.unscale_gradients()
+        if self._bucket_norms is not None:
+            return losses, [self._bucket_norms.take()[0].double() / self.processes.count]
+        return losses, [norms.total] if norms is not None and norms.total is not None else []
 
-    def _add_gradients(self, inputs: Inputs, micro_batch: int) -> Tensor:
+    def _part_norms(self) -> PartNorms | None:
+        """What looks at the micro-batches' gradients, where noise is measured by them."""
+        if self.noise_scale is None:
+            return None
+        if isinstance(self._joining.module, nn.parallel.DistributedDataParallel):
+            if self._bucket_norms is None:
+                self._bucket_norms = BucketNorms(self._joining.module)
+            return None
+        share = self.config.batch_size // self.processes.count
+        return PartNorms(self._parameters, share, self._joining.squared_norm)
+
+    def _measure_noise(self, part_square: float, square: float, scaler: Any) -> None:
+        assert self.noise_scale is not None
+        batch = self.config.batch_size
+        if scaler is not None:
+            part_square /= scaler.get_scale() ** 2
+        self.noise_scale.update(part_square, square, batch / self._parts(), batch)
+
+    def _parts(self) -> int:
+        """In how many parts the gradient of a step is looked at."""
+        count = self.processes.count
+        if self._bucket_norms is not None:
+            return count
+        micro_batches = len(even_parts(self.config.batch_size // count, self.micro_batch or 1))
+        return micro_batches * (1 if isinstance(self._joining, Sharded) else count)
+
+    def _has_unused_weights(self, inputs: Inputs) -> bool:
+        """Whether some weights take no part in the loss, by computing one sample's gradient."""
+        part = inputs.part(0, 1)
+        with unchanged_buffers(self.network), self.accelerator.autocast():
+            self._seed_part(part)
+            self.objective(part.x0, part.sigma, part.noise, **part.keywords).sum().backward()
+        unused = any(p.grad is None for p in self._parameters)
+        self._forget_gradients()
+        return unused
+
+    def _add_gradients(
+        self, inputs: Inputs, micro_batch: int, norms: PartNorms | None = None
+    ) -> Tensor:
         self.objective.forget_terms()
         return add_gradients(
-            self._module,
-            inputs,
-            micro_batch,
-            accelerator=self.accelerator,
-            seed_part=self._seed_part,
+            self._joining, inputs, micro_batch, seed_part=self._seed_part, norms=norms
         )
 
     def _forget_gradients(self) -> None:
@@ -373,6 +469,9 @@ class Trainer:
                     if self.optimizer.state
                     else [torch.empty_like(p) for p in self._parameters for _ in range(2)]
                 )
+                # Measuring noise keeps the sum of gradients beside the micro-batch's own.
+                if self.noise_scale is not None:
+                    held += [torch.empty_like(p) for p in self._parameters]
                 self._add_gradients(inputs.part(0, size), size)
                 del held
                 return True
@@ -386,9 +485,13 @@ class Trainer:
         # Each size would be compiled anew; compiled, a step takes less memory rather than more.
         with unchanged_buffers(self.network), torch.compiler.set_stance("force_eager"):
             try:
-                return largest_that_fits(fits, len(inputs))
+                size = largest_that_fits(fits, self._most_at_once)
             except OutOfMemory:
-                raise self._too_large() from None
+                size = 0
+        size = self.processes.least(size)
+        if not size:
+            raise self._too_large()
+        return size
 
     def _too_large(self) -> TrainingError:
         return TrainingError(
@@ -406,6 +509,7 @@ class Trainer:
                     part = inputs.part(start, stop)
                     self._seed_part(part)
                     self.objective(part.x0, part.sigma, part.noise, **part.keywords)
+            self._joining.after_forward(self.objective)
 
         return examine(
             step=self.step + 1,
@@ -414,9 +518,10 @@ class Trainer:
             losses=losses,
             inputs=inputs,
             network=self.network,
-            gradients={name: p.grad for name, p in names if p.grad is not None},
+            gradients={name: local(p.grad) for name, p in names if p.grad is not None},
             replay=replay,
             name=self.source.name,
+            processes=self.processes,
         )
 
     def _seed_part(self, part: Inputs) -> None:
@@ -508,31 +613,57 @@ class Trainer:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, path: str | Path) -> str:
-        """Write a checkpoint, on the main process only; gives its sha256."""
-        if not self.accelerator.is_main_process:
-            return ""
-        return write_checkpoint(path, self.contents())
+        """Write a checkpoint; every process has to call it, and gets its sha256.
+
+        Args:
+            path: a .safetensors file, which the main process writes, or any other name, of a
+                folder to which each process writes its shards.
+        """
+        path = Path(path)
+        if path.suffix != SUFFIX:
+            return save_sharded(path, self._named_parts(), self.processes, self._facts)
+        contents = self.contents()
+        return self.processes.on_main(lambda: write_checkpoint(path, contents))
 
     def contents(self) -> Contents:
-        """What a checkpoint of this moment holds; its tensors are the live ones, not copies."""
+        """What a checkpoint of this moment holds: the live tensors, not copies, where a process has
+        them whole. Every process has to call it; what others than the main one get has no tensors
+        if the weights are sharded."""
+        parts = self._named_parts()
+        if self.is_sharded:
+            parts = {
+                part: gathered(named, keep=self.processes.main) for part, named in parts.items()
+            }
+        return make_contents(parts, **self._facts())
+
+    def _named_parts(self) -> dict[str, Mapping[str, Tensor]]:
+        return {
+            "model": named_tensors(self.network),
+            **{name: average.state_dict() for name, average in self.averages.items()},
+            "optimizer": moments(self.optimizer, self._named),
+            "loss": self.objective.own_tensors(),
+        }
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only its share of the weights."""
+        return isinstance(self._joining, Sharded)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
         scaler = getattr(self.accelerator, "scaler", None)
-        return make_contents(
-            {
-                "model": named_tensors(self.network),
-                **{name: average.state_dict() for name, average in self.averages.items()},
-                "optimizer": moments(self.optimizer, self._named),
-                "loss": self.objective.own_tensors(),
-            },
-            config=self.config.to_json(),
-            images_seen=self.images_seen,
-            step=self.step,
-            data=self.source.facts(),
-            state={
+        return {
+            "config": self.config.to_json(),
+            "images_seen": self.images_seen,
+            "step": self.step,
+            "data": self.source.facts(),
+            "state": {
                 "ema_updates": self.ema.updates,
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
                 "micro_batch": self.micro_batch,
                 "passed_over": [list(part) for part in self.passed_over],
+                "noise_scale": self.noise_scale.state_dict() if self.noise_scale else None,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "optimizer": plain_state(self.optimizer, self._named, self._group_start),
                 "extra": self.extra,
@@ -541,10 +672,16 @@ class Trainer:
                 if self.conditioner is None
                 else type(self.conditioner).__name__,
             },
-        )
+        }
 
     def _resume(self, path: Path) -> None:
-        info, parts = read_checkpoint(path, ["model", *self.averages, "optimizer", "loss"])
+        wanted = ["model", *self.averages, "optimizer", "loss"]
+        if self.is_sharded and path.is_dir():
+            info, parts = read_sharded(
+                path, wanted, self.processes, cut_like=dict(self._named.named_parameters())
+            )
+        else:
+            info, parts = read_checkpoint(path, wanted)
         self._check_same_run(info)
         if not parts["model"]:
             raise CheckpointError(
@@ -569,7 +706,18 @@ class Trainer:
         known = [m for m in (self.micro_batch, info.state.get("micro_batch")) if m is not None]
         self.micro_batch = min(known, default=None)
         self.passed_over = [(a, b) for a, b in info.state.get("passed_over", [])]
+        if self.noise_scale is not None and info.state.get("noise_scale") is not None:
+            self.noise_scale.load_state_dict(info.state["noise_scale"])
         self.extra = dict(info.state["extra"])
+
+    def _check_agreed(self) -> None:
+        """Refuse to begin where processes do not go on from the same place."""
+        steps = self.processes.gather(self.step)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"the processes would go on from steps {', '.join(map(str, steps))}: the "
+                "checkpoints must lie on a disk that all of them see"
+            )
 
     def _check_same_run(self, info: CheckpointInfo) -> None:
         theirs, ours = flat(filled(info.config)), flat(filled(self.config.to_json()))
