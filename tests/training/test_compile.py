@@ -173,12 +173,12 @@ def test_the_search_for_a_micro_batch_compiles_nothing(
 
     tried: list[int] = []
 
-    def limited(self: Trainer, inputs: Any, micro_batch: int) -> Tensor:
+    def limited(self: Trainer, inputs: Any, micro_batch: int, *more: Any) -> Tensor:
         if compiling := not trainer.step and trainer.micro_batch is None:
             tried.append(len(inputs))
         if compiling and len(inputs) > 9:
             raise torch.OutOfMemoryError("out of memory")
-        return add(self, inputs, micro_batch)
+        return add(self, inputs, micro_batch, *more)
 
     add = Trainer._add_gradients
     monkeypatch.setattr(module.Trainer, "_add_gradients", limited)

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from k_diffusion.training.dataset import ArraySource, Batch, Digits
 from k_diffusion.training.folder import Folder
 from k_diffusion.training.health import BadStep, examine, first_bad_module
 from k_diffusion.training.inputs import Inputs
+from k_diffusion.training.parallel import Processes
 from k_diffusion.training.run import RunResult, run_training
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
@@ -165,6 +167,7 @@ def look(losses: list[float], network: nn.Module | None = None, **given: Any) ->
         inputs=inputs,
         network=network or nn.Identity(),
         name=lambda index: f"no. {index}",
+        processes=Processes(SimpleNamespace(process_index=0, num_processes=1, device="cpu")),
         **facts,
     )
 

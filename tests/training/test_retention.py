@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,29 @@ def test_the_old_one_goes_after_the_new_one_stands(
     assert [images_of(path) for path in list_checkpoints(config.out)] == [640]
 
 
-def test_what_cannot_be_removed_is_told(make_run_config: MakeConfig, tmp_path: Path) -> None:
-    checkpoint_path(tmp_path, 32).mkdir()
+def test_a_folder_of_shards_goes_as_a_file_does(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    for images in (32, 64, 96):
+        folder = checkpoint_path(tmp_path, images, sharded=True)
+        folder.mkdir()
+        (folder / "shard.safetensors").touch()
+    whole = checkpoint_path(tmp_path, 96)
+    whole.touch()
+    assert [images_of(p) for p in list_checkpoints(tmp_path)] == [32, 64, 96, 96]
+    assert list_checkpoints(tmp_path)[-1] == whole
+    remove_surplus(whole, make_run_config(keep_checkpoints=2), print)
+    assert [p.name[-3:] for p in list_checkpoints(tmp_path)] == ["064", "096", "ors"]
+
+
+def test_what_cannot_be_removed_is_told(
+    make_run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    checkpoint_path(tmp_path, 32).touch()
+    monkeypatch.setattr(Path, "unlink", refuse)
     newest = checkpoint_path(tmp_path, 64)
     newest.touch()
     said: list[str] = []
