@@ -11,12 +11,12 @@ from typing import Any
 __version__ = "0.3.0.dev0"
 
 _ROOMS = (
-    "config", "denoiser", "evaluation", "external", "guidance", "layers", "models", "sampling",
+    "config", "denoiser", "evaluation", "external", "gns", "guidance", "layers", "models",
+    "sampling",
     "training", "utils",
 )  # fmt: skip
 _TO_COME = {
     "augmentation": "with the training tools",
-    "gns": "with the training tools",
 }
 
 

@@ -60,7 +60,7 @@ class Compare:
         from k_diffusion.evaluation.sheet import REFERENCE, compare_samplers
         from k_diffusion.models.registry import known_classes
         from k_diffusion.sampling import find_solver
-        from k_diffusion.training.checkpoint import load_denoiser
+        from k_diffusion.training.restore import load_denoiser
         from k_diffusion.utils.scheduler import make_scheduler
 
         load_plugins(self.plugin)
