@@ -13,13 +13,14 @@ from .kinds import apg, autoguidance, cfg, cfg_zero_star
 from .measured import Operator, posterior_sampling, pseudo_inverse
 from .perturbed import Perturbed, perturbed_attention
 from .rules import Linear, Pair, Projected, Rescaled, Rule, ZeroStar
+from .switch import OnPath, SwitchAt
 from .threshold import Clamp, DynamicThreshold, dynamic_threshold
 
 __all__ = [
     "Cached", "Clamp", "Composed", "Contrast", "DynamicThreshold", "Guided", "Interval", "Linear",
-    "Null",
+    "Null", "OnPath",
     "Operator", "Pair", "Part", "Perturbed", "Projected", "Rescaled", "Rule", "Scale", "Score",
-    "Second", "Unconditional", "Weaker", "Wrapper", "ZeroStar", "apg", "autoguidance", "cfg",
+    "Second", "SwitchAt", "Unconditional", "Weaker", "Wrapper", "ZeroStar", "apg", "autoguidance", "cfg",
     "cfg_zero_star", "dynamic_threshold", "null_condition", "perturbed_attention",
     "posterior_sampling", "pseudo_inverse",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ from k_diffusion.sampling.adaptive import (
     AdaptiveSolver,
     sample_adaptive,
 )
+from k_diffusion.sampling.auto_steps import AutoSteps
 from k_diffusion.sampling.brownian import PathNoise
 from k_diffusion.sampling.brownian_tree import BatchedBrownianTree, BrownianTreeNoiseSampler
 from k_diffusion.sampling.compat import (
@@ -52,6 +53,7 @@ from k_diffusion.sampling.compat_tools import (
 )
 from k_diffusion.sampling.dpm_solver import DPMSolver
 from k_diffusion.sampling.engine import Run
+from k_diffusion.sampling.enhance import Enhance
 from k_diffusion.sampling.ksampler import NOISES, KSampler, find_solver
 from k_diffusion.sampling.likelihood import (
     ExactTrace,
@@ -61,11 +63,15 @@ from k_diffusion.sampling.likelihood import (
     invert,
     log_density,
 )
+from k_diffusion.sampling.many import Many
+from k_diffusion.sampling.masks import Resample
 from k_diffusion.sampling.noise import CallerNoise, NoiseSource, SampleNoise, unit_noise
 from k_diffusion.sampling.pairs import PAIRS, Pair
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
+from k_diffusion.sampling.preview import Preview
 from k_diffusion.sampling.solvers import SOLVERS, Solver, get_solver, solver
 from k_diffusion.sampling.stepping import PIDStepSizeController, StepControl
+from k_diffusion.sampling.watch import Cancelled, Result
 from k_diffusion.utils.levels import FLOW, VE, VP, Level, Levels
 
 __all__ = [
@@ -78,22 +84,29 @@ __all__ = [
     "VP",
     "AdaptiveInfo",
     "AdaptiveSolver",
+    "AutoSteps",
     "BatchedBrownianTree",
     "BrownianTreeNoiseSampler",
     "CallerNoise",
+    "Cancelled",
     "Churn",
     "DPMSolver",
+    "Enhance",
     "ExactTrace",
     "HutchinsonTrace",
     "KSampler",
     "Level",
     "Levels",
     "Likelihood",
+    "Many",
     "NoiseSource",
     "PIDStepSizeController",
     "Pair",
     "PathNoise",
     "Plan",
+    "Preview",
+    "Resample",
+    "Result",
     "Run",
     "SampleNoise",
     "Solver",

@@ -39,14 +39,14 @@ class AdaptiveInfo:
     calls: int
 
 
-def _take(value: Any, rows: Tensor, batch: int) -> Any:
+def take_rows(value: Any, rows: Tensor, batch: int) -> Any:
     """The rows of all tensors in a condition that have one per sample."""
     if isinstance(value, Tensor):
         return value[rows.to(value.device)] if value.shape[:1] == (batch,) else value
     if isinstance(value, Mapping):
-        return {key: _take(item, rows, batch) for key, item in value.items()}
+        return {key: take_rows(item, rows, batch) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        items = [_take(item, rows, batch) for item in value]
+        items = [take_rows(item, rows, batch) for item in value]
         return items if isinstance(value, list) else tuple(items)
     return value
 
@@ -92,7 +92,7 @@ class Query:
         if len(rows) < batch:
             chosen = torch.tensor(rows, device=x.device)
             if self.compact:
-                condition = {k: _take(v, chosen, batch) for k, v in condition.items()}
+                condition = {k: take_rows(v, chosen, batch) for k, v in condition.items()}
         if not self.compact:
             for row, value in zip(rows, sigmas, strict=True):
                 self._sigmas[row] = value

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from k_diffusion.sampling.compat_tools import number
-from k_diffusion.sampling.ksampler import _check_finite
+from k_diffusion.sampling.nonfinite import check_finite
 
 
 def check_input(name: str, model: Any, x: Any) -> None:
@@ -26,7 +26,7 @@ def check_input(name: str, model: Any, x: Any) -> None:
         raise TypeError(f"x of {name} must be a floating-point tensor, got {kind}")
     if x.ndim == 0 or x.shape[0] == 0:
         raise ValueError(f"x of {name} must have shape (B, ...) with B >= 1, got {tuple(x.shape)}")
-    _check_finite(x, f"x, the initial state of {name},")
+    check_finite(x, f"x, the initial state of {name},")
 
 
 def check_answer(name: str, answer: Any, x: Tensor) -> Tensor:
@@ -93,6 +93,6 @@ def finite_number(name: str, key: str, value: Any, at_least: float = -math.inf) 
 def warn_unless_finite(name: str, result: Tensor, stacklevel: int) -> None:
     """Warns the program, `stacklevel` calls up from the caller, of a result that is not finite."""
     try:
-        _check_finite(result, f"the result of {name}")
+        check_finite(result, f"the result of {name}")
     except FloatingPointError as error:
         warnings.warn(str(error), RuntimeWarning, stacklevel=stacklevel + 1)

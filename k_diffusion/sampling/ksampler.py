@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,13 +11,20 @@ from torch import Tensor
 
 from k_diffusion.denoiser import DENOISERS, FunctionDenoiser, make_denoiser, model_device
 from k_diffusion.sampling.adaptive import ADAPTIVE, AdaptiveSolver
-from k_diffusion.sampling.brownian import PathNoise
-from k_diffusion.sampling.engine import Run
-from k_diffusion.sampling.noise import FRESH, CallerNoise, NoiseSource, SampleNoise
+from k_diffusion.sampling.auto_steps import make_auto
+from k_diffusion.sampling.enhance import Enhance, make_enhance
+from k_diffusion.sampling.finish import Normalise, make_finish, with_known
+from k_diffusion.sampling.many import Many, described
+from k_diffusion.sampling.masks import Resample, make_resample, make_stages
+from k_diffusion.sampling.passes import Passes
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
+from k_diffusion.sampling.preview import Preview
 from k_diffusion.sampling.registry import SOLVERS, Solver
+from k_diffusion.sampling.start import Start, make_start, whole
+from k_diffusion.sampling.walk import NOISES, NoiseSampler, Walk, noise_maker
+from k_diffusion.sampling.watch import Flag, Recorder, Result, Watchers
 from k_diffusion.utils import maths
-from k_diffusion.utils.levels import FLOW, Level, Levels, Path
+from k_diffusion.utils.levels import FLOW, Levels, Path
 from k_diffusion.utils.scheduler import (
     FlowScheduler,
     KarrasScheduler,
@@ -27,13 +32,9 @@ from k_diffusion.utils.scheduler import (
     make_scheduler,
 )
 
-Callback = Callable[[int, Tensor, Tensor, Tensor], None]
-NoiseSampler = Callable[[float, float], Tensor]
+__all__ = ["NOISES", "KSampler", "find_solver"]
 
-NOISES: dict[str, type[SampleNoise] | type[PathNoise]] = {
-    "independent": SampleNoise,
-    "path": PathNoise,
-}
+Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class KSampler:
@@ -105,7 +106,7 @@ class KSampler:
             ValueError: steps is not a whole number of at least 1, or the model cannot begin where
                 the scheduler does.
         """
-        steps = _whole(steps)
+        steps = whole(steps)
         if not isinstance(steps, int) or type(self.scheduler).__hash__ is None:
             levels = self.scheduler.levels(steps).on(self.denoiser.path)
         else:
@@ -139,29 +140,54 @@ class KSampler:
     @torch.no_grad()
     def sample(
         self,
-        x: Tensor,
-        steps: int = 50,
+        x: Tensor | None = None,
+        steps: Any = 50,
         condition: Tensor | Mapping[str, Any] | None = None,
         *,
         seed: int | Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        shape: Sequence[int] | None = None,
+        init: Tensor | None = None,
+        strength: float | None = None,
+        mask: Tensor | None = None,
+        resample: Resample | int | None = None,
         noise: str | NoiseSampler = "independent",
         noise_on_cpu: bool = False,
         progress: bool = False,
         callback: Callback | None = None,
-    ) -> Tensor:
-        """Draws samples from noise.
+        preview: Preview | Callable[[int, Tensor], object] | None = None,
+        trajectory: bool = False,
+        details: bool = False,
+        cancel: Flag | None = None,
+        enhance: Enhance | float | bool | None = None,
+        normalise: Normalise = None,
+        to: str | None = None,
+        on_nan: str = "raise",
+    ) -> Any:
+        """Draws samples from noise, or from images.
 
         Args:
             x: unit Gaussian noise, shape (B, C, ...), as from `torch.randn` or `unit_noise`; it is
                 scaled to the first level here. It decides dtype and device of the result; the state
-                between calls is float32 or better.
+                between calls is float32 or better. None: `unit_noise` of `shape` and `seeds`.
             steps: number of steps; a second-order one-step method calls the model about twice in
-                each.
+                each. "auto" or an `AutoSteps`: as many as each sample needs.
             condition: class labels (integers, shape (B,)), an embedding (floats, shape (B, D)), or
                 a mapping of the model's keyword arguments.
             seed: for solvers that draw noise: one number per sample, or one number for all, where
                 sample i takes seed + i. A sample depends on its own seed alone, not on the batch.
                 None: from torch's global generator.
+            seeds: the same as `seed`, but always one per sample: without x they say how many.
+            shape: of one sample, (C, H, W) say, without x; None: that of init.
+            init: images to begin from, in the data's scale, one or B of them.
+            strength: how far init is noised, in [0, 1]: of `steps` steps the last round(strength ·
+                steps) are walked, one at least (`Levels.start_at`; diffusers' convention). 0 gives
+                init back, 1 a plain run, in which init has no part but where the mask keeps it.
+                Needed with init; with a mask, 1.
+            mask: 1 where to repaint, 0 where to keep init, exactly; between, the model's estimate
+                is that share of the way from init's. It broadcasts to init: (H, W), say.
+            resample: jumps back, with a mask: a `Resample`, or its number of times. More calls,
+                and a better fit of what is drawn to what is kept.
             noise: where a stochastic solver's noise comes from. "independent": drawn anew at each
                 step, the cheapest. "path": from a Brownian path that belongs to the seed, the same
                 for any number of steps and any levels, so that a sample converges as its steps are
@@ -173,107 +199,155 @@ class KSampler:
             callback: called as `callback(k, x, sigma, denoised)` after the k-th call of the model,
                 with its input, noise level (shape (B,)) and answer (of two, the guided one); by an
                 adaptive solver with the samples alone that the call was about.
+            preview: small pictures of the estimate: a `Preview`, or a function (k, pictures).
+            trajectory: return a `Result` with the states and estimates, two tensors of the batch's
+                size a step; not with an adaptive solver or steps="auto".
+            details: return a `Result`.
+            cancel: a `threading.Event`; once set, `Cancelled` is raised after the current call.
+            enhance: an `Enhance`, or its scale: a second pass over the enlarged result.
+            normalise: of the result: "clamp" to [-1, 1]; "dynamic", see `finish.dynamic`; or a
+                function of samples. What a mask keeps stays as it is.
+            to: "uint8": the result's [-1, 1] as 0..255.
+            on_nan: the result is read once, at its end. If it is not finite, the run is done again
+                to find the first call and module that were not. "raise": FloatingPointError says
+                so. "report": a RuntimeWarning does, and the result is returned; from an adaptive
+                solver there is none.
 
         Returns:
-            Samples, shape (B, C, ...), in the scale of the data that the model was trained on.
+            Samples, shape (B, C, ...), in the scale of the data that the model was trained on; or a
+            `Result` that holds them.
 
         Raises:
-            TypeError: x, steps, condition, seed or noise of a wrong type; no pair where the solver
-                takes two outputs.
-            ValueError: x that isn't finite, a condition that the model cannot take, bad steps, an
-                unknown noise.
+            TypeError: something of a wrong type; no pair where the solver takes two outputs.
+            ValueError: x or init that isn't finite, a shape, strength, mask or condition that does
+                not fit, bad steps, an unknown name.
             FloatingPointError: the result is not finite.
+            Cancelled: `cancel` was set; it holds the last estimate.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a floating-point tensor of unit noise, got {kind}")
-        if x.itemsize < 2:
-            raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-        if x.ndim < 2 or x.numel() == 0:
-            raise ValueError(
-                f"x must have shape (B, C, ...) with B >= 1 and no length of 0, got "
-                f"{tuple(x.shape)}"
-            )
-        make_noise = _noise_maker(noise, noise_on_cpu)
+        start = make_start(
+            x,
+            shape=shape,
+            seed=seed,
+            seeds=seeds,
+            init=init,
+            strength=strength,
+            mask=mask,
+            home=model_device(self.model),
+        )
+        finish = make_finish(normalise, to, start.noise.dtype)
+        if enhance is not None and enhance is not False:
+            enhance = make_enhance(enhance)
+        repeats = make_resample(resample, start.mask is not None)
         adaptive = isinstance(self.solver, AdaptiveSolver)
+        noise_maker(noise, noise_on_cpu)
         if adaptive and noise != "independent":
             raise ValueError(
                 f"{self.solver.name} draws noise for the steps it finds: leave noise alone"
             )
-        plan = None if adaptive else self.plan(steps, intervals=callable(noise))
-        levels = self.levels(steps) if plan is None else plan.levels
-        keywords = self._keywords(condition, x.shape[0])
-        home = model_device(self.model)
-        if home is not None and home != x.device:
-            raise ValueError(f"x is on {x.device} but the model on {home}: move one of them")
-        _check_finite(x, "x, the initial noise,")
+        if trajectory and (adaptive or make_auto(steps) is not None):
+            what = self.solver.name if adaptive else 'steps="auto"'
+            raise ValueError(f"{what} has no steps in common for a trajectory: use callback")
+        watchers = Watchers(callback, preview, trajectory, cancel)
 
-        first: Level = levels[0]
-        # x = alpha x0 + sigma eps without its first term, which is not known, and small there.
-        state = x.to(torch.promote_types(x.dtype, torch.float32)) * first.sigma
-        seeds = self._seeds(seed, x.shape[0])
-        if isinstance(self.solver, AdaptiveSolver):
-            return self._adapt(
-                self.solver, state, levels, seeds, keywords, progress, callback, noise_on_cpu
-            ).to(x.dtype)
-        assert plan is not None
-        source = make_noise(seeds, state) if plan.stochastic else None
-        float64 = getattr(self.denoiser, "float64_sigma", False)
-        run = Run(plan, state, source, torch.float64 if float64 else None)
-        del state
-        bar = _progress_bar(plan.evaluations) if progress else None
-        denoiser = self.denoiser
-        try:
-            while not run.done:
-                if callback is not None:
-                    answers = _answers(denoiser(run.x, run.sigma, **keywords), plan)
-                    callback(run.k, run.x, run.sigma, answers[0])
-                    run.advance(*answers)
-                elif plan.outputs == 1:
-                    run.advance(denoiser(run.x, run.sigma, **keywords))
-                else:
-                    run.advance(*_answers(denoiser(run.x, run.sigma, **keywords), plan))
-                if bar is not None:
-                    bar.update()
-        finally:
-            if bar is not None:
-                bar.close()
-        _check_finite(run.result, f"the result of {plan.solver} after {steps} steps")
-        return run.result.to(x.dtype)
-
-    def _adapt(
-        self,
-        solver: AdaptiveSolver,
-        x: Tensor,
-        levels: Levels,
-        seeds: Sequence[int],
-        keywords: Mapping[str, Any],
-        progress: bool,
-        callback: Callback | None,
-        noise_on_cpu: bool,
-    ) -> Tensor:
-        bar = _progress_bar(None) if progress else None
-
-        def told(k: int, x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
-            if callback is not None:
-                callback(k, x, sigma, denoised)
-            if bar is not None:
-                bar.update()
-
-        try:
-            return solver.run(
+        def make_walk(start: Start, steps: Any, keywords: Mapping[str, Any]) -> Walk:
+            return Walk(
                 self.denoiser,
-                x,
-                levels,
+                self.solver,
                 self.options,
-                seeds,
+                self.churn,
+                start,
+                make_stages(start.tail(self.levels(steps)), repeats),
                 keywords,
-                told,
-                noise_on_cpu=noise_on_cpu,
-            )[0]
-        finally:
-            if bar is not None:
-                bar.close()
+                noise,
+                noise_on_cpu,
+            )
+
+        passes = Passes(make_walk, watchers, progress, on_nan)
+        drawn = passes.draw(start, steps, self._keywords(condition, len(start)))
+        if isinstance(enhance, Enhance):
+            start = enhance.start(start, with_known(drawn.x, start.init, start.mask))
+            told = condition if enhance.condition is None else enhance.condition
+            again = enhance.steps or steps
+            drawn = passes.draw(start, again, self._keywords(told, len(start)))
+        samples = finish(drawn.x, start.init, start.mask)
+        if not (trajectory or details):
+            return samples
+        seen = watchers.recorder or Recorder()
+        return Result(
+            samples,
+            tuple(start.seeds),
+            drawn.steps,
+            passes.calls,
+            drawn.changes,
+            tuple(seen.levels),
+            tuple(seen.states),
+            tuple(seen.estimates),
+        )
+
+    def sample_many(
+        self,
+        n: int,
+        *,
+        steps: Any = 50,
+        shape: Sequence[int] | None = None,
+        condition: Any = None,
+        seed: int | Sequence[int] = 0,
+        batch_size: int | str = "auto",
+        rank: int | None = None,
+        world: int | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> Many:
+        """More samples than fit into memory at once; nothing is drawn before they are asked for.
+
+        Where memory runs out the batch is halved, and the samples that did not fit are drawn in
+        smaller ones. The samples are the same in whatever batches, and by whatever processes.
+
+        Args:
+            n: how many, in all processes together.
+            steps, condition: see `sample`. A condition's tensors have n rows, one per sample, or
+                one for all; or a function that is given a list of samples' numbers.
+            shape: of one sample, (C, H, W) say; None: that of init.
+            seed: sample i has seed + i; or n seeds.
+            batch_size: samples at a time, at first. "auto": 64.
+            rank, world: the number of this process and how many there are, each of which draws
+                every world-th sample. None: as torch.distributed or torchrun's variables say.
+            progress: show a bar with the samples drawn and the time left.
+            options: those of `sample`; init and mask with n rows or one.
+
+        Example:
+            >>> sampler = KSampler(lambda x, sigma: x / (1 + sigma[0] ** 2), "karras", "heun")
+            >>> sampler.sample_many(5, steps=4, shape=(3, 8, 8), batch_size=2).collect().shape
+            torch.Size([5, 3, 8, 8])
+        """
+        return Many(
+            self,
+            n,
+            steps=steps,
+            shape=shape,
+            condition=condition,
+            seed=seed,
+            batch_size=batch_size,
+            rank=rank,
+            world=world,
+            progress=progress,
+            options=options,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is; the CPU for one without parameters."""
+        return model_device(self.model) or torch.device("cpu")
+
+    def settings(self) -> dict[str, str]:
+        """What a sample depends on beside the weights, by name, as text."""
+        return {
+            "model": type(self.model).__name__,
+            "scheduler": described(self.scheduler),
+            "solver": self.solver.name,
+            "options": str(dict(sorted(self.options.items()))),
+            "churn": str(self.churn),
+        }
 
     def _keywords(self, condition: Any, batch: int) -> dict[str, Any]:
         if condition is None:
@@ -293,67 +367,6 @@ class KSampler:
             check(batch, **keywords)
         return keywords
 
-    @staticmethod
-    def _seeds(seed: int | Sequence[int] | None, batch: int) -> list[int]:
-        if seed is None:
-            return torch.randint(0, 2**62, (batch,)).tolist()
-        one = _whole(seed)
-        if isinstance(one, int) and not isinstance(one, bool):
-            return [one + i for i in range(batch)]
-        if isinstance(seed, Sequence):
-            seeds = [_whole(s) for s in seed]
-            if all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
-                if len(seeds) != batch:
-                    raise ValueError(f"{batch} samples need as many seeds, got {len(seeds)}")
-                return seeds
-        raise TypeError(f"seed must be a whole number or one per sample, got {seed!r}")
-
-
-def _answers(answer: Any, plan: Plan) -> tuple[Any, ...]:
-    """The denoiser's answer as the run takes it; for a solver of two, its two parts."""
-    if plan.outputs == 1:
-        return (answer,)
-    if not isinstance(answer, (tuple, list)) or len(answer) != plan.outputs:
-        what = (
-            f"{len(answer)} of them" if isinstance(answer, (tuple, list)) else type(answer).__name__
-        )
-        raise TypeError(
-            f"{plan.solver} needs a denoiser that returns a pair, the guided and the unconditional "
-            f"estimate of x0, got {what}: guide the model so, or use a sampler without cfg_pp"
-        )
-    return tuple(answer)
-
-
-def _noise_maker(
-    noise: str | NoiseSampler, on_cpu: bool
-) -> Callable[[Sequence[int], Tensor], NoiseSource]:
-    """What makes the noise source of a run, given its seeds and its state."""
-    if isinstance(noise, str):
-        if noise not in NOISES:
-            raise ValueError(maths.unknown("noise", noise, NOISES))
-        return functools.partial(NOISES[noise], on_cpu=on_cpu)
-    if not callable(noise):
-        raise TypeError(
-            f"noise must be {' or '.join(map(repr, NOISES))}, or a function "
-            f"noise_sampler(sigma, sigma_next), got {noise!r}"
-        )
-    sampler = noise
-
-    def made(seeds: Sequence[int], like: Tensor) -> NoiseSource:
-        return CallerNoise(sampler, like, SampleNoise(seeds, like, FRESH, on_cpu=on_cpu))
-
-    return made
-
-
-def _whole(value: Any) -> Any:
-    """A whole number of another library (numpy's, say) as Python's; anything else as it is."""
-    if isinstance(value, (int, str, Tensor)):
-        return value
-    try:
-        return operator.index(value)
-    except TypeError:
-        return value
-
 
 def find_solver(name: Solver | AdaptiveSolver | str) -> Solver | AdaptiveSolver:
     """A registered solver of fixed or of adaptive steps; a solver passes through.
@@ -372,22 +385,3 @@ def find_solver(name: Solver | AdaptiveSolver | str) -> Solver | AdaptiveSolver:
 @functools.lru_cache(maxsize=256, typed=True)  # typed: steps=True must not find what 1 left
 def _lay(scheduler: Scheduler, steps: int, path: Path) -> Levels:
     return scheduler.levels(steps).on(path)
-
-
-def _check_finite(x: Tensor, what: str) -> None:
-    # A finite sum proves finite terms, for a fifth of the time; an infinite one may be overflow.
-    if x.device.type == "meta" or math.isfinite(x.sum().item()):
-        return
-    if not bool(torch.isfinite(x).all()):
-        share = (~torch.isfinite(x)).float().mean().item()
-        error = ValueError if what.startswith("x,") else FloatingPointError
-        raise error(
-            f"{what} is not finite in {share:.1%} of its values: "
-            "check the model's output, the noise and the input for overflow or NaN"
-        )
-
-
-def _progress_bar(total: int | None) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="sampling", unit="call", leave=False)

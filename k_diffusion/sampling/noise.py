@@ -12,8 +12,9 @@ from k_diffusion.sampling.expr import Interval
 from k_diffusion.utils.maths import fold_seed
 
 # Streams of one seed. The initial noise and the noise of a sampler must not be the same numbers,
-# nor those of two kinds of sources.
-INITIAL, PATH, BROWNIAN, FRESH = 1, 2, 3, 4
+# nor those of two kinds of sources, nor of two passes of one run. (3 is also the probes' stream of
+# likelihoods, which draw no path.)
+INITIAL, PATH, BROWNIAN, FRESH, ENHANCED, RESAMPLED = 1, 2, 3, 4, 5, 6
 
 
 class NoiseSource(Protocol):
@@ -136,7 +137,11 @@ class CallerNoise:
 
 
 def unit_noise(
-    shape: Sequence[int], seeds: Sequence[int], device: torch.device | str = "cpu"
+    shape: Sequence[int],
+    seeds: Sequence[int],
+    device: torch.device | str = "cpu",
+    *,
+    stream: int = INITIAL,
 ) -> Tensor:
     """Initial noise for `KSampler.sample`: sample i is a function of seeds[i] alone.
 
@@ -145,9 +150,10 @@ def unit_noise(
         seeds: one per sample.
         device: where it is used. It is made on the CPU, so that a seed gives the same noise on
             every device.
+        stream: separates uses of one seed.
 
     Returns:
         Unit Gaussian noise, shape (len(seeds), *shape), float32.
     """
     like = torch.empty(len(seeds), *shape)
-    return SampleNoise(seeds, like, INITIAL).draw().to(device)
+    return SampleNoise(seeds, like, stream).draw().to(device)

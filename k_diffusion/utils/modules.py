@@ -1,11 +1,17 @@
-"""Modules: how many weights they have, and the mode they are in."""
+"""Modules: how many weights they have, their mode, and the first that gives no finite value."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
 
 
 def n_params(module: nn.Module) -> int:
@@ -32,3 +38,48 @@ def train_mode(model: nn.Module, mode: bool = True) -> Iterator[nn.Module]:
 def eval_mode(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """Within the block the model is in evaluation mode; afterwards every part is as it was."""
     return train_mode(model, False)
+
+
+@contextmanager
+def first_bad_module() -> Iterator[list[str]]:
+    """Notes name and kind of the first module whose output is not finite, of all that are called.
+
+    Within the block every output of a module called by this thread is read, for which the host
+    waits; a module without parts comes before the one that holds it. What is given back by
+    `with ... as` stays empty where all outputs are finite.
+    """
+    found: list[str] = []
+    called: list[nn.Module] = []
+    thread = threading.get_ident()
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if threading.get_ident() == thread:
+            called.append(module)
+
+    def look(module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != thread:
+            return
+        while called and called.pop() is not module:  # one that was left by an exception
+            pass
+        if not found and not is_finite(output):
+            root = called[0] if called else module
+            name = next((name for name, part in root.named_modules() if part is module), "")
+            found.append(f"{name} ({type(module).__name__})" if name else type(module).__name__)
+
+    hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(look))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def is_finite(output: Any) -> bool:
+    """Whether all floating-point tensors in a module's output are finite; the host waits."""
+    if isinstance(output, Tensor):
+        return not output.is_floating_point() or bool(output.isfinite().all())
+    if isinstance(output, (tuple, list)):
+        return all(map(is_finite, output))
+    if isinstance(output, Mapping):
+        return all(map(is_finite, output.values()))
+    return True
