@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +44,17 @@ class AutoSteps:
                 f"most = {self.most} leaves no room to double first = {self.first}: raise most"
             )
 
+    def unsettled(self, steps: Sequence[int], changes: Sequence[float]) -> str:
+        """What to say of samples that still change by more than the tolerance; or nothing."""
+        over = [change for change in changes if not change <= self.tolerance]
+        if not over:
+            return ""
+        return (
+            f"{len(over)} of {len(changes)} samples still change by up to {max(over):.2g} of their "
+            f"size from {max(steps) // 2} to {max(steps)} steps, more than the tolerance "
+            f"{self.tolerance:g}: raise most or the tolerance, or take a method of higher order"
+        )
+
 
 def make_auto(steps: Any) -> AutoSteps | None:
     """How to find the number of steps, where `steps` says that it is to be found."""
@@ -82,14 +92,6 @@ def refine(
             break
         kept = [k for k in range(len(rows)) if k not in set(done)]
         rows, before = [rows[k] for k in kept], after[kept]
-    over = [value for value in changes if not value <= auto.tolerance]
-    if over:
-        warnings.warn(
-            f"{len(over)} of {batch} samples still change by up to {max(over):.2g} of their size "
-            f"from {steps // 2} to {steps} steps, more than the tolerance {auto.tolerance:g}: "
-            "raise most or the tolerance, or take a method of higher order",
-            stacklevel=4,
-        )
     return result, tuple(taken), tuple(changes)
 
 

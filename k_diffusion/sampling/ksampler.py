@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -269,6 +270,8 @@ class KSampler:
             told = condition if enhance.condition is None else enhance.condition
             again = enhance.steps or steps
             drawn = passes.draw(start, again, self._keywords(told, len(start)))
+        for warning in passes.warnings:
+            warnings.warn(warning, stacklevel=3)  # past torch's no_grad, at the caller's line
         samples = finish(drawn.x, start.init, start.mask)
         if not (trajectory or details):
             return samples

@@ -95,6 +95,4 @@ def explain(replay: Callable[[Told], Any], step_of: Callable[[int], str]) -> str
             "every call of a second run with the same seeds was finite: the last step overflowed, "
             "or the model does not repeat itself"
         )
-    if modules:
-        return f"{said[0]}; first module: {modules[0]}"
-    return f"{said[0]}; every module's output was finite"
+    return said[0] + (f"; first module: {modules[0]}" if modules else "")

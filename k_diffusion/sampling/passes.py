@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +31,7 @@ class Drawn:
 
 
 class Passes:
-    """Runs passes, and counts the calls of the model.
+    """Runs passes, counts the calls of the model, and gathers what is to be warned of.
 
     Args:
         make_walk: (start, steps, keywords) -> what a pass walks.
@@ -52,8 +51,9 @@ class Passes:
         self._make_walk = make_walk
         self._watchers = watchers
         self._progress = progress
-        self._warn = _report if on_nan == "report" else None
+        self._warn = self._report if on_nan == "report" else None
         self.calls = 0
+        self.warnings: list[Warning] = []
 
     def draw(self, start: Start, steps: Any, keywords: Mapping[str, Any]) -> Drawn:
         """Draws all samples of a start.
@@ -79,7 +79,13 @@ class Passes:
             told = {name: take_rows(v, index, len(start)) for name, v in keywords.items()}
             return self._once(start.rows(rows), steps, told)
 
-        return Drawn(*refine(auto, len(start), run))
+        x, taken, changes = refine(auto, len(start), run)
+        if said := auto.unsettled(taken, changes):
+            self.warnings.append(UserWarning(said))
+        return Drawn(x, taken, changes)
+
+    def _report(self, message: str) -> None:
+        self.warnings.append(RuntimeWarning(message))
 
     def _once(self, start: Start, steps: int, keywords: Mapping[str, Any]) -> Tensor:
         walk = self._make_walk(start, steps, keywords)
@@ -125,10 +131,6 @@ def _check_refinable(walk: Walk) -> None:
             f'{name} draws noise: steps="auto" needs noise="path", on which a sample stays the '
             "same and converges as its steps are refined"
         )
-
-
-def _report(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=6)
 
 
 def progress_bar(total: int | None) -> Any:
