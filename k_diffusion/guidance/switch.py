@@ -79,7 +79,7 @@ class SwitchAt(Wrapper):
             return refined
         d = self.denoiser(x, sigma, **condition)
         inside = self._noisy.inside(noise_to_signal(self, sigma))
-        if isinstance(d, tuple):
+        if isinstance(d, (tuple, list)):
             return tuple(_either(inside, a, b) for a, b in zip(d, refined, strict=True))
         return _either(inside, d, refined)
 

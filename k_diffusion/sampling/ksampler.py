@@ -199,7 +199,8 @@ class KSampler:
             progress: show a progress bar on standard error.
             callback: called as `callback(k, x, sigma, denoised)` after the k-th call of the model,
                 with its input, noise level (shape (B,)) and answer (of two, the guided one); by an
-                adaptive solver with the samples alone that the call was about.
+                adaptive solver with the samples alone that the call was about. Each pass counts
+                from 0.
             preview: small pictures of the estimate: a `Preview`, or a function (k, pictures).
             trajectory: return a `Result` with the states and estimates, two tensors of the batch's
                 size a step; not with an adaptive solver or steps="auto".

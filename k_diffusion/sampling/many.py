@@ -272,6 +272,8 @@ def _rows(value: Any, rows: Sequence[int], n: int) -> Any:
         return value
     if isinstance(value, Mapping):
         return {key: _rows(item, rows, n) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_rows(item, rows, n) for item in value)
     return value
 
 

@@ -4,7 +4,9 @@ The known part is put into the model's estimate of x0, not into the state. A sol
 is one point for good carries the state along exactly that point's noised version, at every level
 and every inner stage (all of ours do: it is what their exactness tests assert). So the known part
 of the state is always `init` noised to the level of the state, the noise being that of the run
-itself; no solver needs to know of it, predictors and adaptive steps included.
+itself; no solver needs to know of it, predictors and adaptive steps included. What is drawn is
+also a little nearer to its true distribution than where the known part of the state is replaced at
+each step, by init with fixed or with fresh noise (benchmarks/inpainting.py).
 """
 
 from __future__ import annotations
@@ -83,6 +85,11 @@ class Resample:
     After each walk over `jump` steps but the last, the noise that they took away is added again,
     and they are walked anew. That harmonises the drawn part with the known one: without it, what
     was drawn at high noise was drawn without seeing the known part well, and stays.
+
+    Calls are better spent on times than on steps or on longer parts: on a mixture, where the right
+    distribution is known, 20 Heun steps are off by 0.34 (largest difference of the distribution
+    functions) once, 0.22 with 4 times and 0.11 with 10; with 10 times over parts of 5 steps by
+    0.20; and 60 steps 4 times by 0.21 (benchmarks/inpainting.py).
 
     Source: Lugmayr et al. 2022, arXiv:2201.09865, section 4.2 and appendix (r and j there).
 

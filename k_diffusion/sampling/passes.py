@@ -12,7 +12,7 @@ from torch import Tensor
 from k_diffusion.sampling.adaptive import AdaptiveSolver, take_rows
 from k_diffusion.sampling.auto_steps import make_auto, refine
 from k_diffusion.sampling.nonfinite import explain
-from k_diffusion.sampling.start import Start
+from k_diffusion.sampling.start import Start, whole
 from k_diffusion.sampling.walk import Walk
 from k_diffusion.sampling.watch import Watchers
 from k_diffusion.utils import maths
@@ -69,7 +69,7 @@ class Passes:
             return Drawn(start.unchanged(), (0,) * len(start))
         auto = make_auto(steps)
         if auto is None:
-            return Drawn(self._once(start, steps, keywords), (steps,) * len(start))
+            return Drawn(self._once(start, steps, keywords), (whole(steps),) * len(start))
         _check_refinable(self._make_walk(start, auto.first, keywords))
 
         def run(rows: Sequence[int], steps: int) -> Tensor:

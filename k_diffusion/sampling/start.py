@@ -18,7 +18,7 @@ from k_diffusion.utils.levels import Level, Levels
 from k_diffusion.utils.maths import is_number
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Start:
     """The settled start of a run.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ NOISES: dict[str, type[SampleNoise] | type[PathNoise]] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Walk:
     """All that decides a pass, so that it can be done again.
 
@@ -42,6 +42,7 @@ class Walk:
         keywords: the denoiser's, without those of a known part.
         noise: see `KSampler.sample`.
         noise_on_cpu: see there.
+        plans: one a stage; none for an adaptive solver.
     """
 
     denoiser: Any
@@ -53,22 +54,17 @@ class Walk:
     keywords: Mapping[str, Any]
     noise: str | NoiseSampler = "independent"
     noise_on_cpu: bool = False
+    plans: list[Plan] = field(default_factory=list, init=False)
 
-    @functools.cached_property
-    def plans(self) -> tuple[Plan, ...]:
-        """One a stage; none for an adaptive solver."""
+    def __post_init__(self) -> None:
         if isinstance(self.solver, AdaptiveSolver):
-            return ()
-        return tuple(
-            make_plan(
-                self.solver,
-                stage.levels,
-                churn=self.churn,
-                intervals=callable(self.noise),
-                **self.options,
+            return
+        intervals = callable(self.noise)
+        for stage in self.stages:
+            plan = make_plan(
+                self.solver, stage.levels, churn=self.churn, intervals=intervals, **self.options
             )
-            for stage in self.stages
-        )
+            self.plans.append(plan)
 
     @property
     def calls(self) -> int | None:

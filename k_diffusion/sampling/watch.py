@@ -47,8 +47,8 @@ class Result:
     Attributes:
         samples: shape (B, C, ...), what `sample` returns otherwise.
         seeds: one per sample.
-        steps: that each sample took, of those asked for; with `steps="auto"`, that it was found
-            to need.
+        steps: that each sample's levels were laid with, of the last pass; with `steps="auto"`,
+            those it was found to need. (A strength walks a part of them.)
         calls: of the model, on the batch or a part of it; of all passes together.
         changes: with `steps="auto"`, how much each sample changed when its steps were doubled for
             the last time, as a share of its root mean square.
