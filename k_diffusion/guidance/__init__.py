@@ -18,9 +18,8 @@ from .threshold import Clamp, DynamicThreshold, dynamic_threshold
 
 __all__ = [
     "Cached", "Clamp", "Composed", "Contrast", "DynamicThreshold", "Guided", "Interval", "Linear",
-    "Null", "OnPath",
-    "Operator", "Pair", "Part", "Perturbed", "Projected", "Rescaled", "Rule", "Scale", "Score",
-    "Second", "SwitchAt", "Unconditional", "Weaker", "Wrapper", "ZeroStar", "apg", "autoguidance", "cfg",
-    "cfg_zero_star", "dynamic_threshold", "null_condition", "perturbed_attention",
-    "posterior_sampling", "pseudo_inverse",
+    "Null", "OnPath", "Operator", "Pair", "Part", "Perturbed", "Projected", "Rescaled", "Rule",
+    "Scale", "Score", "Second", "SwitchAt", "Unconditional", "Weaker", "Wrapper", "ZeroStar", "apg",
+    "autoguidance", "cfg", "cfg_zero_star", "dynamic_threshold", "null_condition",
+    "perturbed_attention", "posterior_sampling", "pseudo_inverse",
 ]  # fmt: skip
