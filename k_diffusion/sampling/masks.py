@@ -35,8 +35,8 @@ class Known(Wrapper):
         known, mask = condition.pop(KNOWN), condition.pop(MASK)
         answer = self.denoiser(x, sigma, **condition)
         if isinstance(answer, (tuple, list)):
-            return tuple(_placed(known, d, mask) for d in answer)
-        return _placed(known, answer, mask)
+            return tuple(_placed(known, d, mask, x) for d in answer)
+        return _placed(known, answer, mask, x)
 
 
 def known_part(init: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -44,8 +44,8 @@ def known_part(init: Tensor, mask: Tensor) -> dict[str, Tensor]:
     return {KNOWN: init, MASK: mask}
 
 
-def _placed(known: Tensor, d: Any, mask: Tensor) -> Any:
-    if not isinstance(d, Tensor) or d.shape[1:] != known.shape[1:] or not d.is_floating_point():
+def _placed(known: Tensor, d: Any, mask: Tensor, x: Tensor) -> Any:
+    if not isinstance(d, Tensor) or d.shape != x.shape or not d.is_floating_point():
         return d  # for the run to refuse by name
     return torch.lerp(known, d.to(known.dtype), mask)
 
@@ -88,8 +88,8 @@ class Resample:
 
     Calls are better spent on times than on steps or on longer parts: on a mixture, where the right
     distribution is known, 20 Heun steps are off by 0.34 (largest difference of the distribution
-    functions) once, 0.22 with 4 times and 0.11 with 10; with 10 times over parts of 5 steps by
-    0.20; and 60 steps 4 times by 0.21 (benchmarks/inpainting.py).
+    functions) once, 0.21 with 4 times and 0.12 with 10; with 10 times over parts of 5 steps by
+    0.21; and 60 steps 4 times by 0.21 (benchmarks/inpainting.py).
 
     Source: Lugmayr et al. 2022, arXiv:2201.09865, section 4.2 and appendix (r and j there).
 

@@ -96,6 +96,9 @@ def test_known_pixels_are_exact_and_follow_their_own_noise(solver):
     keep = MASK == 0
     assert torch.equal(result[..., keep], IMAGES[..., keep])
     assert (result[..., ~keep] - IMAGES[..., ~keep]).abs().max() > 0.05
+    again = sampler.sample(None, 5, init=IMAGES, mask=MASK, seeds=[1, 2], resample=Resample(2, 2))
+    assert torch.equal(again[..., keep], IMAGES[..., keep])
+    assert (again - result).abs().max() > 0.01
     if known is not None and (known.order == 0 or "cfg_pp" in solver):
         return  # these are not exact on a point: consistency models, and guidance between two
     for x, sigma in states:
@@ -169,6 +172,23 @@ def test_noise_back_gives_the_noisier_level_exactly(path):
     rest = back - noisy.alpha * x0
     assert abs((rest * x0).mean().item()) < 0.02
     assert rest.std().item() == pytest.approx(noisy.sigma, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: x[:1], r"returned shape \(1, 3, 4, 4\) for x of shape \(2, 3, 4, 4\)"),
+        (lambda x: x[..., :1], r"returned shape \(2, 3, 4, 1\)"),
+        (lambda x: x.long(), "returned torch.int64"),
+        (lambda x: (x, x), "must return a tensor, .* got tuple"),
+        (lambda x: None, "must return a tensor, .* got NoneType"),
+    ],
+)
+def test_a_model_s_wrong_answer_is_named_as_without_a_mask(answer, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        KSampler(lambda x, sigma: answer(x), "karras").sample(
+            None, 3, init=IMAGES, mask=MASK, seeds=[1, 2]
+        )
 
 
 def test_the_levels_that_jumps_walk():
