@@ -51,7 +51,7 @@ def make_finish(
 
     Args:
         normalise: a name in `NORMALISERS`, a function of samples, or None: left as they are.
-        to: "uint8": values in [-1, 1] to 0..255, rounded; None: `dtype`.
+        to: "uint8": values in [-1, 1] to 0..255, rounded, what is not finite to 0; None: `dtype`.
         dtype: of the result otherwise.
 
     Returns:
@@ -79,6 +79,6 @@ def make_finish(
         if to is None:
             return x.to(dtype)
         # Not `to_uint8`, which refuses what is not finite: a report may have let it through.
-        return ((x.nan_to_num(-1.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return ((x.nan_to_num(-1.0, -1.0, -1.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
     return finish

@@ -264,6 +264,7 @@ class KSampler:
                 noise_on_cpu,
             )
 
+        seeds_used = tuple(start.seeds)
         passes = Passes(make_walk, watchers, progress, on_nan)
         drawn = passes.draw(start, steps, self._keywords(condition, len(start)))
         if isinstance(enhance, Enhance):
@@ -279,7 +280,7 @@ class KSampler:
         seen = watchers.recorder or Recorder()
         return Result(
             samples,
-            tuple(start.seeds),
+            seeds_used,
             drawn.steps,
             passes.calls,
             drawn.changes,

@@ -145,5 +145,5 @@ class Previewer:
             small = torch.einsum("oc,bchw->bohw", self._matrix, small)
             if self._bias is not None:
                 small = small + self._bias
-        small = small.nan_to_num(-1.0).clamp(-1, 1)  # what is not finite is black
+        small = small.nan_to_num(-1.0, -1.0, -1.0).clamp(-1, 1)  # what is not finite is black
         return ((small + 1) * 127.5).round().to(torch.uint8)

@@ -5,7 +5,7 @@ import torch
 
 from k_diffusion.sampling import Enhance, KSampler, unit_noise
 from k_diffusion.sampling.finish import dynamic
-from k_diffusion.utils.scheduler import KarrasScheduler
+from k_diffusion.utils.scheduler import CustomScheduler, KarrasScheduler
 
 
 def loud(x, sigma):
@@ -104,6 +104,7 @@ def test_enhance_is_the_first_pass_enlarged_noised_and_drawn_again():
     assert result.samples.shape == (2, 3, 12, 12)
     assert [len(x[0, 0]) for x, _ in seen] == [8] * 10 + [12] * 8
     assert result.calls == 18
+    assert result.seeds == (4, 5)
     first = sampler.sample(x_of(), 10, seed=4)
     large = torch.nn.functional.interpolate(first, (12, 12), mode="bicubic")
     sigma = sampler.levels(20).start_at(0.4)[0].sigma
@@ -115,6 +116,22 @@ def test_enhance_is_the_first_pass_enlarged_noised_and_drawn_again():
     far = sampler.sample(unit_noise((3, 12, 12), [4, 5]), 10)
     assert close < 0.5 < (far - large).square().mean() / large.square().mean()
     assert close > 1e-4
+
+
+def test_the_second_pass_has_noise_of_its_own():
+    """For both passes a step from sigma 2 to 1 of a model that knows the data to be 0: what is
+    left of x is the solver's noise."""
+    states = []
+
+    def model(x, sigma):
+        states.append(x)
+        return torch.zeros_like(x)
+
+    sampler = KSampler(model, CustomScheduler(sigmas=(2.0, 1.0, 0.0)), "ddpm")
+    sampler.sample(unit_noise((1, 200, 200), [3]), 2, seed=3, enhance=Enhance(1, strength=1))
+    first, second = (states[k + 1] - states[k] / 4 for k in (0, 2))
+    assert abs(torch.corrcoef(torch.stack([first.flatten(), second.flatten()]))[0, 1]) < 0.03
+    assert first.std() > 0.5
 
 
 def test_enhance_of_strength_0_only_enlarges_and_keeps_samples_apart():
@@ -134,9 +151,10 @@ def test_enhance_keeps_what_a_mask_keeps():
         torch.ones(8, 8),
     )
     mask[:4] = 0
-    sampler = KSampler(smooth, KarrasScheduler(0.05, 5))
-    plain = sampler.sample(x_of(), 6, init=init, mask=mask)
-    result = sampler.sample(x_of(), 6, init=init, mask=mask, enhance=2)
+    # Levels that end above sigma = 0, where the state still has noise on what is known.
+    sampler = KSampler(smooth, CustomScheduler(sigmas=(5.0, 2.0, 1.0, 0.5, 0.2)))
+    plain = sampler.sample(x_of(), 4, init=init, mask=mask)
+    result = sampler.sample(x_of(), 4, init=init, mask=mask, enhance=2)
     large = torch.nn.functional.interpolate(plain, (16, 16), mode="bicubic")
     assert torch.equal(result[..., :8, :], large[..., :8, :])
     assert (result[..., 8:, :] - large[..., 8:, :]).abs().max() > 0.01

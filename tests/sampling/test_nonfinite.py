@@ -92,7 +92,7 @@ def test_report_warns_and_gives_the_samples_that_are_good():
     assert not result[1].isfinite().all()
     with pytest.warns(RuntimeWarning):  # and bytes of them, black where there is no value
         picture = sampler.sample(x_of(), 6, on_nan="report", to="uint8")
-    assert picture[1, 0, 0, 0] in (0, 255)
+    assert picture[1, 0, 0, 0] == 0
     with pytest.raises(ValueError, match="unknown on_nan 'ignore'; .*raise"):
         sampler.sample(x_of(), 6, on_nan="ignore")
 

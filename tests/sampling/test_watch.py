@@ -70,10 +70,11 @@ def test_latents_are_shown_by_a_linear_map():
     assert (shown[0].float() - (expected.clamp(-1, 1) + 1) * 127.5).abs().max() <= 0.51
 
 
-def test_what_is_not_finite_is_shown_black():
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_shown_black(value):
     shown = []
     with pytest.raises(FloatingPointError):
-        KSampler(lambda x, s: x * torch.nan, "karras").sample(
+        KSampler(lambda x, s: torch.full_like(x, value), "karras").sample(
             x_of(), 2, preview=lambda k, p: shown.append(p)
         )
     assert shown[0].max() == 0
