@@ -16,6 +16,7 @@ from k_diffusion.sampling import (
     make_plan,
     unit_noise,
 )
+from k_diffusion.sampling.preview import Previewer
 from k_diffusion.utils.scheduler import KarrasScheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "invariants"))
@@ -78,6 +79,22 @@ def test_what_is_not_finite_is_shown_black(value):
             x_of(), 2, preview=lambda k, p: shown.append(p)
         )
     assert shown[0].max() == 0
+
+
+def test_pictures_that_are_still_on_their_way_are_shown_at_the_end(monkeypatch):
+    """As from a device that has not copied any of them yet."""
+    order = []
+
+    class Event:
+        def synchronize(self):
+            order.append("waited")
+
+    def late(self, k, x, sigma, denoised):
+        self._waiting.append((k, self._picture(denoised), Event()))
+
+    monkeypatch.setattr(Previewer, "__call__", late)
+    KSampler(shrink, "karras", "euler").sample(x_of(), 3, preview=lambda k, p: order.append(k))
+    assert order == ["waited", 0, "waited", 1, "waited", 2]
 
 
 @pytest.mark.parametrize(
