@@ -18,6 +18,7 @@ from k_diffusion.utils.modules import first_bad_module
 
 Told = Callable[[int, Tensor, Tensor, Tensor], None]
 """Told of a call of the model: (k, x, sigma, denoised)."""
+WAY_OUT = "check the model's output, the noise and the input for overflow or NaN"
 NAMED = 8
 """Samples named in a message; the others are counted."""
 
@@ -40,10 +41,7 @@ def check_finite(x: Tensor, what: str) -> None:
         return
     share = (~torch.isfinite(x)).float().mean().item()
     error = ValueError if what.startswith(("x,", "init")) else FloatingPointError
-    raise error(
-        f"{what} is not finite in {share:.1%} of its values: "
-        "check the model's output, the noise and the input for overflow or NaN"
-    )
+    raise error(f"{what} is not finite in {share:.1%} of its values: {WAY_OUT}")
 
 
 def is_finite(x: Tensor) -> bool:

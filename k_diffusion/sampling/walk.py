@@ -15,7 +15,7 @@ from k_diffusion.sampling.brownian import PathNoise
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.masks import Known, Stage, noise_back
 from k_diffusion.sampling.noise import FRESH, RESAMPLED, CallerNoise, NoiseSource, SampleNoise
-from k_diffusion.sampling.nonfinite import Told, explain, is_finite, which_samples
+from k_diffusion.sampling.nonfinite import WAY_OUT, Told, explain, is_finite, which_samples
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
 from k_diffusion.sampling.registry import Solver
 from k_diffusion.sampling.start import Start
@@ -146,7 +146,7 @@ class Walk:
         share = (~x.isfinite()).float().mean().item()
         message = (
             f"{what} is not finite in {share:.1%} of its values, in {which_samples(x)}: "
-            f"{explain(self.run, self.step_of)}"
+            f"{explain(self.run, self.step_of)}: {WAY_OUT}"
         )
         if warn is None:
             raise FloatingPointError(message)

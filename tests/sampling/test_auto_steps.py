@@ -24,11 +24,13 @@ def rms(x):
     return x.flatten(1).square().mean(1).sqrt()
 
 
-@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m", "dpmpp_2m_sde"])
-def test_each_sample_is_that_of_the_steps_it_took_and_changed_by_less(solver):
+@pytest.mark.parametrize(
+    ("solver", "tolerance"), [("euler", 0.04), ("dpmpp_2m", 0.04), ("dpmpp_2m_sde", 0.15)]
+)
+def test_each_sample_is_that_of_the_steps_it_took_and_changed_by_less(solver, tolerance):
     sampler = KSampler(model, LEVELS, solver)
     noise = {"noise": "path"} if solver.endswith("sde") else {}
-    auto = AutoSteps(0.04, first=4, most=1024)
+    auto = AutoSteps(tolerance, first=4, most=1024)
     result = sampler.sample(X, auto, SHARP, seeds=[5, 6, 7], details=True, **noise)
     assert len(set(result.steps)) > 1
     for i, steps in enumerate(result.steps):
@@ -38,9 +40,9 @@ def test_each_sample_is_that_of_the_steps_it_took_and_changed_by_less(solver):
         ]
         assert (result.samples[i : i + 1] - drawn[-1]).abs().max() < 1e-5
         coarse, fine = (rms(b - a) / rms(b) for a, b in ((drawn[0], drawn[1]), drawn[1:]))
-        assert fine.item() <= 0.04
+        assert fine.item() <= tolerance
         assert fine.item() == pytest.approx(result.changes[i], rel=1e-3)
-        assert steps == 8 or coarse.item() > 0.04  # no earlier
+        assert steps == 8 or coarse.item() > tolerance  # no earlier
     # Alone a sample takes the same steps, and comes out the same.
     one = {"sharp": SHARP["sharp"][1:2]}
     alone = sampler.sample(X[1:2], auto, one, seeds=[6], details=True, **noise)

@@ -386,7 +386,7 @@ def test_noise_on_the_cpu_is_asked_for_through_ksampler(monkeypatch):
     sampler.sample(x, 3)
     sampler.sample(x, 3, noise_on_cpu=True)
     assert made == [False, True]
-    monkeypatch.setattr("k_diffusion.sampling.ksampler.SampleNoise", Noted)
+    monkeypatch.setattr("k_diffusion.sampling.walk.SampleNoise", Noted)
     sampler.sample(x, 3, noise=lambda s, t: x, noise_on_cpu=True)
     assert made == [False, True, True]
 
