@@ -298,7 +298,6 @@ def test_previews_on_a_gpu_do_not_wait(every):
         armed.append(1)
         return shrink(x, sigma)
 
-    sampler.model = model
     try:
         KSampler(model, "karras", "dpmpp_2m_sde").sample(
             x, 20, seed=1, cancel=threading.Event(), trajectory=True,
