@@ -211,13 +211,15 @@ class Many:
         for name in ("callback", "preview", "cancel", *_PER_SAMPLE):
             settings.pop(name, None)
         if not file.exists():
-            if other := next(folder.glob(f"[0-9]*{suffix}"), None):
+            other = next(folder.glob(f"[0-9]*{suffix}"), None)
+            # Looked for again: another process may have come first, with its settings before all.
+            if other is not None and not file.exists():
                 raise ValueError(
                     f"{folder} holds {other.name} but no {SETTINGS}, so it is not known how that "
                     "was drawn: give another folder"
                 )
+        if not file.exists():
             write_whole(file, lambda path: _write_json(path, settings))
-            return
         found = json.loads(file.read_text())
         for name in sorted({*settings, *found}):
             before, now = found.get(name), settings.get(name)

@@ -240,7 +240,7 @@ many.save(sys.argv[1], write=write, suffix=".pt")
 """
 
 
-def test_killed_while_it_writes_it_completes_the_same_set(tmp_path):
+def test_killed_while_it_writes_two_processes_complete_the_same_set(tmp_path):
     folder = tmp_path / "out"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", SLOW, str(folder)]
@@ -252,7 +252,11 @@ def test_killed_while_it_writes_it_completes_the_same_set(tmp_path):
     names = sorted(p.name for p in folder.iterdir())
     assert [n for n in names if n.startswith("0")] == [f"00000{i}.pt" for i in range(4)]
     assert len([n for n in names if n.endswith(".tmp")]) == 1
-    subprocess.run(command, check=True, env=environment)
+    processes = [  # and now two share what is left, as torchrun would start them
+        subprocess.Popen(command, env={**environment, "RANK": str(rank), "WORLD_SIZE": "2"})
+        for rank in range(2)
+    ]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
     names = sorted(p.name for p in folder.iterdir())
     assert names == [*(f"00000{i}.pt" for i in range(10)), "settings.json"]
     for i, sample in enumerate(one_by_one(10, 20)):
