@@ -14,8 +14,9 @@ estimate  put into the model's estimate of x0: what `KSampler.sample(mask=)` doe
 
 Each part of `jump` steps is walked `times` times. Sampling noise of the figures is about 0.015.
 
-Of a trained model: the share of real digits whose class stays the same, for a classifier, when their
-lower half is drawn anew; the model told the class, or not, or not but guided by the upper half.
+Of a trained model: the share of real digits whose class stays the same, for a classifier, when
+their lower half is drawn anew; the model told the class, or not, or not but guided by the upper
+half.
 """
 
 from __future__ import annotations
