@@ -19,6 +19,7 @@ from k_diffusion.sampling.adaptive import (
     AdaptiveSolver,
     sample_adaptive,
 )
+from k_diffusion.sampling.advice import SamplingAdvice
 from k_diffusion.sampling.auto_steps import AutoSteps
 from k_diffusion.sampling.brownian import PathNoise
 from k_diffusion.sampling.brownian_tree import BatchedBrownianTree, BrownianTreeNoiseSampler
@@ -109,6 +110,7 @@ __all__ = [
     "Result",
     "Run",
     "SampleNoise",
+    "SamplingAdvice",
     "Solver",
     "StepControl",
     "append_zero",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from k_diffusion.denoiser import DENOISERS, FunctionDenoiser, make_denoiser, model_device
 from k_diffusion.sampling.adaptive import ADAPTIVE, AdaptiveSolver
+from k_diffusion.sampling.advice import SamplingAdvice, advice
 from k_diffusion.sampling.auto_steps import make_auto
 from k_diffusion.sampling.enhance import Enhance, make_enhance
 from k_diffusion.sampling.finish import Normalise, make_finish, with_known
@@ -97,6 +98,7 @@ class KSampler:
         self.solver.check_options(options)
         self.options = options
         self.churn = churn
+        self._advised: set[str] = set()
         if churn is not None and isinstance(self.solver, AdaptiveSolver):
             raise ValueError(f"{self.solver.name} has no plan to churn: give it eta instead")
 
@@ -249,6 +251,7 @@ class KSampler:
         if trajectory and (adaptive or make_auto(steps) is not None):
             what = self.solver.name if adaptive else 'steps="auto"'
             raise ValueError(f"{what} has no steps in common for a trajectory: use callback")
+        self._advise(start, steps)
         watchers = Watchers(callback, preview, trajectory, cancel)
 
         def make_walk(start: Start, steps: Any, keywords: Mapping[str, Any]) -> Walk:
@@ -288,6 +291,23 @@ class KSampler:
             tuple(seen.states),
             tuple(seen.estimates),
         )
+
+    def _advise(self, start: Start, steps: Any) -> None:
+        """Warn of what will hardly give what is wanted, once for each sampler."""
+        if make_auto(steps) is not None:
+            return
+        lines = advice(
+            self.denoiser,
+            self.solver,
+            self.levels(steps),
+            steps=steps,
+            init=start.init,
+            whole=start.init is None,
+        )
+        for line in lines:
+            if line not in self._advised:
+                self._advised.add(line)
+                warnings.warn(line, SamplingAdvice, stacklevel=4)
 
     def sample_many(
         self,
