@@ -76,7 +76,7 @@ def _steps(solver: Any, steps: int) -> str:
     if not isinstance(solver, Solver) or solver.order < 2 or steps >= solver.order:
         return ""
     return (
-        f"{steps} step{'s' if steps > 1 else ''} are too few for {solver.name}, which is of order "
+        f"{steps} step{'s are' if steps > 1 else ' is'} too few for {solver.name}, which is of order "
         f"{solver.order} only with {solver.order} or more: take more steps, or euler"
     )
 

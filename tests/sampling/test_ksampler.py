@@ -294,7 +294,7 @@ def test_bad_input_is_named(made, called, message):
 
 
 def test_a_steps_of_true_is_refused_even_after_one():
-    sampler = KSampler(shrink, "karras")
+    sampler = KSampler(shrink, "karras", "euler")
     sampler.sample(torch.randn(1, 2), 1)
     with pytest.raises(ValueError, match="got True"):
         sampler.sample(torch.randn(1, 2), True)
