@@ -37,6 +37,7 @@ from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
 from k_diffusion.training.devices import (
     compiled,
+    keep_freed_memory,
     make_accelerator,
     optimizer_step,
     seed_network,
@@ -160,6 +161,8 @@ class Trainer:
     ) -> None:
         self.accelerator = make_accelerator(config.precision)
         self.device: torch.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.processes = Processes(self.accelerator)
         check_processes(config, self.processes.count)
         options = config.data.model_dump()
