@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.training.config import AUTO, TrainConfig
+from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import Purpose
 from k_diffusion.training.devices import seed_network
 from k_diffusion.training.gradient import (
@@ -29,6 +29,7 @@ from k_diffusion.training.inputs import Inputs
 from k_diffusion.training.noise_scale import BucketNorms, NoiseScale, PartNorms
 from k_diffusion.training.objective import Objective
 from k_diffusion.training.parallel import Alone, Sharded, clip, out_of_memory
+from k_diffusion.training.sections import AUTO
 from k_diffusion.training.state import TrainingError
 from k_diffusion.utils.maths import fold_seed
 

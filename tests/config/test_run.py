@@ -17,9 +17,10 @@ from k_diffusion.cli import main
 from k_diffusion.cli.train import Train
 from k_diffusion.config.run import is_established, load_run, to_run
 from k_diffusion.training import load_denoiser, read_info
-from k_diffusion.training.config import ConfigError, LossConfig, OptimizerConfig, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import make_config
 from k_diffusion.training.loss import DENSITIES, make_density
+from k_diffusion.training.sections import LossConfig, OptimizerConfig
 from k_diffusion.training.trainer import Trainer
 from k_diffusion.utils.images import save_png
 
