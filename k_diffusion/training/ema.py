@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.training.checkpoint import copy_tensors, named_tensors
+from k_diffusion.training.named_tensors import copy_tensors, named_tensors
 from k_diffusion.utils.averages import warmup_decay
 
 if TYPE_CHECKING:

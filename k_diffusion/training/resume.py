@@ -11,11 +11,11 @@ from torch import Tensor
 from k_diffusion.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
-    named_tensors,
     read_checkpoint,
 )
 from k_diffusion.training.compare import differences, filled, flat
 from k_diffusion.training.ema import load_averages
+from k_diffusion.training.named_tensors import named_tensors
 from k_diffusion.training.optimizer import load_moments, moments, plain_state
 from k_diffusion.training.parallel import Processes
 from k_diffusion.training.restore import load_into

@@ -214,7 +214,7 @@ def test_the_loss_is_the_established_one(more: dict[str, Any], images: Path) -> 
     with torch.no_grad():
         for parameter in trainer.network.parameters():  # else it says zero, whatever it is told
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    inputs = trainer._inputs(trainer.stream[0])
+    inputs = trainer.inputs.draw(trainer.stream[0], 0)
     whole = K.config.load_config(established({**V1, **more}))
     denoiser = K.config.make_denoiser_wrapper(whole)(trainer.network.inner_model)
     theirs = denoiser.loss(inputs.x0, inputs.noise, inputs.sigma.float())

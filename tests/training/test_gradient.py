@@ -71,10 +71,10 @@ def test_micro_batches_add_up_to_the_same_gradient(
     for size in (None, micro):
         config = make_run_config(model=FLOW, micro_batch_size=size)
         trainer = Trainer(config, network=limited(tiny))
-        inputs = trainer._inputs(trainer.stream[0])
-        trainer.micro_batch = trainer.micro_batch or 32
-        losses, _ = trainer._gradient(inputs)
-        norms[size] = [losses, *(p.grad for p in trainer._parameters)]
+        inputs = trainer.inputs.draw(trainer.stream[0], 0)
+        trainer.gradient.micro_batch = trainer.micro_batch or 32
+        losses, _ = trainer.gradient.compute(inputs)
+        norms[size] = [losses, *(p.grad for p in trainer.gradient.parameters)]
         assert max(trainer.network.sizes) <= (size or 32)
         assert sum(trainer.network.sizes) == 32
     for whole, parts in zip(norms[None], norms[micro], strict=True):
