@@ -30,8 +30,9 @@ from k_diffusion.config.keys import (
     several,
 )
 from k_diffusion.config.reading import load_config
-from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import make_config, override, read_file
+from k_diffusion.training.sections import AUTO
 from k_diffusion.utils.maths import nearest, unknown
 
 SECTIONS = ("model", *DEFAULTS)

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.models.mp_layers import Uncertainty, UnitRows
-from k_diffusion.training.checkpoint import copy_tensors, named_tensors
-from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.densities import DENSITIES, make_density
 from k_diffusion.training.extra_losses import ExtraLoss, Outcome
 from k_diffusion.training.loss import (
@@ -20,6 +19,8 @@ from k_diffusion.training.loss import (
     variance_loss,
 )
 from k_diffusion.training.named import options_of
+from k_diffusion.training.named_tensors import copy_tensors, named_tensors
+from k_diffusion.training.sections import AUTO
 from k_diffusion.training.weightings import make_weighting
 
 FEATURES = 128

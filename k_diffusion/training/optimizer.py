@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.training.config import ConfigError, OptimizerConfig
+from k_diffusion.training.config import ConfigError
 from k_diffusion.training.muon import Muon, fusible, hidden_weights
+from k_diffusion.training.sections import OptimizerConfig
 from k_diffusion.training.shards import cut_like
 from k_diffusion.training.weight_groups import weight_groups
 

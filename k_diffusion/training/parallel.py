@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.gradient import OutOfMemory
+from k_diffusion.training.sections import AUTO
 from k_diffusion.training.shards import local
 
 T = TypeVar("T")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.models import make_model
-from k_diffusion.training.config import ConfigError, OptimizerConfig
+from k_diffusion.training.config import ConfigError
 from k_diffusion.training.muon import COEFFICIENTS, STEPS, Muon, hidden_weights, orthogonalize
 from k_diffusion.training.optimizer import make_optimizer
+from k_diffusion.training.sections import OptimizerConfig
 
 
 def polynomial(s: Tensor) -> Tensor:

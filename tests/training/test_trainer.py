@@ -222,12 +222,12 @@ def test_a_step_depends_on_seed_and_step_alone(make_run_config: MakeConfig) -> N
 
 def test_processes_cut_the_step_of_one(make_run_config: MakeConfig) -> None:
     trainer = Trainer(make_run_config())
-    whole = trainer._inputs(trainer.stream[3])
+    whole = trainer.inputs.draw(trainer.stream[3], 3)
     parts = []
     for rank in range(2):
         part = Trainer(make_run_config())
         part.stream.rank, part.stream.world = rank, 2
-        parts.append(part._inputs(part.stream[3]))
+        parts.append(part.inputs.draw(part.stream[3], 3))
     for part in ("x0", "sigma", "noise", "indices"):
         joined = torch.cat([getattr(p, part) for p in parts])
         assert torch.equal(joined, getattr(whole, part))
