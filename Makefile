@@ -41,7 +41,8 @@ $(PEERS)/.installed: $(STAMP) Makefile
 	  certifi charset_normalizer
 	$(PEER)/azula azula==0.11.1 einops==0.8.2
 	$(PEER)/smalldiffusion smalldiffusion==0.5.0 einops==0.8.2
-	$(PEER)/denoising_diffusion_pytorch denoising_diffusion_pytorch==2.3.4 einops==0.8.2
+	$(PEER)/denoising_diffusion_pytorch denoising_diffusion_pytorch==2.3.4 einops==0.8.2 \
+	  ema-pytorch==0.8.3
 	touch $@
 
 bench: $(STAMP) $(PEERS)/.installed
@@ -49,6 +50,7 @@ bench: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/models.py
+	$(BIN)/python benchmarks/training.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

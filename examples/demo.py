@@ -44,7 +44,7 @@ from k_diffusion.training import (
     run_training,
 )
 from k_diffusion.training.compare import same_config
-from k_diffusion.training.trainer import settle
+from k_diffusion.training.fit import settle
 from k_diffusion.utils.images import image_grid, save_png
 from k_diffusion.utils.scheduler import KarrasScheduler
 

@@ -11,12 +11,11 @@ from typing import Any
 __version__ = "0.3.0.dev0"
 
 _ROOMS = (
-    "config", "denoiser", "evaluation", "external", "layers", "models", "sampling", "training",
-    "utils",
+    "config", "denoiser", "evaluation", "external", "gns", "layers", "models", "sampling",
+    "training", "utils",
 )  # fmt: skip
 _TO_COME = {
     "augmentation": "with the training tools",
-    "gns": "with the training tools",
 }
 
 

@@ -16,7 +16,7 @@ flow       flow  x - sigma F
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -150,6 +150,36 @@ class NetworkDenoiser(nn.Module):
             sigma: noise standard deviation in the same units, shape (B,) or (), or a number.
             condition: keyword arguments for the network.
         """
+        return self._denoise(self.network, x, sigma, condition)
+
+    def with_variance(
+        self, x: Tensor, sigma: Tensor | float, **condition: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The estimate of x0, and the log variance of the error of what the network predicts.
+
+        For a network that, called with `return_variance=True`, returns both its prediction and that
+        logarithm, shape (B,); the arguments are those of `forward`.
+
+        Raises:
+            TypeError: the network returned something else.
+        """
+        told: list[Tensor] = []
+
+        def network(*args: Any, **kwargs: Any) -> Any:
+            both = self.network(*args, return_variance=True, **kwargs)
+            if not (isinstance(both, tuple) and len(both) == 2):
+                raise TypeError(
+                    f"{type(self.network).__name__} returned {type(both).__name__}; with "
+                    "return_variance=True it must return its prediction and a log variance"
+                )
+            told.append(both[1])
+            return both[0]
+
+        return self._denoise(network, x, sigma, condition), told[0]
+
+    def _denoise(
+        self, network: Any, x: Tensor, sigma: Tensor | float, condition: Mapping[str, Any]
+    ) -> Tensor:
         if not isinstance(sigma, Tensor):
             sigma = torch.tensor(float(sigma), dtype=torch.float64, device=x.device)
         if sigma.shape not in ((), x.shape[:1]):
@@ -166,7 +196,7 @@ class NetworkDenoiser(nn.Module):
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
 
         def call(inputs: Tensor) -> Tensor:
-            output = self.network(inputs.to(dtype), time, **condition)
+            output = network(inputs.to(dtype), time, **condition)
             return check_output(self.network, output, x.shape).to(x.dtype)
 
         return self.estimate(x, alpha, sigma, call)

@@ -6,8 +6,7 @@ within this library the loss stands alone (`training.denoising_loss`) and takes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import reduce
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from k_diffusion.models.established_layers import (
     Upsample2d,
 )
 from k_diffusion.utils import cosine_transform
+from k_diffusion.utils.cosine_transform import freq_weight_1d, freq_weight_nd
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.tensors import append_dims
 
@@ -60,45 +60,7 @@ def dct(x: Tensor) -> Tensor:
     Raises:
         ValueError: there are none of these, or more than three.
     """
-    if not 3 <= x.ndim <= 5:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; a frequency-weighted loss takes (B, C, ...) with one "
-            "to three dimensions of space, or give scales=1"
-        )
-    return cosine_transform.dct(x, x.ndim - 2)
-
-
-def freq_weight_1d(
-    n: int,
-    scales: float = 0,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """A weight for each of n frequencies of a DCT, shape (n,): -log2 of cycles per sample.
-
-    Args:
-        n: from 1/2 cycle over all n samples to 1/2 cycle a sample, which has weight 1.
-        scales: octaves with weights of their own; below lies the same weight for all. Below 1:
-            all octaves that there are.
-    """
-    weights = -torch.linspace(0.5 / n, 0.5, n, dtype=dtype, device=device).log2()
-    return weights.clamp(max=scales) if scales >= 1 else weights
-
-
-def freq_weight_nd(
-    shape: Sequence[int],
-    scales: float = 0,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Tensor:
-    """A weight for each frequency in several dimensions: that of its highest one, of shape `shape`.
-
-    Args:
-        shape: numbers of frequencies.
-        scales: see `freq_weight_1d`.
-    """
-    axes = [freq_weight_1d(n, scales, dtype, device) for n in shape]
-    return reduce(torch.minimum, [append_dims(axis, len(axes) - i) for i, axis in enumerate(axes)])
+    return cosine_transform.dct_of_space(x)
 
 
 class Denoiser(VarianceExploding):

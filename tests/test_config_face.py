@@ -17,6 +17,7 @@ from torch import nn
 import k_diffusion as K
 from k_diffusion.models.augment_wrapper import KarrasAugmentWrapper
 from k_diffusion.models.image_transformer_v2 import ImageTransformerDenoiserModelV2
+from k_diffusion.training.checkpoint import save_checkpoint
 
 FIXTURES = Path(__file__).parent / "fixtures" / "established"
 
@@ -683,7 +684,9 @@ def test_weights_of_another_config_are_refused(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_ours_is_pointed_to_its_reader(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    save_file({"a": torch.zeros(1)}, path, {"format": "k_diffusion"})
+    weights = {"a": torch.zeros(1)}
+    config = {"model": {"type": "unet"}}
+    save_checkpoint(path, {"ema": weights}, config=config, images_seen=1, step=1)
     with pytest.raises(ValueError, match=r"load it with training.load_denoiser"):
         K.config.load_model(path)
     save_file({"a": torch.zeros(1)}, path)

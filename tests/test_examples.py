@@ -15,6 +15,7 @@ import pytest
 import k_diffusion.external.autoencoder
 import k_diffusion.external.text  # noqa: F401
 from k_diffusion.models import AUTOENCODERS, CONDITIONERS, MODELS, UNetConfig
+from k_diffusion.training.extra_losses import LOSSES
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -25,7 +26,7 @@ LONG = ("demo.py",)
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    tables = (MODELS, CONDITIONERS, AUTOENCODERS)
+    tables = (MODELS, CONDITIONERS, AUTOENCODERS, LOSSES)
     before = [dict(table) for table in tables]
     monkeypatch.syspath_prepend(str(EXAMPLES))
     yield
@@ -56,6 +57,7 @@ def run(name: str, images: int, out: Path) -> None:
         ("audio", "dims", ""),
         ("multimodal", "context_dim", "digits.png"),
         ("latent", "", "digits.png"),
+        ("extra_losses", "", "digits.png"),
     ],
 )
 def test_example(

@@ -15,8 +15,11 @@ import tyro
 
 from k_diffusion.utils import maths
 
+from .config import Config
+from .ema import MakeEma
+from .export import Export
 from .info import Info
-from .problems import Stopped, UsageError, one_line, unboxed
+from .problems import Stopped, UsageError, one_line, process_number, unboxed
 from .sample import Sample
 from .samplers import Samplers
 from .schedule import Schedule
@@ -40,6 +43,9 @@ COMMANDS: dict[str, type[Any]] = {
     "info": Info,
     "samplers": Samplers,
     "schedule": Schedule,
+    "export": Export,
+    "ema": MakeEma,
+    "config": Config,
 }
 _STYLE = (tyro.conf.FlagCreatePairsOff,)
 
@@ -72,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(name, error, 2)
     except Stopped as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        if process_number() == 0:
+            print(f"{name}: {error}", file=sys.stderr)
         return 128 + error.signal
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
@@ -96,6 +103,10 @@ def _fail(name: str, error: Exception, code: int) -> int:
         import traceback
 
         traceback.print_exc()
+    if number := process_number():
+        if getattr(error, "everywhere", False):
+            return code
+        name = f"{name}, process {number}"
     print(f"{name}: error: {one_line(error)}", file=sys.stderr)
     return code
 

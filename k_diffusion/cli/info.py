@@ -17,10 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Info:
-    """Say what is in a checkpoint, after verifying every bit of it."""
+    """Say what is in a checkpoint, after verifying every bit of it; print its model card."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A .safetensors file that `k-diffusion train` wrote, or a run's folder: the newest in it."""
+    """A .safetensors file that `k-diffusion train` or `export` wrote, or a run's folder: the newest
+    in it."""
     json: bool = False
     """Print JSON."""
     plugin: Plugins = ()
@@ -34,6 +35,9 @@ class Info:
         if self.json:
             print(json.dumps(facts, indent=2))
             return
+        card = facts.pop("card", "")
+        if card:
+            print(card)
         for name, value in facts.items():
             if isinstance(value, dict):
                 print(f"{name}:")
@@ -50,7 +54,7 @@ def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
     from k_diffusion.models.registry import MODELS, PRESETS, model_trait
 
     model = info.config.get("model", {})
-    known = model.get("type") in {*MODELS, *PRESETS}
+    known = model.get("type") in {*MODELS, *MODELS.homes, *PRESETS}
     return {
         "checkpoint": str(info.path),
         "sha256": info.sha256,
@@ -62,9 +66,10 @@ def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
         "prediction": model_trait(model, "prediction", "eps") if known else "?",
         "parameters": info.parameters,
         "weights": sorted({name.partition("/")[0] for name in info.tensors}),
+        "averages": info.averages,
         "data": info.data,
         "config": info.config,
-    }
+    } | ({"card": info.card} if info.card else {})
 
 
 def _flattened(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

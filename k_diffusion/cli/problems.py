@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ _LONGEST = 500
 
 class UsageError(ValueError):
     """The command line itself asks for what cannot be: exit code 2 (any other failure: 1)."""
+
+    everywhere = True  # of several processes all meet it, so that one may speak for them
 
 
 class Stopped(Exception):
@@ -25,6 +28,11 @@ class Stopped(Exception):
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)
         self.signal = signal
+
+
+def process_number() -> int:
+    """Which of the processes this is that torchrun or accelerate has started; 0: first or only."""
+    return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager

@@ -34,7 +34,8 @@ class Sample:
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A .safetensors file that `k-diffusion train` wrote, or a run's folder: the newest in it."""
+    """A .safetensors file that `k-diffusion train` or `export` wrote, or a run's folder: the newest
+    in it."""
     sampler: str = "dpmpp_2m"
     """The method; `k-diffusion samplers` lists them."""
     scheduler: str = "karras"
@@ -68,6 +69,8 @@ class Sample:
     """Make that noise on the CPU, so that a seed gives the same on every device."""
     no_ema: bool = False
     """Take the last weights, not their moving average."""
+    ema: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
+    """Take this average of the weights, one that `k-diffusion info` lists, such as ema_0.05."""
     device: str = ""
     """cpu, cuda, cuda:1, mps...; without it a GPU where there is one."""
     plugin: Plugins = ()
@@ -80,7 +83,7 @@ class Sample:
 
         from k_diffusion.models.registry import known_classes
         from k_diffusion.sampling import NOISES, KSampler, Solver, find_solver
-        from k_diffusion.training.checkpoint import load_denoiser
+        from k_diffusion.training.restore import load_denoiser
         from k_diffusion.utils.maths import unknown
         from k_diffusion.utils.scheduler import make_scheduler
 
@@ -94,7 +97,7 @@ class Sample:
             scheduler = make_scheduler(self.scheduler, **self.scheduler_options)
         device = pick_device(self.device)
         checkpoint = newest_in(self.checkpoint)
-        denoiser, info = load_denoiser(checkpoint, ema=not self.no_ema, device=device)
+        denoiser, info = load_denoiser(checkpoint, ema=self.ema or not self.no_ema, device=device)
         check_shape(info)
         condition = self._condition(info, denoiser, device)
         seeds = [self.seed + index for index in range(self.number)]
@@ -171,6 +174,8 @@ class Sample:
         ):
             if value < 1:
                 raise UsageError(f"{name} is {value}; give a whole number of at least 1")
+        if self.ema and self.no_ema:
+            raise UsageError(f"--ema is {self.ema}, but --no-ema asks for the last weights")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}; give a whole number of at least 0")
 
@@ -209,7 +214,7 @@ class Sample:
         self, info: CheckpointInfo, denoiser: Any, device: torch.device
     ) -> dict[str, torch.Tensor]:
         """What all images are told, as a batch of one; none where the checkpoint knows of none."""
-        from k_diffusion.training.checkpoint import load_conditioner
+        from k_diffusion.training.restore import load_conditioner
 
         if not self.condition and not info.config.get("conditioner"):
             return {}
@@ -271,7 +276,7 @@ class Sample:
             "software": f"k-diffusion {version('k-diffusion')}",
             "checkpoint": str(info.path),
             "checkpoint sha256": info.sha256,
-            "weights": "last" if self.no_ema else "ema",
+            "weights": "last" if self.no_ema else self.ema or "ema",
             "sampler": self.sampler,
             "sampler options": show_settings(self.sampler_options),
             "scheduler": self.scheduler,
@@ -297,7 +302,8 @@ class Sample:
         for name, words in (("--condition", self.condition), ("--plugin", self.plugin)):
             for word in words:
                 command += [name, word]
-        said["command"] = shlex.join(command + ["--no-ema"] * self.no_ema)
+        command += ["--ema", self.ema] if self.ema else ["--no-ema"] * self.no_ema
+        said["command"] = shlex.join(command)
         return {key: value for key, value in said.items() if value}
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .plugins import Plugins, load_plugins
-from .problems import Stopped, as_usage
-from .values import Settings, WholeOrNone
+from .problems import Stopped, as_usage, process_number
+from .values import MoreSettings, Resume, WholeOrAuto, WholeOrNone, joined
 
 
 @dataclass
@@ -20,7 +20,8 @@ class Train:
     """
 
     config: Path
-    """The run's config, TOML or JSON; examples/digits.toml is one."""
+    """The run's config, TOML or JSON; examples/digits.toml is one. Established JSON configs do,
+    too."""
     data: str = ""
     """The image folder to train on, or `digits`, in place of the config's. A config of other data
     needs `--set data.size=32` (in pixels) as well."""
@@ -28,16 +29,19 @@ class Train:
     """The folder for checkpoints and metrics, in place of the config's."""
     total_images: WholeOrNone = None
     """The run's length in images seen."""
-    batch_size: WholeOrNone = None
-    """Images a step."""
+    batch_size: WholeOrAuto = None
+    """Images a step; auto: the usual number, in parts as large as memory holds."""
     seed: WholeOrNone = None
     """Decides the first weights and everything random after."""
-    set: Settings = field(default_factory=dict)
-    """Any other keys of the config, such as optimizer.lr=3e-4,model.channels=64."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint in the out folder; begin where there is none."""
-    resume_from: str = ""
-    """Go on from this checkpoint."""
+    set: MoreSettings = ()
+    """Any other keys of the config, such as optimizer.lr=3e-4,model.channels=64; again for more.
+    `k-diffusion config --explain` lists them."""
+    check: bool = False
+    """Train nothing: see whether config, data and memory will do by one step on a copy of
+    everything, and say what was found. The out folder stays as it is."""
+    resume: Resume = ""
+    """Go on from this checkpoint; `--resume` alone, or `--resume auto`: from the newest whole one
+    in the out folder, or from the beginning where there is none."""
     overwrite: bool = False
     """Begin anew where the out folder holds a run, and remove that one's checkpoints."""
     plugin: Plugins = ()
@@ -45,26 +49,27 @@ class Train:
     more."""
 
     def run(self) -> None:
-        from k_diffusion.training import load_config, run_training
+        from k_diffusion.config.run import load_run
+        from k_diffusion.training import run_training
 
         load_plugins(self.plugin)
         with as_usage():
-            given = self._overrides()
-            if "data.path" in given and load_config(self.config).data.source != "folder":
-                # The config's own data has other keys: it gives way as a whole.
-                given = {"data": {"source": "folder", "path": given.pop("data.path")}} | given
-            config = load_config(self.config, given)
-        result = run_training(
-            config,
-            resume=self.resume_from or ("auto" if self.resume else None),
-            overwrite=self.overwrite,
-        )
+            config = load_run(self.config, self._overrides())
+        resume = self.resume or None
+        if self.check:
+            from k_diffusion.training.check import check_run
+
+            print(check_run(config, resume=resume, overwrite=self.overwrite))
+            return
+        result = run_training(config, resume=resume, overwrite=self.overwrite)
         if result.stopped_by is not None:
             raise Stopped(
                 result.stopped_by,
                 f"stopped at {result.images_seen} of {config.total_images} images; the checkpoint "
                 f"is {result.checkpoint}, and the same command with --resume goes on",
             )
+        if process_number():
+            return
         print(f"trained on {result.images_seen} images in {result.seconds:.0f} s")
         print(f"checkpoint: {result.checkpoint}")
         print(f"metrics:    {result.metrics}")
@@ -76,10 +81,16 @@ class Train:
             given["data"] = {"source": "digits"}
         elif self.data:
             given["data.path"] = self.data
+        batch = {"micro_batch_size": "auto"} if self.batch_size == "auto" else {}
         named = {
             "out": self.out or None,
             "total_images": self.total_images,
-            "batch_size": self.batch_size,
+            "batch_size": None if batch else self.batch_size,
+            **batch,
             "seed": self.seed,
         }
-        return given | {key: value for key, value in named.items() if value is not None} | self.set
+        return (
+            given
+            | {key: value for key, value in named.items() if value is not None}
+            | joined(self.set)
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,17 +46,44 @@ def classes(word: str) -> tuple[int, ...]:
 
 
 def settings(word: str) -> dict[str, Any]:
-    """`name=value,name=value`: values as in JSON (numbers, true, [1, 2]), anything else as text."""
+    """`name=value,name=value`: values as in JSON (numbers, true, null, [1, 2], {"a": 1}), anything
+    else as text."""
     found: dict[str, Any] = {}
-    for part in re.split(r",(?![^\[]*\])", word):  # commas inside [brackets] belong to a value
+    for part in _parts(word):
         name, _, value = (piece.strip() for piece in part.partition("="))
+        name = name.replace("-", "_")
         if not name or not value:
             raise ValueError(f"{part!r} is not of the form name=value")
-        try:
-            found[name.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name.replace("-", "_")] = value
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        found[name] = _value(name, value)
     return found
+
+
+def _parts(word: str) -> list[str]:
+    """What stands between commas, but for those in brackets and in "quotes"."""
+    parts, depth, quoted, escaped = [""], 0, False, False
+    for sign in word:
+        quoted, escaped = quoted != (sign == '"' and not escaped), sign == "\\" and not escaped
+        if not quoted:
+            depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth <= 0 and not quoted:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
+def _value(name: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        if value[0] in '[{"':
+            raise ValueError(
+                f"{name}: {value} is not as JSON has it, such as [1, true] or "
+                '{"name": "cosine"} (in a shell, within \'single quotes\')'
+            ) from None
+        return value
 
 
 def show_settings(options: dict[str, Any]) -> str:
@@ -69,16 +95,59 @@ def show_setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def whole_or_auto(word: str) -> int | str:
+    """A whole number of any sign, or "auto"."""
+    return word if word == "auto" else whole(word)
+
+
+def resume(words: list[str]) -> str:
+    """A checkpoint's path, or "auto", which stands for itself and for nothing."""
+    if len(words) > 1:
+        raise ValueError(f"{words[1]!r} is one value too many: give one checkpoint, or auto")
+    return words[0] if words else "auto"
+
+
 def _or_default(value: object) -> str:
     return "as configured" if value is None else str(value)
 
 
 WholeOrNone = Annotated[int | None, _spec("INT", whole, _or_default)]
+WholeOrAuto = Annotated[int | str | None, _spec("INT|auto", whole_or_auto, _or_default)]
 Classes = Annotated[
     tuple[int, ...], _spec("INT[,INT...]", classes, lambda value: ",".join(map(str, value)))
 ]
+Resume = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[auto|FILE]",
+        instance_from_str=resume,
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value or "no"],
+    ),
+]
 Words = Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="VALUE")]
+MoreSettings = Annotated[
+    tuple[Annotated[dict[str, Any], _spec("NAME=VALUE[,...]", settings, show_settings)], ...],
+    tyro.conf.UseAppendAction,
+]
+"""Settings that may be given several times; `joined` makes one of them."""
 Settings = Annotated[dict[str, Any], _spec("NAME=VALUE[,...]", settings, show_settings)]
+
+
+def joined(given: tuple[dict[str, Any], ...]) -> dict[str, Any]:
+    """All settings of several options.
+
+    Raises:
+        ValueError: a name stands in two of them.
+    """
+    found: dict[str, Any] = {}
+    for one in given:
+        for name, value in one.items():
+            if name in found:
+                raise ValueError(f"{name} is given twice")
+            found[name] = value
+    return found
 
 
 def newest_in(path: str) -> str:

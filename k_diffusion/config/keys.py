@@ -27,7 +27,7 @@ def whole(least: int) -> Kind:
     return Kind(f"a whole number of at least {least}", fits)
 
 
-def _several(each: Kind, count: int | None = None) -> Kind:
+def several(each: Kind, count: int | None = None) -> Kind:
     def fits(value: Any) -> bool:
         listed = isinstance(value, (list, tuple)) and all(map(each.fits, value))
         return listed and (len(value) == count if count else len(value) > 0)
@@ -60,7 +60,7 @@ ZERO = Kind("0", lambda v: is_number(v) and v == 0)
 COMMON = {
     "type": TEXT,
     "input_channels": COUNT,
-    "input_size": _or(_several(COUNT, 2), COUNT),
+    "input_size": _or(several(COUNT, 2), COUNT),
     "sigma_data": POSITIVE,
     "sigma_min": POSITIVE,
     "sigma_max": POSITIVE,
@@ -76,7 +76,7 @@ COMMON = {
 }
 _TRANSFORMER = {
     **COMMON,
-    "patch_size": _several(COUNT, 2),
+    "patch_size": several(COUNT, 2),
     # Only image_v1 has these two.
     "has_variance": NOT,
     "skip_stages": ZERO,
@@ -86,10 +86,10 @@ KEYS: dict[str, dict[str, Kind]] = {
         **COMMON,
         "patch_size": COUNT,
         "mapping_out": COUNT,
-        "depths": _several(COUNT),
-        "channels": _several(COUNT),
-        "self_attn_depths": _several(FLAG),
-        "cross_attn_depths": _or(_several(FLAG), NULL),
+        "depths": several(COUNT),
+        "channels": several(COUNT),
+        "self_attn_depths": several(FLAG),
+        "cross_attn_depths": _or(several(FLAG), NULL),
         "mapping_cond_dim": AMOUNT,
         "unet_cond_dim": AMOUNT,
         "cross_cond_dim": AMOUNT,
@@ -97,11 +97,11 @@ KEYS: dict[str, dict[str, Kind]] = {
     "image_transformer_v1": {**_TRANSFORMER, "depth": COUNT, "width": COUNT, "d_ff": AMOUNT},
     "image_transformer_v2": {
         **_TRANSFORMER,
-        "depths": _several(AMOUNT),
-        "widths": _several(COUNT),
-        "d_ffs": _or(_several(COUNT), NULL),
-        "self_attns": _or(_several(OBJECT), NULL),
-        "dropout_rate": _or(BELOW_1, _several(BELOW_1), NULL),
+        "depths": several(AMOUNT),
+        "widths": several(COUNT),
+        "d_ffs": _or(several(COUNT), NULL),
+        "self_attns": _or(several(OBJECT), NULL),
+        "dropout_rate": _or(BELOW_1, several(BELOW_1), NULL),
         "mapping_width": COUNT,
         "mapping_depth": AMOUNT,
         "mapping_d_ff": _or(AMOUNT, NULL),

@@ -188,8 +188,9 @@ def load_model(
     """The Denoiser of a trained model, in evaluation mode, in float32: for `sample_*`, `KSampler`.
 
     Args:
-        path: weights for inference (.safetensors), or a training checkpoint (.pth), of which the
-            averaged weights are taken; no code in it runs.
+        path: weights for inference (.safetensors), or a training checkpoint (.pth, or of
+            `k-diffusion train` on an established config), of which the averaged weights are taken;
+            no code in it runs.
         config: as of `load_config`; None: the one in the file.
         device: where to put it.
 
@@ -231,9 +232,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | No
 
         metadata = metadata_of(path)
         if metadata.get("format") == "k_diffusion":
-            raise ValueError(
-                f"{path} is a checkpoint of this library: load it with training.load_denoiser"
-            )
+            return _read_run(path)
         return load_file(path), load_config(path) if "config" in metadata else None
     try:
         held = torch.load(path, map_location="cpu", weights_only=True)
@@ -250,6 +249,21 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any] | No
     if not isinstance(weights, Mapping) or not all(map(torch.is_tensor, weights.values())):
         raise ValueError(f"{path} is no training checkpoint: its model_ema is no state dict")
     return dict(weights), held.get("config")
+
+
+def _read_run(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Averaged weights and config of a checkpoint of this library's own training."""
+    from k_diffusion.training.checkpoint import read_checkpoint
+
+    info, parts = read_checkpoint(path, ["ema"])
+    model = info.config["model"]
+    if model["type"] != "established" or not parts["ema"]:
+        raise ValueError(
+            f"{path} is a checkpoint of this library: load it with training.load_denoiser"
+        )
+    weights = {name.removeprefix("inner_model."): value for name, value in parts["ema"].items()}
+    dataset = {"num_classes": model.get("num_classes", 0)}
+    return weights, {"model": model["model"], "dataset": dataset}
 
 
 def _differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:

@@ -175,7 +175,7 @@ class Registry(dict[str, type[Any]]):
         )
 
 
-MODELS = Registry("model", nn.Module)
+MODELS = Registry("model", nn.Module, {"established": "k_diffusion.config.network"})
 """Name -> class."""
 
 PRESETS = MODELS.presets

@@ -13,12 +13,10 @@ if TYPE_CHECKING:
     from k_diffusion.training.checkpoint import (
         CheckpointError,
         CheckpointInfo,
-        load_conditioner,
-        load_denoiser,
         read_info,
-        save_inference,
     )
-    from k_diffusion.training.config import ConfigError, TrainConfig, load_config, make_config
+    from k_diffusion.training.config import ConfigError, TrainConfig
+    from k_diffusion.training.config_file import load_config, make_config
     from k_diffusion.training.dataset import (
         ArraySource,
         DataError,
@@ -27,7 +25,9 @@ if TYPE_CHECKING:
         Stream,
         make_source,
     )
-    from k_diffusion.training.ema import Ema
+    from k_diffusion.training.densities import make_density, register_density
+    from k_diffusion.training.ema import Ema, PowerFunction, WarmUp
+    from k_diffusion.training.extra_losses import Outcome, register_loss
     from k_diffusion.training.folder import Folder
     from k_diffusion.training.latents import (
         LatentSource,
@@ -36,29 +36,34 @@ if TYPE_CHECKING:
         save_autoencoder,
         train_autoencoder,
     )
-    from k_diffusion.training.loss import (
-        denoising_loss,
-        make_density,
-        make_weighting,
-        uncertainty_loss,
+    from k_diffusion.training.loss import denoising_loss, uncertainty_loss, variance_loss
+    from k_diffusion.training.posthoc import (
+        PosthocError,
+        Reconstruction,
+        reconstruct,
+        save_reconstruction,
     )
-    from k_diffusion.training.run import RunResult, latest_checkpoint, run_training
+    from k_diffusion.training.restore import load_conditioner, load_denoiser, save_inference
+    from k_diffusion.training.retention import latest_checkpoint
+    from k_diffusion.training.run import RunResult, run_training
+    from k_diffusion.training.snapshots import Snapshot, list_snapshots
     from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
+    from k_diffusion.training.weightings import make_weighting, register_weighting
 
 _HOMES = {
     "checkpoint": (
         "CheckpointError",
         "CheckpointInfo",
-        "load_conditioner",
-        "load_denoiser",
         "read_info",
-        "save_inference",
     ),
-    "config": ("ConfigError", "TrainConfig", "load_config", "make_config"),
+    "config": ("ConfigError", "TrainConfig"),
+    "config_file": ("load_config", "make_config"),
     "dataset": ("ArraySource", "DataError", "Digits", "Source", "Stream", "make_source"),
-    "ema": ("Ema",),
+    "ema": ("Ema", "PowerFunction", "WarmUp"),
+    "densities": ("make_density", "register_density"),
+    "extra_losses": ("Outcome", "register_loss"),
     "folder": ("Folder",),
-    "loss": ("denoising_loss", "make_density", "make_weighting", "uncertainty_loss"),
+    "loss": ("denoising_loss", "uncertainty_loss", "variance_loss"),
     "latents": (
         "LatentSource",
         "check_autoencoder",
@@ -66,8 +71,13 @@ _HOMES = {
         "save_autoencoder",
         "train_autoencoder",
     ),
-    "run": ("RunResult", "latest_checkpoint", "run_training"),
+    "posthoc": ("PosthocError", "Reconstruction", "reconstruct", "save_reconstruction"),
+    "restore": ("load_conditioner", "load_denoiser", "save_inference"),
+    "retention": ("latest_checkpoint",),
+    "run": ("RunResult", "run_training"),
+    "snapshots": ("Snapshot", "list_snapshots"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
+    "weightings": ("make_weighting", "register_weighting"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -81,16 +91,23 @@ __all__ = [
     "Ema",
     "Folder",
     "LatentSource",
+    "Outcome",
+    "PosthocError",
+    "PowerFunction",
+    "Reconstruction",
     "RunResult",
+    "Snapshot",
     "Source",
     "Stream",
     "TrainConfig",
     "TrainState",
     "Trainer",
     "TrainingError",
+    "WarmUp",
     "check_autoencoder",
     "denoising_loss",
     "latest_checkpoint",
+    "list_snapshots",
     "load_autoencoder",
     "load_conditioner",
     "load_config",
@@ -100,11 +117,17 @@ __all__ = [
     "make_source",
     "make_weighting",
     "read_info",
+    "reconstruct",
+    "register_density",
+    "register_loss",
+    "register_weighting",
     "run_training",
     "save_autoencoder",
     "save_inference",
+    "save_reconstruction",
     "train_autoencoder",
     "uncertainty_loss",
+    "variance_loss",
 ]
 
 

@@ -4,11 +4,13 @@ The file holds tensors called `model/...`, `ema/...` and `optimizer/...`, and as
 
 - `format` "k_diffusion" and `version`;
 - `manifest`: JSON, the SHA-256 of every tensor (its dtype, shape and bytes);
-- `record`: JSON, everything that is no tensor (config, images seen, step, facts about the data);
+- `record`: JSON, everything that is no tensor (config, images seen, step, facts about the data, and
+  in a file for sampling the model card);
 - `sha256`: that of all the others. It is the checkpoint's name in what is made from it.
 
-A checkpoint is written beside its place, flushed to the disk and renamed, so that an interrupted
-write leaves the former file. Loading runs no code from the file and refuses any flipped bit.
+A checkpoint is written beside its place, flushed to the disk, read back and verified, and renamed,
+so that an interrupted or failed write leaves the former file. Loading runs no code from the file
+and refuses any flipped bit.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,20 +26,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.denoiser import make_denoiser
-from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
-from k_diffusion.models.registry import model_trait
-from k_diffusion.training.compare import differences, filled, flat, full_model
+from k_diffusion.training.shards import local, part_like
+from k_diffusion.training.tensor_file import (
+    FormatError,
+    look_at_tensor,
+    read_header,
+    read_tensor,
+    tensor_bytes,
+    write_tensors,
+)
 from k_diffusion.utils.maths import nearest
-from k_diffusion.utils.scheduler import make_scheduler
 
 FORMAT = "k_diffusion"
 VERSION = 1
 SUFFIX = ".safetensors"
+MANIFEST = "manifest.json"
+"""In a folder: it is a checkpoint of several processes, see `sharded`."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit; its message is one line."""
+    """A checkpoint that cannot be read or written, or does not fit; its message is one line."""
+
+    everywhere = True  # as in ConfigError
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,7 @@ class CheckpointInfo:
         state: what a resume needs beside tensors.
         tensors: name -> shape.
         bytes: size of the file.
+        card: Markdown, the model card of a file for sampling; empty in others.
     """
 
     path: Path
@@ -66,14 +77,24 @@ class CheckpointInfo:
     state: dict[str, Any] = field(repr=False)
     tensors: dict[str, tuple[int, ...]] = field(repr=False)
     bytes: int
+    card: str = field(default="", repr=False)
 
     @property
     def parameters(self) -> int:
         """How many numbers the network's weights and buffers are."""
-        part = "model/" if any(n.startswith("model/") for n in self.tensors) else "ema/"
+        kinds = {n.partition("/")[0] for n in self.tensors} - {"optimizer"}
+        part = "model" if "model" in kinds else min(kinds, default="")
         return sum(
-            torch.Size(shape).numel() for n, shape in self.tensors.items() if n.startswith(part)
+            torch.Size(shape).numel()
+            for n, shape in self.tensors.items()
+            if n.startswith(f"{part}/")
         )
+
+    @property
+    def averages(self) -> list[str]:
+        """The names of the averaged weights in it: "ema" and such as "ema_0.05"."""
+        kinds = {n.partition("/")[0] for n in self.tensors}
+        return sorted(kind for kind in kinds if kind == "ema" or kind.startswith("ema_"))
 
 
 # ---------------------------------------------------------------- tensors by name
@@ -110,7 +131,7 @@ def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> 
                 f"{tuple(tensor.shape)}"
             )
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        local(tensor).copy_(part_like(source[name], tensor))
 
 
 def _and_more(names: list[str]) -> str:
@@ -120,8 +141,20 @@ def _and_more(names: list[str]) -> str:
 # ---------------------------------------------------------------- writing
 
 
-def save_checkpoint(
-    path: str | Path,
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint is to hold.
+
+    Attributes:
+        tensors: full name, such as "model/enter.weight" -> tensor, on any device.
+        record: JSON, everything that is no tensor.
+    """
+
+    tensors: dict[str, Tensor]
+    record: str
+
+
+def make_contents(
     parts: Mapping[str, Mapping[str, Tensor]],
     *,
     config: Mapping[str, Any],
@@ -129,25 +162,14 @@ def save_checkpoint(
     step: int,
     data: Mapping[str, Any] | None = None,
     state: Mapping[str, Any] | None = None,
-) -> str:
-    """Write a checkpoint in one go: the file at `path` is the old one or the whole new one.
+    card: str = "",
+) -> Contents:
+    """The contents of a checkpoint; the tensors are those given, the rest is fixed from now on.
 
     Args:
-        path: the file; its folder is made where it is missing.
         parts: "model", "ema", "optimizer" -> tensors by name.
-        config, images_seen, step, data, state: see `CheckpointInfo`; JSON data.
-
-    Returns:
-        The checkpoint's sha256.
+        config, images_seen, step, data, state, card: see `CheckpointInfo`; JSON data.
     """
-    from safetensors.torch import save_file
-
-    path = Path(path)
-    tensors = {
-        f"{part}/{name}": tensor.detach().cpu().contiguous()
-        for part, named in parts.items()
-        for name, tensor in named.items()
-    }
     record = {
         "config": config,
         "images_seen": images_seen,
@@ -155,70 +177,108 @@ def save_checkpoint(
         "data": data or {},
         "state": state or {},
     }
+    return Contents(
+        {f"{part}/{n}": tensor for part, named in parts.items() for n, tensor in named.items()},
+        _json(record | ({"card": card} if card else {})),
+    )
+
+
+def save_checkpoint(
+    path: str | Path, parts: Mapping[str, Mapping[str, Tensor]], **facts: Any
+) -> str:
+    """Write a checkpoint in one go; see `make_contents` and `write_checkpoint`."""
+    return write_checkpoint(path, make_contents(parts, **facts))
+
+
+def write_checkpoint(path: str | Path, contents: Contents) -> str:
+    """Write a checkpoint in one go: the file at `path` is the old one or the whole new one.
+
+    It is written beside `path`, flushed to the disk, read back and verified; only then is it
+    renamed.
+
+    Args:
+        path: the file; its folder is made where it is missing.
+        contents: the same give the same bytes.
+
+    Returns:
+        The checkpoint's sha256.
+
+    Raises:
+        CheckpointError: it cannot be written; `path` is as it was.
+    """
+    path = Path(path)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in contents.tensors.items()}
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
         "manifest": _json({name: _digest(tensor) for name, tensor in tensors.items()}),
-        "record": _json(record),
+        "record": contents.record,
     }
     metadata["sha256"] = _seal(metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # as for any file of this user; safetensors writes 0600
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(mode)
-        _flush(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                write_tensors(file, tensors, metadata)
+                file.flush()
+                os.fsync(file.fileno())
+                _forget(file.fileno())
+            _verify_written(temporary, metadata["sha256"])
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _flush_folder(path.parent)
+    except (OSError, CheckpointError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise CheckpointError(
+            f"checkpoint {path} could not be written ({reason}); what was there before is untouched"
+        ) from error
     return metadata["sha256"]
-
-
-def save_inference(source: str | Path, path: str | Path, *, ema: bool = True) -> str:
-    """Write from a checkpoint one that holds only what sampling needs: one set of weights.
-
-    Args:
-        source: a checkpoint.
-        path: the file to write.
-        ema: whether the averaged weights are taken, or the last ones.
-
-    Returns:
-        The new checkpoint's sha256.
-    """
-    info, weights = read_checkpoint(source, [_weights_part(ema)])
-    return save_checkpoint(
-        path,
-        {"ema": _chosen(info, weights, ema)},
-        config=info.config,
-        images_seen=info.images_seen,
-        step=info.step,
-        data=info.data,
-    )
 
 
 def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def _hash(dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
+    """SHA-256 of a tensor, of which the bytes are still to come."""
+    return hashlib.sha256(f"{dtype} {shape} ".encode())
+
+
 def _digest(tensor: Tensor) -> str:
     """SHA-256 of a CPU tensor's dtype, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    digest = _hash(tensor.dtype, tuple(tensor.shape))
+    digest.update(tensor_bytes(tensor))
+    return str(digest.hexdigest())
 
 
 def _seal(metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(_json({**metadata, "sha256": ""}).encode()).hexdigest()
 
 
-def _flush(path: Path) -> None:
-    """Make the system write a file (or a folder's entries) to the disk."""
-    if path.is_dir() and os.name == "nt":
+def _forget(handle: int) -> None:
+    """Let the system drop its copy of a flushed file, so that reading it asks the disk."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _verify_written(path: Path, sha256: str) -> None:
+    try:
+        found = read_info(path).sha256
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"read back from the disk it is not what was written: {error}"
+        ) from None
+    if found != sha256:
+        raise CheckpointError(f"read back from the disk it is another checkpoint, {found[:12]}")
+
+
+def _flush_folder(path: Path) -> None:
+    """Make the system write a folder's entries to the disk."""
+    if os.name == "nt":
         return  # Windows has no handle on a folder
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -231,11 +291,11 @@ def _flush(path: Path) -> None:
 def read_checkpoint(
     path: str | Path, parts: Iterable[str] = ()
 ) -> tuple[CheckpointInfo, dict[str, dict[str, Tensor]]]:
-    """Read a checkpoint and verify every bit of it.
+    """Read a checkpoint once and verify every bit of it.
 
     Args:
         path: the file.
-        parts: which of "model", "ema", "optimizer" to keep in memory.
+        parts: which of "model", "ema", "optimizer" to keep in memory; the others take none.
 
     Returns:
         What it says about itself, and the tensors of each asked part by name, on the CPU.
@@ -244,27 +304,31 @@ def read_checkpoint(
         CheckpointError: missing, damaged, or not a checkpoint of this library.
     """
     path = Path(path)
+    if (path / MANIFEST).is_file():
+        from k_diffusion.training.sharded import read_sharded
+
+        return read_sharded(path, parts)
     _recognise(path)
-    wanted = tuple(parts)
-    kept: dict[str, dict[str, Tensor]] = {part: {} for part in wanted}
-    shapes = {}
-    metadata, tensors = _open(path)
-    manifest, record = _verify_metadata(path, metadata)
-    names = set()
-    for name, tensor in tensors:
-        names.add(name)
-        if manifest.get(name) != _digest(tensor):
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: tensor {name} is not what was written; "
-                "use an earlier checkpoint or another copy"
-            )
-        shapes[name] = tuple(tensor.shape)
-        part, _, rest = name.partition("/")
-        if part in kept:
-            kept[part][rest] = tensor.clone()
-    if names != set(manifest):
-        lost = sorted(set(manifest) - names)[0]
-        raise CheckpointError(f"checkpoint {path} is damaged: tensor {lost} is missing from it")
+    kept: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
+    try:
+        with path.open("rb") as file:
+            metadata, entries = read_header(file)
+            manifest, record = _verify_metadata(path, metadata)
+            for entry in entries:
+                digest = _hash(entry.dtype, entry.shape)
+                part, _, rest = entry.name.partition("/")
+                if part in kept:
+                    kept[part][rest] = read_tensor(file, entry, digest.update)
+                else:
+                    look_at_tensor(file, entry, digest.update)
+                if manifest.get(entry.name) != digest.hexdigest():
+                    raise _damaged(path, f"tensor {entry.name} is not what was written")
+    except FormatError as error:
+        raise _foreign(path, error) from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    if lost := sorted(set(manifest) - {entry.name for entry in entries}):
+        raise _damaged(path, f"tensor {lost[0]} is missing from it")
     info = CheckpointInfo(
         path=path,
         sha256=metadata["sha256"],
@@ -273,7 +337,8 @@ def read_checkpoint(
         step=record["step"],
         data=record["data"],
         state=record["state"],
-        tensors=dict(sorted(shapes.items())),
+        card=record.get("card", ""),
+        tensors={entry.name: entry.shape for entry in sorted(entries, key=lambda e: e.name)},
         bytes=path.stat().st_size,
     )
     return info, kept
@@ -288,24 +353,58 @@ def read_info(path: str | Path) -> CheckpointInfo:
     return read_checkpoint(path)[0]
 
 
+def read_record(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's record (see above) by its sealed metadata alone: no tensor is read.
+
+    Raises:
+        CheckpointError: missing, damaged there, or not a checkpoint of this library.
+    """
+    path = Path(path)
+    _recognise(path)
+    try:
+        with path.open("rb") as file:
+            return _verify_metadata(path, read_header(file)[0])[1]
+    except FormatError as error:
+        raise _foreign(path, error) from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+
+
+_OTHERS = "use an earlier checkpoint or another copy"
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(f"checkpoint {path} is damaged: {reason}; {_OTHERS}")
+
+
 def _recognise(path: Path) -> None:
-    """Refuse, by the first bytes, what is certainly no safetensors file."""
+    """Refuse what is no file, or an empty one."""
     if path.is_dir():
         raise CheckpointError(f"checkpoint {path} is a folder: name the {SUFFIX} file in it")
     try:
         with path.open("rb") as file:
-            head = file.read(8)
+            head = file.read(1)
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint {path} does not exist{_neighbour(path)}") from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     if not head:
         raise CheckpointError(f"checkpoint {path} is empty (0 bytes): use an earlier one")
-    if head[:2] == b"PK" or (head[:1] == b"\x80" and head[1] in range(2, 6)):
-        raise CheckpointError(
+
+
+def _foreign(path: Path, error: FormatError) -> CheckpointError:
+    """What to say of a file that is not of the format."""
+    # Not asked before: a header's length can begin with the same bytes.
+    with path.open("rb") as file:
+        head = file.read(2)
+    if head == b"PK" or (head[:1] == b"\x80" and head[1:] in (b"\2", b"\3", b"\4", b"\5")):
+        return CheckpointError(
             f"checkpoint {path} is a pickle, which could run code when loaded, so it is not "
             f"opened: give a {SUFFIX} file"
         )
+    return CheckpointError(
+        f"checkpoint {path} is truncated, damaged or no safetensors file ({error}): {_OTHERS}"
+    )
 
 
 def _neighbour(path: Path) -> str:
@@ -314,31 +413,6 @@ def _neighbour(path: Path) -> str:
     names = sorted(p.name for p in path.parent.iterdir() if p.suffix == SUFFIX)
     close = nearest(path.name, names) or (names[-1] if names else None)
     return f"; did you mean {path.parent / close}?" if close else f": {path.parent} holds none"
-
-
-def _open(path: Path) -> tuple[dict[str, str], Iterator[tuple[str, Tensor]]]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        file = safe_open(path, framework="pt")
-        metadata = file.metadata() or {}
-        names = sorted(file.keys())
-    except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(
-            f"checkpoint {path} is truncated, damaged or no safetensors file ({reason}): "
-            "use an earlier checkpoint or another copy"
-        ) from None
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        try:
-            with file:
-                for name in names:
-                    yield name, file.get_tensor(name)
-        except SafetensorError as error:
-            raise CheckpointError(f"checkpoint {path} is damaged ({error})") from None
-
-    return metadata, tensors()
 
 
 def _verify_metadata(
@@ -356,116 +430,20 @@ def _verify_metadata(
             f"reads version {VERSION}: use the release that wrote it"
         )
     if metadata.get("sha256") != _seal(metadata):
-        raise CheckpointError(
-            f"checkpoint {path} is damaged: its metadata is not what was written; "
-            "use an earlier checkpoint or another copy"
+        raise _damaged(path, "its metadata is not what was written")
+    try:
+        manifest, record = json.loads(metadata["manifest"]), json.loads(metadata["record"])
+        whole = isinstance(manifest, dict) and all(
+            isinstance(record[key], kind) for key, kind in _RECORD.items()
         )
-    return json.loads(metadata["manifest"]), json.loads(metadata["record"])
-
-
-# ---------------------------------------------------------------- a denoiser from a file
-
-
-def load_denoiser(
-    path: str | Path,
-    ema: bool = True,
-    device: str | torch.device = "cpu",
-    network: nn.Module | None = None,
-) -> tuple[Any, CheckpointInfo]:
-    """Rebuild the trained network as a Denoiser, in evaluation mode.
-
-    Args:
-        path: a checkpoint, or what `save_inference` wrote.
-        ema: whether to take the averaged weights, or the last ones.
-        device: where to put it.
-        network: takes the weights instead of one built from the config: for a network of your own.
-
-    Returns:
-        The denoiser, and what the checkpoint says about itself.
-
-    Raises:
-        CheckpointError: missing, damaged, not a checkpoint, or it does not fit the network.
-    """
-    info, weights = read_checkpoint(path, [_weights_part(ema)])
-    chosen = _chosen(info, weights, ema)
-    try:
-        process = info.config.get("process")
-        scheduler = make_scheduler(**process) if process else None
-        if network is None:
-            network = make_model(info.config["model"])
-        denoiser = make_denoiser(network, scheduler)
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
         raise CheckpointError(
-            f"checkpoint {path} holds a network that cannot be built here ({_line(error)})"
-        ) from None
-    load_into(network, chosen, info)
-    return denoiser.to(device).eval().requires_grad_(False), info
-
-
-def load_conditioner(
-    info: CheckpointInfo, device: str | torch.device = "cpu"
-) -> Conditioner | None:
-    """What makes a network's condition, as it was trained with; None: it is told nothing.
-
-    Args:
-        info: of the checkpoint.
-        device: where to put it.
-
-    Raises:
-        CheckpointError: it cannot be made here.
-    """
-    try:
-        if config := info.config.get("conditioner"):
-            return make_conditioner(config).to(device)
-        classes = int(model_trait(info.config["model"], "num_classes", 0))
-        if not classes:
-            return None
-        names = info.data.get("class_names") or ()
-        return ClassConditioner(
-            num_classes=classes, class_names=tuple(names) if len(names) == classes else ()
-        ).to(device)
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"checkpoint {info.path} has a conditioner that cannot be made here ({_line(error)})"
-        ) from None
-
-
-def load_into(network: nn.Module, weights: Mapping[str, Tensor], info: CheckpointInfo) -> None:
-    """Copy a checkpoint's weights into a network.
-
-    Raises:
-        CheckpointError: names or shapes differ; nothing is copied then. The message has the keys in
-            which the network's config differs from the one trained, where both are known.
-    """
-    try:
-        copy_tensors(weights, named_tensors(network))
-    except ValueError as error:
-        trained = filled(info.config).get("model", {})
-        ours = full_model(network, trained) if trained else {}
-        differing = differences(flat(trained), flat(ours))
-        way = f", with {'; '.join(differing)}" if differing else ""
-        raise CheckpointError(
-            f"checkpoint {info.path} does not fit {type(network).__name__}: {error}; "
-            f"use the config that it was trained with{way}"
-        ) from None
-
-
-def _weights_part(ema: bool) -> str:
-    return "ema" if ema else "model"
-
-
-def _chosen(
-    info: CheckpointInfo, weights: Mapping[str, dict[str, Tensor]], ema: bool
-) -> dict[str, Tensor]:
-    chosen = weights[_weights_part(ema)]
-    if not chosen:
-        there = sorted({name.partition("/")[0] for name in info.tensors})
-        raise CheckpointError(
-            f"checkpoint {info.path} holds no {_weights_part(ema)} weights, only "
-            f"{', '.join(there) or 'nothing'}: ask for {'ema=False' if ema else 'ema=True'}"
+            f"checkpoint {path} is whole, but its record is not one that k_diffusion writes: it "
+            "needs " + ", ".join(_RECORD)
         )
-    return chosen
+    return manifest, record
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+_RECORD = {"config": dict, "images_seen": int, "step": int, "data": dict, "state": dict}

@@ -1,19 +1,14 @@
 """The config of a run: typed, documented, and refused by name where it is wrong.
 
-A file is TOML or JSON and cannot run code. A mistake gives one line with the key's dotted path,
-the value, and the nearest key that exists.
+`config_file` reads one from TOML or JSON.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import (
@@ -21,7 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -29,8 +24,9 @@ from pydantic import (
 from k_diffusion.denoiser import DENOISERS
 from k_diffusion.models import CONDITIONERS, make_model
 from k_diffusion.models.registry import model_trait
+from k_diffusion.training.ema import average_name, exponent_of
 from k_diffusion.training.loss import check_options
-from k_diffusion.utils.maths import nearest, unknown
+from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.scheduler import make_scheduler
 
 AUTO = "auto"
@@ -47,11 +43,22 @@ NotNegative = Annotated[float, Field(ge=0)]
 class ConfigError(ValueError):
     """A config that cannot be used; its message is one line."""
 
+    everywhere = True  # of several processes all meet it, so that one may speak for them
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none(cls, data: Any) -> Any:
+        """TOML has no null: "none" stands for it wherever a key takes none."""
+        if not isinstance(data, Mapping):
+            return data
+        taking = {k for k, f in cls.model_fields.items() if type(None) in get_args(f.annotation)}
+        return {k: None if v == "none" and k in taking else v for k, v in data.items()}
 
 
 class DigitsConfig(_Config):
@@ -99,6 +106,10 @@ class FolderConfig(_Config):
 DataConfig = Annotated[DigitsConfig | FolderConfig, Field(discriminator="source")]
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 class LossConfig(_Config):
     """How errors at different noise levels are weighed, and how often each level comes."""
 
@@ -121,6 +132,38 @@ class LossConfig(_Config):
         default=True, description="Spread a batch's noise levels evenly over their density."
     )
 
+    scales: NotNegative = Field(
+        default=1.0,
+        description="Octaves of spatial frequency that count each by itself, the lower the more; "
+        "1: all frequencies alike; 0: all octaves.",
+    )
+    uncertainty: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Learn the log of the expected loss at each noise level, by which levels are "
+        "brought to equal say (EDM2); auto: where the model has has_uncertainty.",
+    )
+    variance: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Learn the variance of the prediction's error, for models that tell it; auto: "
+        "where the model has has_variance.",
+    )
+    extra: dict[str, dict[str, Any]] = Field(
+        default={},
+        description="Losses that are added, by their names: each has a weight (1) and options of "
+        "its own.",
+    )
+
+    @field_validator("extra")
+    @classmethod
+    def _extra(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name, options in value.items():
+            own = dict(options)
+            weight = own.pop("weight", 1.0)
+            if not _is_number(weight) or not 0 < weight < math.inf:
+                raise ValueError(f"{name}.weight = {weight!r}; give a number above 0")
+            check_options("loss", name, own)
+        return value
+
     @model_validator(mode="after")
     def _known(self) -> LossConfig:
         for kind in ("weighting", "density"):
@@ -129,33 +172,91 @@ class LossConfig(_Config):
                 check_options(kind, name, options)
             elif options:
                 raise ValueError(f"{kind}_options {options} are for a {kind} that is not named")
+        if self.variance is True and self.uncertainty is True:
+            raise ValueError("variance and uncertainty are both true; a loss has one of them")
         return self
 
 
-class OptimizerConfig(_Config):
-    """AdamW and the course of its learning rate, measured in images."""
+COURSE_OPTIONS: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "cosine": ("final_share",),
+    "inverse_sqrt": ("decay_images", "min_lr"),
+    "inverse": ("decay_images", "power", "min_lr"),
+    "exponential": ("decay_images", "decay", "min_lr"),
+}
+"""optimizer.schedule -> the options that it takes; see `learning_rate`."""
 
+
+class OptimizerConfig(_Config):
+    """The optimiser, and the course of its learning rate, measured in images."""
+
+    type: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="muon: orthogonalised momentum for hidden weights, AdamW for the others.",
+    )
     lr: Positive = Field(default=1e-3, description="Learning rate after the warm-up.")
-    schedule: Literal["constant", "cosine"] = Field(
+    schedule: Literal["constant", "cosine", "inverse_sqrt", "inverse", "exponential"] = Field(
         default="constant",
-        description="After the warm-up; cosine: falls to final_share of lr at the end.",
+        description="After the warm-up, n images into the run; cosine: falls to final_share of lr "
+        "at its end; inverse_sqrt: lr / sqrt(max(n / decay_images, 1)); inverse: "
+        "lr (1 + n / decay_images)^-power; exponential: lr decay^(n / decay_images).",
     )
     warmup_images: Amount = Field(default=0, description="Images over which lr rises from 0.")
+    warmup_decay: Below1 = Field(
+        default=0.0,
+        description="In place of warmup_images: in step k, from 1, lr times 1 - warmup_decay^k.",
+    )
     final_share: Share = Field(
         default=0.0, description="What is left of lr at the end, for cosine."
+    )
+    decay_images: Positive | None = Field(
+        default=None, description="How long the fall takes, for inverse_sqrt, inverse, exponential."
+    )
+    power: Positive = Field(default=1.0, description="Exponent of the fall, for inverse.")
+    decay: Positive = Field(
+        default=0.5, description="Factor of the fall in decay_images, for exponential."
+    )
+    min_lr: NotNegative = Field(
+        default=0.0, description="The fall stops here, for inverse_sqrt, inverse and exponential."
     )
     betas: Annotated[tuple[Below1, Below1], BeforeValidator(_from_list)] = Field(
         default=(0.9, 0.999),
         description="Decay of AdamW's averages of the gradient and of its square.",
     )
     eps: Positive = Field(default=1e-8, description="AdamW's epsilon.")
+    momentum: Below1 = Field(
+        default=0.95, description="Decay of muon's average of the gradient, in hidden weights."
+    )
     weight_decay: NotNegative = Field(
         default=0.0, description="Decoupled weight decay, of weights with two dimensions or more."
     )
 
+    @model_validator(mode="after")
+    def _used(self) -> OptimizerConfig:
+        """Refuse what would be without effect, and a course without its length."""
+        taken = COURSE_OPTIONS[self.schedule]
+        for option in sorted({o for options in COURSE_OPTIONS.values() for o in options}):
+            value = getattr(self, option)
+            if option not in taken and value != type(self).model_fields[option].default:
+                takers = [name for name, o in COURSE_OPTIONS.items() if option in o]
+                raise ValueError(
+                    f"{option} = {value} is for schedule = {' or '.join(map(repr, takers))}, not "
+                    f"{self.schedule!r}: leave it out"
+                )
+        if "decay_images" in taken and self.decay_images is None:
+            raise ValueError(f"decay_images is missing, which schedule = {self.schedule!r} needs")
+        if self.warmup_decay and self.warmup_images:
+            raise ValueError(
+                f"warmup_decay = {self.warmup_decay} takes the place of warmup_images = "
+                f"{self.warmup_images}: give one of them"
+            )
+        if self.type != "muon" and self.momentum != 0.95:
+            raise ValueError(f"momentum = {self.momentum} is for type = 'muon': leave it out")
+        return self
+
 
 class EmaConfig(_Config):
-    """The average of the weights that sampling uses."""
+    """The average of the weights that sampling uses, and others kept beside it."""
 
     max_decay: Share = Field(
         default=0.9999, description="The most that one update keeps of the average."
@@ -163,6 +264,63 @@ class EmaConfig(_Config):
     power: Positive = Field(default=0.75, description="Exponent of the warm-up 1 - (1 + n)^-power.")
     inv_gamma: Positive = Field(
         default=1.0, description="Stretches the warm-up: n is updates / inv_gamma."
+    )
+    profiles: Annotated[tuple[float, ...], BeforeValidator(_from_list)] = Field(
+        default=(),
+        description="Further averages, of power-function shape: the relative length sigma_rel of "
+        "each, above 0 and below 0.2887, as in [0.05, 0.1].",
+    )
+    snapshot_every_images: Count | None = Field(
+        default=None,
+        description="Images between snapshots of these, from which k-diffusion ema makes averages "
+        "of other lengths after the run; none: no snapshots.",
+    )
+    snapshot_dtype: Literal["float32", "float16"] = Field(
+        default="float32", description="Of the averages in a snapshot."
+    )
+
+    @field_validator("profiles")
+    @classmethod
+    def _profiles(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        for sigma_rel in value:
+            exponent_of(sigma_rel)
+        names = [average_name(sigma_rel) for sigma_rel in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name.removeprefix('ema_')} stands twice")
+        return value
+
+    @model_validator(mode="after")
+    def _something_to_keep(self) -> EmaConfig:
+        if self.snapshot_every_images is not None and not self.profiles:
+            raise ValueError(
+                f"snapshot_every_images = {self.snapshot_every_images} has nothing to keep: give "
+                "profiles as well, as in [0.05, 0.1]"
+            )
+        return self
+
+
+class SpikesConfig(_Config):
+    """Losses far above the usual, and what follows where a run does not come back from them."""
+
+    factor: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="A loss above so many times the usual one is told and logged; none: none is.",
+    )
+    window: Count = Field(
+        default=100, description="The usual loss is the median of so many steps before."
+    )
+    patience: Annotated[int, Field(ge=2)] = Field(
+        default=20,
+        description="Steps from a first spike on; where most are spikes, the run has diverged.",
+    )
+    roll_back: bool = Field(
+        default=False,
+        description="A run that has diverged, or skipped max_skipped steps in a row, goes back to "
+        "the newest checkpoint from before and passes over the batches of those steps.",
+    )
+    most_roll_backs: Count = Field(
+        default=3, description="How often it may; after that it goes on, or ends, as it is."
     )
 
 
@@ -187,9 +345,25 @@ class TrainConfig(_Config):
         "prediction's usual one.",
     )
     loss: LossConfig = Field(default=LossConfig(), description="Weighting and noise levels.")
-    optimizer: OptimizerConfig = Field(default=OptimizerConfig(), description="AdamW.")
+    optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(), description="Optimiser and learning rate."
+    )
     ema: EmaConfig = Field(default=EmaConfig(), description="The averaged weights.")
-    batch_size: Count = Field(default=128, description="Images a step, of all processes together.")
+    batch_size: Count = Field(
+        default=128,
+        description="Images a step, of all processes together; auto: the usual number, with "
+        "micro_batch_size = auto.",
+    )
+    micro_batch_size: Count | Literal["auto"] | None = Field(
+        default=None,
+        description="The most images that a process computes at once, the rest of its share by "
+        "accumulation; auto: the most that fit into memory; none: its whole share.",
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="How several processes share the work; ddp: each holds the whole network; "
+        "fsdp: each also holds only its share of weights, average and optimiser.",
+    )
     seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED)] = Field(
         default=0, description="Decides the first weights and everything random in every step."
     )
@@ -199,9 +373,18 @@ class TrainConfig(_Config):
     grad_clip: Positive | None = Field(
         default=1.0, description="Largest norm of the gradient; none: any."
     )
+    noise_scale_decay: Below1 | None = Field(
+        default=None,
+        description="Measure the gradient noise scale, the batch size beyond which larger ones "
+        "bring little, by moving averages that keep this much a step, such as 0.99; none: do not.",
+    )
     precision: Literal["no", "bf16", "fp16"] = Field(
         default="no",
         description="Mixed precision of the network's arithmetic; weights stay float32.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the network by torch.compile: minutes at first, then faster steps.",
     )
     workers: Amount = Field(
         default=0, description="Processes that load images; 0: the main one does."
@@ -217,10 +400,37 @@ class TrainConfig(_Config):
     keep_checkpoints: Count = Field(
         default=2, description="How many of the newest checkpoints stay."
     )
+    keep_every_images: Count | None = Field(
+        default=None,
+        description="Images between checkpoints that are written and stay for ever, beside the "
+        "newest; none: no such.",
+    )
+    background_checkpoints: bool = Field(
+        default=True,
+        description="Write checkpoints while training goes on, from a copy in the host's memory.",
+    )
     log_every_images: Count = Field(
         default=1000,
         description="Images between lines of the metrics file, to the next whole step.",
     )
+    spikes: SpikesConfig = Field(
+        default=SpikesConfig(), description="Losses far above the usual, and going back."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_batch(cls, data: Any) -> Any:
+        """What a machine holds is not to decide what is learned: auto is the micro-batch's size."""
+        if not isinstance(data, Mapping) or data.get("batch_size") != AUTO:
+            return data
+        micro = data.get("micro_batch_size", AUTO)
+        if micro not in (AUTO, None, "none"):
+            raise ValueError(
+                f"batch_size = 'auto', but micro_batch_size = {micro!r}; give one of them a number "
+                "and leave the other out"
+            )
+        rest = {key: value for key, value in data.items() if key != "batch_size"}
+        return {**rest, "micro_batch_size": AUTO}
 
     @field_validator("process")
     @classmethod
@@ -228,7 +438,7 @@ class TrainConfig(_Config):
         if value is not None:
             if "name" not in value:
                 raise ValueError("the schedule's name is missing, as in name = 'cosine'")
-            _plainly(make_scheduler, **value)
+            _plainly(_make_process, **value)
         return value
 
     @field_validator("model")
@@ -238,11 +448,7 @@ class TrainConfig(_Config):
         if prediction is not None and prediction not in DENOISERS:
             raise ValueError(unknown("prediction", prediction, DENOISERS))
         sigma_data = value.get("sigma_data", 1.0)
-        if sigma_data != AUTO and not (
-            isinstance(sigma_data, (int, float))
-            and not isinstance(sigma_data, bool)
-            and 0 < sigma_data < math.inf
-        ):
+        if sigma_data != AUTO and not (_is_number(sigma_data) and 0 < sigma_data < math.inf):
             raise ValueError(f"sigma_data = {sigma_data!r}; give a number above 0, or 'auto'")
         check_model(value)
         prediction = model_trait(settled(value), "prediction", "eps")
@@ -256,6 +462,38 @@ class TrainConfig(_Config):
         if value is not None:
             _plainly(CONDITIONERS.settings, value)
         return value
+
+    @field_validator("spikes")
+    @classmethod
+    def _spikes(cls, value: SpikesConfig, info: ValidationInfo) -> SpikesConfig:
+        if value.roll_back and info.data.get("checkpoint_every_images", 1) is None:
+            raise ValueError(
+                "roll_back = true has nothing to go back to: give checkpoint_every_images"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _parallel(self) -> TrainConfig:
+        if self.parallel == "fsdp" and self.micro_batch_size == AUTO:
+            raise ValueError(
+                "micro_batch_size = 'auto' does not go with parallel = 'fsdp', whose processes "
+                "must all compute in the same parts: give a number"
+            )
+        if self.parallel == "fsdp" and self.precision == "fp16":
+            raise ValueError(
+                "precision = 'fp16' does not go with parallel = 'fsdp', whose shards would each "
+                "have a loss scale of their own: give 'bf16'"
+            )
+        if self.parallel == "fsdp" and self.compile:
+            raise ValueError(
+                "compile = true does not go with parallel = 'fsdp': leave one of them out"
+            )
+        if self.parallel == "fsdp" and self.optimizer.type == "muon":
+            raise ValueError(
+                "optimizer.type = 'muon' does not go with parallel = 'fsdp': take 'adamw', or "
+                "parallel = 'ddp'"
+            )
+        return self
 
     @property
     def steps(self) -> int:
@@ -298,157 +536,15 @@ def settled(model: Mapping[str, Any]) -> dict[str, Any]:
     return {**model, **({"sigma_data": 1.0} if model.get("sigma_data") == AUTO else {})}
 
 
+def _make_process(**options: Any) -> None:
+    made = make_scheduler(**options)
+    if made.own_process is not made:
+        raise ValueError(f"{options['name']!r} only lays levels over a process: give that process")
+
+
 def _plainly(function: Any, *args: Any, **options: Any) -> None:
     """Call, with a TypeError (an ill-typed option) as the ValueError that a validator reports."""
     try:
         function(*args, **options)
     except TypeError as error:
         raise ValueError(str(error)) from None
-
-
-# ---------------------------------------------------------------- reading
-
-
-def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
-    """Read a config from a .toml or .json file.
-
-    Args:
-        path: the file.
-        overrides: dotted key -> value, put in place of the file's.
-
-    Raises:
-        ConfigError: no such file, not TOML or JSON, an unknown key, or a value that does not fit.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else error.strerror
-        raise ConfigError(f"config {path} {reason}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"config {path} is no text in UTF-8") from None
-    if path.suffix == ".json":
-        data = _parse_json(path, text)
-    elif path.suffix == ".toml":
-        data = _parse_toml(path, text)
-    else:
-        raise ConfigError(f"config {path} ends in {path.suffix!r}; give a .toml or .json file")
-    if not isinstance(data, dict):
-        raise ConfigError(f"config {path} holds a {type(data).__name__}, not keys with values")
-    for key, value in (overrides or {}).items():
-        _override(data, key, value)
-    return make_config(data, f"config {path}")
-
-
-def make_config(data: Mapping[str, Any], name: str = "config") -> TrainConfig:
-    """A TrainConfig from plain data, with every mistake as one line.
-
-    Args:
-        data: the keys of TrainConfig.
-        name: what to call the config in an error.
-
-    Raises:
-        ConfigError: an unknown key, or a value that does not fit.
-    """
-    try:
-        return TrainConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{name}: {_explain(error)}") from None
-
-
-def _parse_json(path: Path, text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConfigError(f"config {path}: key {key!r} stands twice")
-        return dict(pairs)
-
-    try:
-        return json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"config {path} is no valid JSON: {error}") from None
-
-
-def _parse_toml(path: Path, text: str) -> Any:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        try:
-            import tomli as tomllib
-        except ImportError:
-            raise ConfigError(
-                f"config {path}: Python 3.10 reads TOML with tomli: pip install tomli, or give "
-                "the config as JSON"
-            ) from None
-    try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"config {path} is no valid TOML: {error}") from None
-
-
-def _override(data: dict[str, Any], key: str, value: Any) -> None:
-    *above, last = key.split(".")
-    for part in above:
-        below = data.setdefault(part, {})
-        if not isinstance(below, dict):
-            raise ConfigError(f"{key}: {part} is {below!r}, which has no keys")
-        data = below
-    data[last] = value
-
-
-# ---------------------------------------------------------------- explaining
-
-
-def _explain(error: ValidationError) -> str:
-    mistakes = error.errors(include_url=False)
-    # An unknown key first: it is often the reason why another one is missing.
-    first = min(mistakes, key=lambda m: m["type"] != "extra_forbidden")
-    where = _keys(first["loc"])
-    key = ".".join(where)
-    more = f" (and {len(mistakes) - 1} more)" if len(mistakes) > 1 else ""
-    if first["type"] == "extra_forbidden":
-        known = _known_keys(where[:-1], first["loc"])
-        close = nearest(where[-1], known)
-        prefix = "".join(f"{part}." for part in where[:-1])
-        hint = f"did you mean {prefix}{close}?" if close else f"known: {', '.join(known)}"
-        return f"{key} = {_short(first['input'])} is no known key; {hint}{more}"
-    if first["type"] == "missing":
-        return f"{key} is missing{more}"
-    if first["type"] == "union_tag_not_found":
-        return f"{key}.source is missing; one of digits, folder{more}"
-    if first["type"] == "union_tag_invalid":
-        tag = first["ctx"]["tag"]
-        return f"{key}: " + unknown("source", tag, ["digits", "folder"]) + more
-    if first["type"] == "literal_error":
-        choices = first["ctx"]["expected"]
-        return f"{key} = {_short(first['input'])} is not one of {choices}{more}"
-    message = " ".join(first["msg"].removeprefix("Value error, ").split())
-    message = message.replace("Input should be a valid tuple", "Input should be a list")
-    if first["type"] == "value_error" and isinstance(first["input"], dict):
-        # What is wrong lies inside, and the message says where.
-        return f"{key}{'.' if re.match('[a-z_]+ = ', message) else ': '}{message}{more}"
-    message = message[0].lower() + message[1:] if message.startswith("Input") else message
-    return f"{key} = {_short(first['input'])}: {message}{more}"
-
-
-def _keys(loc: Sequence[int | str]) -> list[str]:
-    """The path as the file has it: without the names that pydantic gives to parts of a union."""
-    parts = [str(part) for part in loc]
-    if parts[:1] == ["data"] and len(parts) > 1 and parts[1] in ("digits", "folder"):
-        del parts[1]
-    return parts
-
-
-def _known_keys(above: Sequence[str], loc: Sequence[int | str]) -> list[str]:
-    kind: Any = TrainConfig
-    if above[:1] == ["data"]:
-        kind = FolderConfig if loc[1] == "folder" else DigitsConfig
-    elif above:
-        kind = TrainConfig.model_fields[above[0]].annotation
-    return list(kind.model_fields)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

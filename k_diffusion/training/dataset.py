@@ -96,6 +96,10 @@ class Source:
         self.report(batch.bad)
         return batch.images[0], int(batch.labels[0])
 
+    def name(self, index: int) -> str:
+        """What to call an image in a report."""
+        return f"image {index}"
+
     def report(self, bad: Sequence[tuple[int, str]]) -> None:
         """Take note of images that turned out broken when they were decoded."""
 

@@ -1,9 +1,18 @@
-"""An average of a network's weights along training, kept in float32."""
+"""Averages of a network's weights along training, kept in float32.
+
+Each is a moving average: an update keeps the share `decay` of it and takes the rest from the
+network. A profile says how that share goes with the number of updates. `WarmUp` is the established
+one, whose memory has a limit; `PowerFunction` remembers the same share of the run however long that
+gets, and from snapshots of two of them `posthoc` makes an average of any length afterwards.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,26 +20,124 @@ from torch import Tensor, nn
 from k_diffusion.training.checkpoint import copy_tensors, named_tensors
 from k_diffusion.utils.averages import warmup_decay
 
+if TYPE_CHECKING:
+    from k_diffusion.training.config import EmaConfig
 
-class Ema:
-    """Exponential moving average with a warm-up; parameters are averaged, buffers copied.
+MAIN = "ema"
+"""The name of the average that sampling takes unless told otherwise, and of its part of a file."""
 
-    Args:
-        network: whose weights are averaged, in place on its device; the average begins as a copy.
-        power: exponent of the warm-up, see `warmup_decay`.
+LONGEST = 12**-0.5
+"""The relative length at which a power function is flat: the plain mean of all updates."""
+
+
+class Profile(Protocol):
+    """How much of an average an update keeps."""
+
+    def decay(self, updates: int) -> float:
+        """The share that update number `updates` (from 0) keeps; 0 at first."""
+        ...
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """Exponential average with a warm-up, see `warmup_decay`.
+
+    Attributes:
+        power: exponent of the warm-up.
         inv_gamma: updates after which the warm-up has run through its first factor of 2^power.
         max_decay: the decay's upper limit.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        power: float = 0.75,
-        inv_gamma: float = 1.0,
-        max_decay: float = 0.9999,
-    ) -> None:
-        self.power, self.inv_gamma, self.max_decay = power, inv_gamma, max_decay
+    power: float = 0.75
+    inv_gamma: float = 1.0
+    max_decay: float = 0.9999
+
+    def decay(self, updates: int) -> float:
+        return warmup_decay(
+            updates, inv_gamma=self.inv_gamma, power=self.power, max_decay=self.max_decay
+        )
+
+
+@dataclass(frozen=True)
+class PowerFunction:
+    """Average that weighs the network at time tau by tau^gamma, up to the present time t.
+
+    The clock is updates: a skipped step passes no time, and as only ratios of times matter, images
+    learned from would give the same numbers. Update t keeps (1 - 1/t)^(gamma + 1), so that the
+    network after update i has the weight (i^(gamma+1) - (i-1)^(gamma+1)) / t^(gamma+1) exactly: the
+    integral of tau^gamma over its own unit of time. The initial weights have none.
+
+    Attributes:
+        sigma_rel: relative length, the standard deviation of that weight over time as a share of
+            t; above 0 and below `LONGEST`.
+
+    Raises:
+        ValueError: there is no power function of that length.
+
+    Source: Karras et al. 2024, arXiv:2312.02696, section 3.1 and appendix C.
+    """
+
+    sigma_rel: float
+
+    def __post_init__(self) -> None:
+        exponent_of(self.sigma_rel)
+
+    @property
+    def gamma(self) -> float:
+        """The exponent."""
+        return exponent_of(self.sigma_rel)
+
+    def decay(self, updates: int) -> float:
+        return float((updates / (updates + 1)) ** (self.gamma + 1))
+
+
+def length_of(gamma: float) -> float:
+    """The relative length sigma_rel of the power function tau^gamma, for gamma above -1."""
+    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
+
+
+def exponent_of(sigma_rel: float) -> float:
+    """The exponent gamma >= 0 whose power function has the relative length sigma_rel.
+
+    It is the largest root of (g + 2)^2 (g + 3) = (g + 1) / sigma_rel^2, by Newton's method from
+    1 / sigma_rel, which lies above it: the cubic is convex there, so the steps fall to the root.
+
+    Raises:
+        ValueError: sigma_rel is not above 0 and below 1/sqrt(12).
+
+    Source: Karras et al. 2024, arXiv:2312.02696, appendix C (the inverse of sigma_rel(gamma)).
+    """
+    if not 0 < sigma_rel < LONGEST:
+        raise ValueError(
+            f"sigma_rel = {sigma_rel!r} is no length of a power function: it lies above 0 and "
+            f"below {LONGEST:.4f} (1/sqrt(12), the plain mean of all updates), as in 0.05"
+        )
+    inverse = sigma_rel**-2
+    gamma = 1 / sigma_rel
+    while True:
+        value = (gamma + 2) ** 2 * (gamma + 3) - inverse * (gamma + 1)
+        slope = (gamma + 2) * (3 * gamma + 8) - inverse
+        lower = gamma - value / slope
+        if not lower < gamma:
+            return max(gamma, 0.0)
+        gamma = lower
+
+
+def average_name(sigma_rel: float) -> str:
+    """The name of the power-function average of that relative length: ema_0.05, ema_0.1."""
+    return f"{MAIN}_{sigma_rel:g}"
+
+
+class Ema:
+    """Moving average; parameters are averaged, buffers copied.
+
+    Args:
+        network: whose weights are averaged, in place on its device; the average begins as a copy.
+        profile: how much each update keeps.
+    """
+
+    def __init__(self, network: nn.Module, profile: Profile | None = None) -> None:
+        self.profile = WarmUp() if profile is None else profile
         self.updates = 0
         averaged = {name for name, p in network.named_parameters() if p.is_floating_point()}
         self._average: dict[str, Tensor] = {}
@@ -45,13 +152,19 @@ class Ema:
     @property
     def decay(self) -> float:
         """What the next update will keep of the average."""
-        return warmup_decay(
-            self.updates, inv_gamma=self.inv_gamma, power=self.power, max_decay=self.max_decay
-        )
+        return self.profile.decay(self.updates)
+
+    @property
+    def buffers(self) -> set[str]:
+        """The names of what is copied, not averaged."""
+        return set(self._copied)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the network's present weights, in one multi-tensor call."""
+        """Move the average towards the network's present weights, in one multi-tensor call.
+
+        Weights in float32 are read where they are; only others are first copied to float32.
+        """
         live = [self._live[name] for name in self._average]
         new = [tensor if tensor.dtype is torch.float32 else tensor.float() for tensor in live]
         if new:
@@ -68,7 +181,7 @@ class Ema:
         """Take over what `state_dict` gave, and the number of updates that had been made.
 
         Raises:
-            KeyError, ValueError: names or shapes differ from the network's.
+            ValueError: names or shapes differ from the network's; nothing is changed then.
         """
         copy_tensors(state, self.state_dict())
         self.updates = updates
@@ -86,3 +199,34 @@ class Ema:
             yield
         finally:
             copy_tensors(own, self._live)
+
+
+def make_averages(network: nn.Module, config: EmaConfig) -> dict[str, Ema]:
+    """The averages that a run keeps, by name: `MAIN`, and one for each of its profiles."""
+    main = WarmUp(power=config.power, inv_gamma=config.inv_gamma, max_decay=config.max_decay)
+    profiles: dict[str, Profile] = {
+        average_name(sigma_rel): PowerFunction(sigma_rel) for sigma_rel in config.profiles
+    }
+    return {name: Ema(network, profile) for name, profile in {MAIN: main, **profiles}.items()}
+
+
+def load_averages(
+    averages: Mapping[str, Ema], parts: Mapping[str, Mapping[str, Tensor]], updates: int
+) -> None:
+    """Give every average back what a checkpoint has of it.
+
+    Args:
+        averages: of the run.
+        parts: average's name -> tensors by name.
+        updates: that had been made.
+
+    Raises:
+        ValueError: the checkpoint lacks one, or names or shapes differ from the network's.
+    """
+    for name, average in averages.items():
+        if not parts.get(name) and average.state_dict():
+            raise ValueError(
+                f"it has no average {name}, and one cannot begin in mid-run, as it needs every "
+                "update: take it out of ema.profiles, or begin a new run"
+            )
+        average.load_state_dict(parts[name], updates)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ SUFFIXES = {
     ".ppm": "PPM",
     ".pgm": "PPM",
 }
+FORMATS = sorted(set(SUFFIXES.values()))
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
@@ -96,12 +97,19 @@ class Folder(Source):
         return len(self.files)
 
     def batch(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Batch:
-        images, labels, used, bad = [], [], [], dict[int, str]()
+        import numpy as np
+
+        # All into one array, in Pillow's order of axes: a tensor an image would cost as much as to
+        # decode a small one.
+        images = np.empty((len(indices), *self.size, self.channels), np.uint8)
+        draws = None if seeds is None else uniforms(seeds, len(seeds), 3).tolist()
+        labels, used, bad = [], [], dict[int, str]()
         for place, first in enumerate(indices.tolist()):
-            draws = uniforms([seeds[place]], 1, 3)[0].tolist() if seeds is not None else None
             for index in self._from(first):
                 try:
-                    images.append(self._image(self.files[index], draws))
+                    images[place] = self._image(
+                        self.files[index], None if draws is None else draws[place]
+                    )
                 except Exception as error:  # a decoder may raise anything on a broken file
                     bad[index] = _reason(error)
                     continue
@@ -114,8 +122,15 @@ class Folder(Source):
                     f"({self.files[0]}: {bad[0]})"
                 )
         return Batch(
-            torch.stack(images), torch.tensor(labels), torch.tensor(used), tuple(bad.items())
+            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            torch.tensor(labels),
+            torch.tensor(used),
+            tuple(bad.items()),
         )
+
+    def name(self, index: int) -> str:
+        """The file's path."""
+        return str(self.files[index])
 
     def report(self, bad: Sequence[tuple[int, str]]) -> None:
         for index, reason in bad:
@@ -128,7 +143,7 @@ class Folder(Source):
         from PIL import Image
 
         # Only these decoders: Pillow has others, which start programs or follow links.
-        picture = Image.open(file, formats=sorted(set(SUFFIXES.values())))
+        picture = Image.open(file, formats=FORMATS)
         if picture.width * picture.height > self.max_pixels:
             picture.close()
             raise DataError(
@@ -146,13 +161,16 @@ class Folder(Source):
             return _reason(error)
         return ""
 
-    def _image(self, file: Path, draws: Sequence[float] | None) -> Tensor:
-        """One image, uint8 (C, H, W); `draws` are numbers in [0, 1) for top, left and flip."""
+    def _image(self, file: Path, draws: Sequence[float] | None) -> Any:
+        """One image, an array of uint8 (H, W, C) that is not to be written to; `draws` are numbers
+        in [0, 1) for top, left and flip."""
         import numpy as np
         from PIL import Image, ImageOps
 
+        # Pillow copies in each step that has nothing to do: these are passed over.
         with self._open(file) as opened:
-            picture = _in_mode(ImageOps.exif_transpose(opened), self.channels)
+            ImageOps.exif_transpose(opened, in_place=True)
+            picture = _in_mode(opened, self.channels)
         height, width = self.size
         scale = max(height / picture.height, width / picture.width)
         covering = (
@@ -166,9 +184,10 @@ class Folder(Source):
             top = left = None
         y = _start(picture.height - height, top)
         x = _start(picture.width - width, left)
-        image = torch.from_numpy(np.array(picture.crop((x, y, x + width, y + height))))
-        image = image.reshape(height, width, self.channels).permute(2, 0, 1)
-        return image.flip(-1) if self.flip and mirror < 0.5 else image.contiguous()
+        if picture.size != (width, height):
+            picture = picture.crop((x, y, x + width, y + height))
+        image = np.asarray(picture).reshape(height, width, self.channels)
+        return image[:, ::-1] if self.flip and mirror < 0.5 else image
 
 
 def _start(slack: int, draw: float | None) -> int:
@@ -221,7 +240,7 @@ def _in_mode(picture: Image, channels: int) -> Image:
         if channels != 4:
             paper = Image.new("RGBA", picture.size, (255, 255, 255, 255))
             picture = Image.alpha_composite(paper, picture)
-    return picture.convert(MODES[channels])
+    return picture if picture.mode == MODES[channels] else picture.convert(MODES[channels])
 
 
 def _reason(error: Exception) -> str:

@@ -7,55 +7,89 @@ never stopped. The clock is images seen.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.denoiser import NetworkDenoiser, check_output, make_denoiser
-from k_diffusion.models import (
-    ClassConditioner,
-    Conditioner,
-    conditioner_config,
-    make_conditioner,
-    make_model,
-)
-from k_diffusion.models.registry import known_classes, takes_option
+from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
+from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
+from k_diffusion.models.registry import known_classes
 from k_diffusion.training.checkpoint import (
+    SUFFIX,
     CheckpointError,
     CheckpointInfo,
-    load_into,
+    Contents,
+    make_contents,
     named_tensors,
     read_checkpoint,
-    save_checkpoint,
+    write_checkpoint,
 )
 from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, as_float, make_source
-from k_diffusion.training.ema import Ema
-from k_diffusion.training.loss import (
-    denoising_loss,
-    draw_half_log_snr,
-    make_density,
-    make_weighting,
+from k_diffusion.training.devices import (
+    compiled,
+    keep_freed_memory,
+    make_accelerator,
+    optimizer_step,
+    seed_network,
 )
-from k_diffusion.training.optimizer import learning_rate, load_moments, make_adamw, moments
+from k_diffusion.training.ema import MAIN, Ema, load_averages, make_averages
+from k_diffusion.training.extra_losses import raw_tensors
+from k_diffusion.training.fit import check_classes, check_null, check_shape, settle
+from k_diffusion.training.gradient import (
+    OutOfMemory,
+    add_gradients,
+    even_parts,
+    is_out_of_memory,
+    largest_that_fits,
+    release_memory,
+)
+from k_diffusion.training.health import BadStep, examine, unchanged_buffers
+from k_diffusion.training.inputs import Inputs, draw_hidden, draw_noise
+from k_diffusion.training.learning_rate import learning_rate
+from k_diffusion.training.loss import draw_half_log_snr
+from k_diffusion.training.noise_scale import BucketNorms, NoiseScale, PartNorms
+from k_diffusion.training.objective import Objective, density_of, make_objective
+from k_diffusion.training.optimizer import (
+    adopt,
+    group_values,
+    load_moments,
+    make_optimizer,
+    moments,
+    plain_state,
+)
+from k_diffusion.training.parallel import (
+    Processes,
+    Sharded,
+    check_processes,
+    clip,
+    make_joining,
+    out_of_memory,
+)
+from k_diffusion.training.restore import load_into
+from k_diffusion.training.sharded import read_sharded, save_sharded
+from k_diffusion.training.shards import gathered, local
+from k_diffusion.training.spikes import without
 from k_diffusion.utils.maths import fold_seed
 from k_diffusion.utils.scheduler import make_scheduler
 
-FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner")
+FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner", "optimizer.type")
 """What a resumed run must share with the one it continues: else its steps would be others."""
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message is one line."""
+
+    everywhere = True  # as in ConfigError
 
 
 @dataclass(frozen=True)
@@ -71,6 +105,10 @@ class TrainState:
         lr: learning rate of this step.
         ema_decay: what this step kept of the average.
         skipped: whether this step changed nothing, because loss or gradient were not finite.
+        report: what was wrong with a skipped step.
+        terms: name -> mean over the batch of what the loss is made of, see `Objective.terms`.
+        noise_scale: the gradient noise scale in images; None where it is not measured, or not yet
+            told from noise.
         skipped_steps: how many have been, since the start of the run.
         images_per_second: over the last steps of this session.
         seconds_left: at that speed, to the end of the run.
@@ -87,18 +125,9 @@ class TrainState:
     skipped_steps: int
     images_per_second: float
     seconds_left: float
-
-
-class LossModule(nn.Module):
-    """Denoiser and loss as the one module that accelerate wraps for processes and precision."""
-
-    def __init__(self, denoiser: nn.Module, weighting: Any) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.weighting = weighting
-
-    def forward(self, x0: Tensor, sigma: Tensor, noise: Tensor, **condition: Any) -> Tensor:
-        return denoising_loss(self.denoiser, x0, sigma, noise, self.weighting, **condition)
+    report: BadStep | None = None
+    terms: Mapping[str, float] = field(default_factory=dict)
+    noise_scale: float | None = None
 
 
 class Trainer:
@@ -110,6 +139,8 @@ class Trainer:
         network: trained instead of one built from the config.
         source: trained on instead of the config's data.
         conditioner: makes what the network is told, instead of the config's.
+        optimizer: network -> the optimiser to train it with, instead of the config's; its learning
+            rate still takes the config's course. Weights that it leaves out stay as they are.
 
     Raises:
         ConfigError: model, conditioner and data do not fit each other, or the machine has no such
@@ -126,9 +157,14 @@ class Trainer:
         network: nn.Module | None = None,
         source: Source | None = None,
         conditioner: Conditioner | None = None,
+        optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     ) -> None:
-        self.accelerator = _accelerator(config.precision)
+        self.accelerator = make_accelerator(config.precision)
         self.device: torch.device = self.accelerator.device
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.processes = Processes(self.accelerator)
+        check_processes(config, self.processes.count)
         options = config.data.model_dump()
         self.source = make_source(**options) if source is None else source
         self.config = config = settle(config, self.source, conditioner)
@@ -138,54 +174,62 @@ class Trainer:
             self.source,
             config.batch_size,
             config.seed,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
+            rank=self.processes.index,
+            world=self.processes.count,
         )
 
         torch.manual_seed(fold_seed(config.seed, Purpose.INIT))
         given, network = network, make_model(config.model) if network is None else network
         self.num_classes = known_classes(network)
         if conditioner is None and self.num_classes:
-            _check_classes(self.num_classes, self.source)
+            check_classes(self.num_classes, self.source)
             conditioner = ClassConditioner(num_classes=self.num_classes)
         self.conditioner = None if conditioner is None else conditioner.to(self.device)
         example = self._example(network)
         if given is None:
-            _check_shape(config.model, self.source, example)
+            check_shape(config.model, self.source, example)
         model = full_model(network, config.model)
         self.config = config = config.model_copy(update={"model": model})
         self.network = network.to(self.device).train()
+        self.processes.copy_from_main(self.network)
         process = make_scheduler(**config.process) if config.process else None
         self.denoiser: NetworkDenoiser = make_denoiser(self.network, process)
-        self._density = make_density(
-            config.density, self.denoiser.process, **config.loss.density_options
-        )
-        weighting = make_weighting(
-            config.weighting,
-            getattr(self.denoiser, "sigma_data", 1.0),
-            **config.loss.weighting_options,
-        )
+        self._density = density_of(config, self.denoiser)
+        self.objective: Objective = make_objective(config, self.denoiser).to(self.device)
+        self._named = self.objective.named_with(self.network)
+        self._raws(self.source.batch(torch.tensor([0])) if self.objective.raws else None)
 
-        self.optimizer = make_adamw(self.network, config.optimizer)
-        self.ema = Ema(
-            self.network,
-            power=config.ema.power,
-            inv_gamma=config.ema.inv_gamma,
-            max_decay=config.ema.max_decay,
-        )
+        self._joining = make_joining(config, self.accelerator, self.processes)
+        self._joining.shard(self.objective, self.network)
+        make = optimizer or functools.partial(make_optimizer, config=config.optimizer)
+        self.optimizer = make(self.network)
+        adopt(self.optimizer, self.network)
+        self.objective.add_to(self.optimizer)
+        self._group_start = group_values(self.optimizer)
+        self.averages = make_averages(self.network, config.ema)
+        """By name; each is moved by every step that is not skipped."""
+        self.ema: Ema = self.averages[MAIN]
+        measured = config.noise_scale_decay
+        self.noise_scale = None if measured is None else NoiseScale(measured)
+        self._bucket_norms: BucketNorms | None = None
+        self._known_bad_files = 0
+        self.micro_batch = self._first_micro_batch()
+        """The most samples that a process computes at once, halved where memory runs out; None:
+        to be found in the next step."""
         self.step = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.passed_over: list[tuple[int, int]] = []
+        """(start, stop) of steps that are left out, counted from 0; the clock runs on over them."""
+        self._went_back = 0
         self.extra: dict[str, Any] = {}
         """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
         if resume is not None:
             self._resume(Path(resume))
-        self._module, self._optimizer = self.accelerator.prepare(
-            LossModule(self.denoiser, weighting), self.optimizer
-        )
-        self._parameters = [p for p in self.network.parameters() if p.requires_grad]
-        # Some networks have something to put right, such as the lengths of their weights.
-        self._after_step = getattr(self.network, "after_step", lambda: None)
+        self._check_agreed()
+        trained = compiled(self.objective) if config.compile else self.objective
+        self._optimizer = self._joining.prepare(trained, self.optimizer)
+        self._parameters = [p for p in self.objective.parameters() if p.requires_grad]
 
     @property
     def images_seen(self) -> int:
@@ -195,17 +239,17 @@ class Trainer:
 
     def __iter__(self) -> Iterator[TrainState]:
         config = self.config
-        batches = self.stream.batches(
-            self.step, config.steps, config.workers, pin_memory=self.device.type == "cuda"
-        )
-        clock = deque([(time.perf_counter(), self.images_seen)], maxlen=51)
-        for batch in batches:
+        done = 0  # images of this session
+        clock = deque([(time.perf_counter(), done)], maxlen=51)
+        for batch in self._batches():
             lr = learning_rate(
                 config.optimizer, self.images_seen, config.total_images, config.batch_size
             )
             decay = self.ema.decay
-            loss, grad_norm, skipped = self.train_step(batch, lr)
-            clock.append((time.perf_counter(), self.images_seen))
+            loss, grad_norm, report = self.train_step(batch, lr)
+            skipped = report is not None
+            done += config.batch_size
+            clock.append((time.perf_counter(), done))
             seconds = clock[-1][0] - clock[0][0]
             speed = (clock[-1][1] - clock[0][1]) / max(seconds, 1e-9)
             left = config.steps * config.batch_size - self.images_seen
@@ -221,84 +265,317 @@ class Trainer:
                 skipped_steps=self.skipped_steps,
                 images_per_second=speed,
                 seconds_left=left / speed,
+                report=report,
+                terms=self._terms,
+                noise_scale=self.noise_scale.value if self.noise_scale else None,
             )
             if self.skipped_in_a_row >= config.max_skipped:
                 raise TrainingError(
-                    f"{self.skipped_in_a_row} steps in a row were not finite (loss {loss}, "
-                    f"gradient norm {grad_norm}), the last at {self.images_seen} images: lower "
-                    f"optimizer.lr (now {config.optimizer.lr}) or look at the data"
+                    f"{self.skipped_in_a_row} steps in a row were not finite, the last at "
+                    f"{self.images_seen} images ({report}): lower optimizer.lr (now "
+                    f"{config.optimizer.lr}) or look at the data"
                 )
 
-    def train_step(self, batch: Batch, lr: float) -> tuple[float, float, bool]:
+    def _batches(self) -> Iterator[Batch]:
+        """The batches of the steps to come, with `step` set to each's; anew after `go_back`."""
+        again = True
+        while again:
+            again, turn = False, self._went_back
+            for first, last in without(self.passed_over, self.step, self.config.steps):
+                self.step = first
+                for batch in self.stream.batches(
+                    first, last, self.config.workers, pin_memory=self.device.type == "cuda"
+                ):
+                    yield batch
+                    if again := self._went_back != turn:
+                        break
+                if again:
+                    break
+        self.step = max(self.step, self.config.steps)  # the last ones may be passed over
+
+    def go_back(self, checkpoint: str | Path, first: int, last: int) -> None:
+        """Between two steps: take up an earlier checkpoint, and pass over some steps this time.
+
+        Args:
+            checkpoint: of this run.
+            first, last: the steps left out, counted from 1, the last one included.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or of another run.
+        """
+        passed_over = self.passed_over
+        self._resume(Path(checkpoint))
+        self.passed_over = [*passed_over, (first - 1, last)]
+        self._went_back += 1
+
+    def train_step(self, batch: Batch, lr: float) -> tuple[float, float, BadStep | None]:
         """One step, from (seed, step) alone.
 
         Returns:
-            Loss, norm of the gradient, and whether the step was skipped.
+            Loss, norm of the gradient, and what was wrong where the step was skipped.
         """
-        x0, sigma, noise, condition = self._inputs(batch)
-        _seed_network(self._seed(Purpose.NETWORK, self.accelerator.process_index), self.device)
+        inputs = self._inputs(batch)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        loss = self._module(x0, sigma, noise, **condition).mean()
-        self.accelerator.backward(loss)
-        self.accelerator.unscale_gradients()
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        losses, part_norms = self._gradient(inputs)
+        terms = self.objective.terms()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-        total = self.accelerator.reduce(loss.detach(), reduction="mean")
+        facts = [losses.mean().double() / self.processes.count]
+        facts += [self._joining.squared_norm(gradients)]
+        facts += [term.to(losses).double() / self.processes.count for term in terms.values()]
+        facts += part_norms
+        facts += [torch.full_like(facts[0], len(self.source.bad_files))]
+        totals = self.processes.total(torch.stack(facts))
+        norm = totals[1].sqrt().float()
         # The one place where the host waits for the device: what follows depends on it.
-        loss_value, norm_value = torch.stack([total.double(), norm.double()]).tolist()
+        loss_value, square, *rest, bad_files = totals.tolist()
+        self._terms = dict(zip(terms, rest, strict=False))
+        part_squares = rest[len(terms) :]
+        self._share_bad_files(int(bad_files))
+        norm_value = math.sqrt(square)
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
-        clip = self.config.grad_clip
-        if finite and clip is not None and norm_value > clip:
-            nn.utils.clip_grads_with_norm_(self._parameters, clip, norm, foreach=True)
+        report = None if finite else self._examine(inputs, losses, loss_value, norm_value)
+        largest = self.config.grad_clip
+        if finite and largest is not None and norm_value > largest:
+            clip(gradients, largest, norm)
         scaler = getattr(self.accelerator, "scaler", None)
+        if part_squares:
+            self._measure_noise(part_squares[0], square, scaler)
         if finite or (scaler is not None and not math.isfinite(norm_value)):
-            self._optimizer.step()  # the scaler skips by itself here, and learns from it
+            # At an overflow the scaler skips by itself, and learns from it.
+            optimizer_step(self.accelerator, self.optimizer)
         elif scaler is not None:
             scaler.update()
         self.optimizer.zero_grad()
         self.step += 1
         if finite:
-            self._after_step()
-            self.ema.update()
+            self.objective.after_step()
+            for average in self.averages.values():
+                average.update()
             self.skipped_in_a_row = 0
         else:
             self.skipped_steps += 1
             self.skipped_in_a_row += 1
-        return loss_value, norm_value, not finite
+        return loss_value, norm_value, report
 
-    def _seed(self, purpose: Purpose, *keys: int) -> int:
-        return fold_seed(self.config.seed, purpose, self.step, *keys)
+    def _share_bad_files(self, known: int) -> None:
+        """Let every process know the broken files that any has met; known: by all of them."""
+        if self.processes.count > 1 and known != self._known_bad_files:
+            for theirs in self.processes.gather(dict(self.source.bad_files)):
+                self.source.bad_files |= theirs
+            self._known_bad_files = self.processes.count * len(self.source.bad_files)
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Clean data, sigma, noise and condition of this process's part of the step.
+    @property
+    def _most_at_once(self) -> int:
+        """The most samples of a process that may be computed at once, memory aside."""
+        share = self.config.batch_size // self.processes.count
+        halves = self.noise_scale is not None and self._joining.splits
+        return -(-share // 2) if halves else share
 
-        Each is drawn for the whole batch and then cut, so that the step is the same on any number
-        of processes.
+    def _first_micro_batch(self) -> int | None:
+        asked, most = self.config.micro_batch_size, self._most_at_once
+        if asked == AUTO:
+            return None
+        return most if asked is None else min(most, int(asked))
+
+    def _gradient(self, inputs: Inputs) -> tuple[Tensor, list[Tensor]]:
+        """Each sample's loss, and the gradient of the whole batch's mean in the weights, unscaled.
+
+        Where memory runs out, the same step begins again with half the micro-batch.
+
+        Returns:
+            The losses; and where noise is measured, what this process counts of the mean squared
+            norm of the gradients of the batch's parts, scaled.
         """
+        self._joining.begin(lambda: self._has_unused_weights(inputs))
+        if self.micro_batch is None:
+            self.micro_batch = self._largest_micro_batch(inputs)
+        while True:
+            failed, norms = False, self._part_norms()
+            try:
+                losses = self._add_gradients(inputs, self.micro_batch, norms)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                if not self._joining.retries:
+                    raise out_of_memory(self.processes, self.micro_batch) from None
+                failed = True
+            # Only here, where the error no longer holds what the failed attempt had computed.
+            if not self._joining.retries or not self.processes.any(failed):
+                break
+            if self.micro_batch == 1:
+                raise self._too_large()
+            self.micro_batch = -(-min(self.micro_batch, len(inputs)) // 2)
+            self._forget_gradients()
+        self._joining.finish(self._parameters)
+        self.accelerator.unscale_gradients()
+        if self._bucket_norms is not None:
+            return losses, [self._bucket_norms.take()[0].double() / self.processes.count]
+        return losses, [norms.total] if norms is not None and norms.total is not None else []
+
+    def _part_norms(self) -> PartNorms | None:
+        """What looks at the micro-batches' gradients, where noise is measured by them."""
+        if self.noise_scale is None:
+            return None
+        if isinstance(self._joining.module, nn.parallel.DistributedDataParallel):
+            if self._bucket_norms is None:
+                self._bucket_norms = BucketNorms(self._joining.module)
+            return None
+        share = self.config.batch_size // self.processes.count
+        return PartNorms(self._parameters, share, self._joining.squared_norm)
+
+    def _measure_noise(self, part_square: float, square: float, scaler: Any) -> None:
+        assert self.noise_scale is not None
+        batch = self.config.batch_size
+        if scaler is not None:
+            part_square /= scaler.get_scale() ** 2
+        self.noise_scale.update(part_square, square, batch / self._parts(), batch)
+
+    def _parts(self) -> int:
+        """In how many parts the gradient of a step is looked at."""
+        count = self.processes.count
+        if self._bucket_norms is not None:
+            return count
+        micro_batches = len(even_parts(self.config.batch_size // count, self.micro_batch or 1))
+        return micro_batches * (1 if isinstance(self._joining, Sharded) else count)
+
+    def _has_unused_weights(self, inputs: Inputs) -> bool:
+        """Whether some weights take no part in the loss, by computing one sample's gradient."""
+        part = inputs.part(0, 1)
+        with unchanged_buffers(self.network), self.accelerator.autocast():
+            self._seed_part(part)
+            self.objective(part.x0, part.sigma, part.noise, **part.keywords).sum().backward()
+        unused = any(p.grad is None for p in self._parameters)
+        self._forget_gradients()
+        return unused
+
+    def _add_gradients(
+        self, inputs: Inputs, micro_batch: int, norms: PartNorms | None = None
+    ) -> Tensor:
+        self.objective.forget_terms()
+        return add_gradients(
+            self._joining, inputs, micro_batch, seed_part=self._seed_part, norms=norms
+        )
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad()
+        release_memory(self.device)
+
+    def _largest_micro_batch(self, inputs: Inputs) -> int:
+        """The most samples at a time that fit into memory, by trying; it leaves no trace."""
+
+        def fits(size: int) -> bool:
+            try:
+                # The first step of the optimiser takes memory too: its averages of the gradient.
+                held = (
+                    []
+                    if self.optimizer.state
+                    else [torch.empty_like(p) for p in self._parameters for _ in range(2)]
+                )
+                # Measuring noise keeps the sum of gradients beside the micro-batch's own.
+                if self.noise_scale is not None:
+                    held += [torch.empty_like(p) for p in self._parameters]
+                self._add_gradients(inputs.part(0, size), size)
+                del held
+                return True
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                return False
+            finally:
+                self._forget_gradients()
+
+        # Each size would be compiled anew; compiled, a step takes less memory rather than more.
+        with unchanged_buffers(self.network), torch.compiler.set_stance("force_eager"):
+            try:
+                size = largest_that_fits(fits, self._most_at_once)
+            except OutOfMemory:
+                size = 0
+        size = self.processes.least(size)
+        if not size:
+            raise self._too_large()
+        return size
+
+    def _too_large(self) -> TrainingError:
+        return TrainingError(
+            f"out of memory with one image at a time, of shape {self.source.shape}: set "
+            "model.checkpointing = true, or train a smaller model"
+        )
+
+    def _examine(self, inputs: Inputs, losses: Tensor, loss: float, norm: float) -> BadStep:
+        """What was wrong with a step that is not finite."""
+        names = self._named.named_parameters()
+
+        def replay(inputs: Inputs) -> None:
+            with self.accelerator.autocast():
+                for start, stop in even_parts(len(inputs), self.micro_batch or len(inputs)):
+                    part = inputs.part(start, stop)
+                    self._seed_part(part)
+                    self.objective(part.x0, part.sigma, part.noise, **part.keywords)
+            self._joining.after_forward(self.objective)
+
+        return examine(
+            step=self.step + 1,
+            loss=loss,
+            grad_norm=norm,
+            losses=losses,
+            inputs=inputs,
+            network=self.network,
+            gradients={name: local(p.grad) for name, p in names if p.grad is not None},
+            replay=replay,
+            name=self.source.name,
+            processes=self.processes,
+        )
+
+    def _seed_part(self, part: Inputs) -> None:
+        """Seed what the network draws (dropout) by the place of a micro-batch's first sample."""
+        config = self.config
+        seed_network(fold_seed(config.seed, Purpose.NETWORK, self.step, part.first), self.device)
+
+    def _inputs(self, batch: Batch) -> Inputs:
+        """What this process's part of the step learns from."""
         config, device = self.config, self.device
         share = len(batch.images)
         mine = slice(share * self.stream.rank, share * (self.stream.rank + 1))
         x0 = as_float(batch.images.to(device, non_blocking=True))
-        generator = torch.Generator().manual_seed(self._seed(Purpose.LEVELS))
+        generator = torch.Generator().manual_seed(fold_seed(config.seed, Purpose.LEVELS, self.step))
         half_log_snr = draw_half_log_snr(
             self._density, config.batch_size, generator, stratified=config.loss.stratified
         )
         sigma = self.denoiser.path.sigma(half_log_snr)[mine]
         if device.type == "mps":  # it has no float64
             sigma = sigma.float()
-        sigma = sigma.to(device, non_blocking=True)
-        generator = torch.Generator(device).manual_seed(self._seed(Purpose.NOISE))
         shape = (config.batch_size, *x0.shape[1:])
-        noise = torch.randn(shape, generator=generator, device=device)[mine]
+        return Inputs(
+            x0=x0,
+            sigma=sigma.to(device, non_blocking=True),
+            noise=draw_noise(config.seed, self.step, shape, device)[mine],
+            condition=self._shown_condition(batch, x0, mine),
+            indices=batch.indices,
+            first=mine.start,
+            raws=self._raws(batch),
+        )
+
+    def _raws(self, batch: Batch | None) -> dict[str, Tensor]:
+        """What the extra losses asked for, of a batch."""
+        if batch is None or not self.objective.raws:
+            return {}
+        try:
+            return raw_tensors(self.objective.raws, batch.raws, self.device)
+        except ValueError as error:
+            raise ConfigError(f"loss.extra and data do not fit each other: {error}") from None
+
+    def _shown_condition(self, batch: Batch, x0: Tensor, mine: slice) -> dict[str, Tensor]:
+        """The samples' condition, a share of them without any; mine: their places in the step."""
         if self.conditioner is None:
-            return x0, sigma, noise, {}
-        generator = torch.Generator().manual_seed(self._seed(Purpose.LABELS))
-        hidden = torch.rand(config.batch_size, generator=generator)[mine] < config.condition_dropout
+            return {}
+        config = self.config
+        hidden = draw_hidden(config.seed, self.step, config.batch_size, config.condition_dropout)
         first = self.images_seen + mine.start
-        condition = self._condition(batch, x0, range(first, first + share))
+        condition = self._condition(batch, x0, range(first, first + len(x0)))
         drop = getattr(self.network, "drop_condition", self.conditioner.hide)
-        return x0, sigma, noise, drop(condition, hidden.to(device, non_blocking=True))
+        shown: dict[str, Tensor] = drop(condition, hidden[mine].to(self.device, non_blocking=True))
+        return shown
 
     @torch.no_grad()
     def _condition(self, batch: Batch, x0: Tensor, places: Sequence[int]) -> dict[str, Tensor]:
@@ -329,7 +606,7 @@ class Trainer:
             check: Any = getattr(network, "check_condition", None)
             if check is not None:
                 check(1, **example)
-            _check_null(network, self.conditioner, example)
+            check_null(network, self.conditioner, example)
         except ValueError as error:
             raise ConfigError(
                 f"model, conditioner and data do not fit each other: {error}"
@@ -339,32 +616,75 @@ class Trainer:
     # ------------------------------------------------------------ checkpoints
 
     def save(self, path: str | Path) -> str:
-        """Write a checkpoint, on the main process only; gives its sha256."""
-        if not self.accelerator.is_main_process:
-            return ""
+        """Write a checkpoint; every process has to call it, and gets its sha256.
+
+        Args:
+            path: a .safetensors file, which the main process writes, or any other name, of a
+                folder to which each process writes its shards.
+        """
+        path = Path(path)
+        if path.suffix != SUFFIX:
+            return save_sharded(path, self._named_parts(), self.processes, self._facts)
+        contents = self.contents()
+        return self.processes.on_main(lambda: write_checkpoint(path, contents))
+
+    def contents(self) -> Contents:
+        """What a checkpoint of this moment holds: the live tensors, not copies, where a process has
+        them whole. Every process has to call it; what others than the main one get has no tensors
+        if the weights are sharded."""
+        parts = self._named_parts()
+        if self.is_sharded:
+            parts = {
+                part: gathered(named, keep=self.processes.main) for part, named in parts.items()
+            }
+        return make_contents(parts, **self._facts())
+
+    def _named_parts(self) -> dict[str, Mapping[str, Tensor]]:
+        return {
+            "model": named_tensors(self.network),
+            **{name: average.state_dict() for name, average in self.averages.items()},
+            "optimizer": moments(self.optimizer, self._named),
+            "loss": self.objective.own_tensors(),
+        }
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds only its share of the weights."""
+        return isinstance(self._joining, Sharded)
+
+    def _facts(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors."""
         scaler = getattr(self.accelerator, "scaler", None)
-        return save_checkpoint(
-            path,
-            {
-                "model": named_tensors(self.network),
-                "ema": self.ema.state_dict(),
-                "optimizer": moments(self.optimizer, self.network),
-            },
-            config=self.config.to_json(),
-            images_seen=self.images_seen,
-            step=self.step,
-            data=self.source.facts(),
-            state={
+        return {
+            "config": self.config.to_json(),
+            "images_seen": self.images_seen,
+            "step": self.step,
+            "data": self.source.facts(),
+            "state": {
                 "ema_updates": self.ema.updates,
                 "skipped_steps": self.skipped_steps,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "micro_batch": self.micro_batch,
+                "passed_over": [list(part) for part in self.passed_over],
+                "noise_scale": self.noise_scale.state_dict() if self.noise_scale else None,
                 "scaler": scaler.state_dict() if scaler is not None else None,
+                "optimizer": plain_state(self.optimizer, self._named, self._group_start),
                 "extra": self.extra,
+                "network": type(self.network).__name__,
+                "conditioner": None
+                if self.conditioner is None
+                else type(self.conditioner).__name__,
             },
-        )
+        }
 
     def _resume(self, path: Path) -> None:
-        info, parts = read_checkpoint(path, ["model", "ema", "optimizer"])
+        wanted = ["model", *self.averages, "optimizer", "loss"]
+        if self.is_sharded and path.is_dir():
+            info, parts = read_sharded(
+                path, wanted, self.processes, cut_like=dict(self._named.named_parameters())
+            )
+        else:
+            info, parts = read_checkpoint(path, wanted)
         self._check_same_run(info)
         if not parts["model"]:
             raise CheckpointError(
@@ -372,8 +692,11 @@ class Trainer:
             )
         load_into(self.network, parts["model"], info)
         try:
-            self.ema.load_state_dict(parts["ema"], info.state["ema_updates"])
-            load_moments(self.optimizer, self.network, parts["optimizer"])
+            load_averages(self.averages, parts, info.state["ema_updates"])
+            self.objective.load_own_tensors(parts["loss"])
+            load_moments(
+                self.optimizer, self._named, parts["optimizer"], info.state.get("optimizer")
+            )
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None
         scaler = getattr(self.accelerator, "scaler", None)
@@ -382,13 +705,33 @@ class Trainer:
         self.step = info.step
         self.skipped_steps = info.state["skipped_steps"]
         self.skipped_in_a_row = info.state["skipped_in_a_row"]
+        # What memory once refused it would refuse again.
+        known = [m for m in (self.micro_batch, info.state.get("micro_batch")) if m is not None]
+        self.micro_batch = min(known, default=None)
+        self.passed_over = [(a, b) for a, b in info.state.get("passed_over", [])]
+        if self.noise_scale is not None and info.state.get("noise_scale") is not None:
+            self.noise_scale.load_state_dict(info.state["noise_scale"])
         self.extra = dict(info.state["extra"])
+
+    def _check_agreed(self) -> None:
+        """Refuse to begin where processes do not go on from the same place."""
+        steps = self.processes.gather(self.step)
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"the processes would go on from steps {', '.join(map(str, steps))}: the "
+                "checkpoints must lie on a disk that all of them see"
+            )
 
     def _check_same_run(self, info: CheckpointInfo) -> None:
         theirs, ours = flat(filled(info.config)), flat(filled(self.config.to_json()))
         theirs["data.images"], ours["data.images"] = info.data.get("images"), len(self.source)
+        theirs.setdefault("optimizer.type", "adamw")
         theirs, ours = (
-            {k: v for k, v in both.items() if k.split(".")[0] in FIXED and k != "data.path"}
+            {
+                k: v
+                for k, v in both.items()
+                if {k, k.split(".")[0]} & set(FIXED) and k != "data.path"
+            }
             for both in (theirs, ours)
         )
         if differing := differences(theirs, ours):
@@ -396,92 +739,3 @@ class Trainer:
                 f"checkpoint {info.path} is of a run with {'; '.join(differing)}: resume with the "
                 "same, or begin a new run"
             )
-
-
-def _seed_network(seed: int, device: torch.device) -> None:
-    """Seed what dropout draws from. (torch.manual_seed seeks every kind of device each time.)"""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(seed)
-    elif device.type != "cpu":
-        torch.manual_seed(seed)
-
-
-def settle(
-    config: TrainConfig, source: Source, conditioner: Conditioner | None = None
-) -> TrainConfig:
-    """The config with what the data decides: in_channels, and a sigma_data of "auto".
-
-    The conditioner's own config, where it has one, takes the place of the one that is there.
-
-    Raises:
-        ConfigError: the data is constant, so that it has no sigma_data.
-    """
-    model = dict(config.model)
-    if takes_option(model, "in_channels"):
-        model.setdefault("in_channels", source.shape[0])
-    if model.get("in_channels", source.shape[0]) != source.shape[0]:
-        raise ConfigError(
-            f"model.in_channels is {model['in_channels']}, but the data has {source.shape[0]} "
-            "channels: leave it out, and the data decides"
-        )
-    if model.get("sigma_data") == AUTO:
-        if source.std < 1e-6:
-            raise ConfigError("model.sigma_data is auto, but all values of the data are equal")
-        model["sigma_data"] = source.std
-    update: dict[str, Any] = {"model": model}
-    if conditioner is not None:
-        update["conditioner"] = None
-        with suppress(ValueError):  # one that is not registered has no config
-            update["conditioner"] = conditioner_config(conditioner)
-    return config.model_copy(update=update)
-
-
-def _check_shape(model: Mapping[str, Any], source: Source, example: Mapping[str, Tensor]) -> None:
-    """Run the network on one image without memory, to see whether it takes the data's shape."""
-    condition = {keyword: value.to("meta") for keyword, value in example.items()}
-    with torch.device("meta"), torch.no_grad(), suppress(NotImplementedError, RuntimeError):
-        try:
-            network, shape = make_model(model), (1, *source.shape)
-            check_output(network, network(torch.zeros(shape), torch.zeros(1), **condition), shape)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"model and data do not fit each other: {error}") from None
-
-
-def _check_null(
-    network: nn.Module, conditioner: Conditioner, example: Mapping[str, Tensor]
-) -> None:
-    """Refuse a conditioner whose "no class" the network takes for a class, or for none at all."""
-    null = conditioner.null(1, example)
-    if "class_label" in null and int(null["class_label"][0]) != known_classes(network):
-        raise ValueError(
-            f"the conditioner knows {int(null['class_label'][0])} classes, but the model's "
-            f"num_classes is {known_classes(network)}: give the same number"
-        )
-
-
-def _check_classes(num_classes: int, source: Source) -> None:
-    if num_classes and num_classes != source.num_classes:
-        raise ConfigError(
-            f"model.num_classes is {num_classes}, but the data has {source.num_classes} classes: "
-            "give as many, or 0 to learn without classes"
-        )
-
-
-def _accelerator(precision: str) -> Any:
-    """accelerate's view of the machine, once a process; its state is shared by all of them."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-
-    shared = AcceleratorState._shared_state
-    if shared and shared.get("_mixed_precision") != precision:
-        AcceleratorState._reset_state()  # another run of this process had another precision
-    try:
-        accelerator = Accelerator(mixed_precision=precision)
-    except ValueError as error:
-        AcceleratorState._reset_state()
-        message = " ".join(str(error).split())
-        raise ConfigError(f"precision = {precision!r} does not work here: {message}") from None
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("precision = 'fp16' needs a GPU; give 'bf16' or 'no'")
-    return accelerator

@@ -29,6 +29,62 @@ def log_uniform_quantile(u: Tensor, low: float, high: float) -> Tensor:
     return u * (high - low) + low
 
 
+def log_logistic_quantile(
+    u: Tensor, loc: float, scale: float, low: float = 0.0, high: float = math.inf
+) -> Tensor:
+    """log sigma below which lies the share u of a log-logistic density cut off at two sigmas."""
+
+    def share_below(sigma: float) -> Tensor:
+        value = torch.as_tensor(sigma, device=u.device, dtype=u.dtype)
+        return torch.sigmoid((value.log() - loc) / scale)
+
+    first, last = share_below(low), share_below(high)
+    return torch.logit(u * (last - first) + first) * scale + loc
+
+
+def v_diffusion_angle(u: Tensor, low: float, high: float) -> Tensor:
+    """The angle below which lies the share u, of a density that is even between arctan low and
+    arctan high."""
+    first, last = (math.atan(ratio) * 2 / math.pi for ratio in (low, high))
+    return (u * (last - first) + first) * math.pi / 2
+
+
+def v_diffusion_quantile(u: Tensor, low: float, high: float) -> Tensor:
+    """log(sigma / sigma_data) below which lies the share u, where its angle is uniform; low, high:
+    sigma / sigma_data at both ends."""
+    return torch.log(torch.tan(v_diffusion_angle(u, low, high)))
+
+
+def cosine_interpolated_quantile(
+    share: Tensor,
+    image_d: float,
+    noise_d_low: float,
+    noise_d_high: float,
+    low: float,
+    high: float,
+) -> Tensor:
+    """log(sigma / sigma_data) at a share of the way from most noise to least, see
+    `rand_cosine_interpolated`; low, high: sigma / sigma_data at both ends."""
+
+    def log_ratio(noise_d: float) -> Tensor:
+        """log(sigma / sigma_data) of the cosine schedule moved by log(image_d / noise_d)."""
+        shift = noise_d / image_d
+        first, last = math.atan(high * shift), math.atan(low * shift)
+        return torch.log(torch.tan(first + share * (last - first))) - math.log(shift)
+
+    return torch.lerp(log_ratio(noise_d_low), log_ratio(noise_d_high), share)
+
+
+def split_log_normal_quantile(u: Tensor, loc: float, scale_1: float, scale_2: float) -> Tensor:
+    """log sigma below which lies the share u of a split log-normal density (its mode, and standard
+    deviations of log sigma below and above it)."""
+    below = scale_1 / (scale_1 + scale_2)
+    # Each side is half of a Gaussian, stretched to the side's share of all.
+    low = torch.special.ndtri((u / (2 * below)).clamp(max=0.5))
+    high = torch.special.ndtri(((1 - u) / (2 * (1 - below))).clamp(max=0.5))
+    return loc + torch.where(u < below, scale_1 * low, -scale_2 * high)
+
+
 def _uniform(shape: Sequence[int], device: Device, dtype: torch.dtype) -> Tensor:
     precise = torch.promote_types(dtype, torch.float32)
     return stratified_with_settings(shape, device=device, dtype=precise)
@@ -68,14 +124,8 @@ def rand_log_logistic(
         loc, scale: of log sigma.
         min_value, max_value: sigma between which the density is cut off.
     """
-
-    def share_below(sigma: float) -> Tensor:
-        value = torch.as_tensor(sigma, device=device, dtype=torch.float64)
-        return torch.sigmoid((value.log() - loc) / scale)
-
-    low, high = share_below(min_value), share_below(max_value)
-    u = stratified_with_settings(shape, device=device, dtype=torch.float64) * (high - low) + low
-    return (torch.logit(u) * scale + loc).exp().to(dtype)
+    u = stratified_with_settings(shape, device=device, dtype=torch.float64)
+    return log_logistic_quantile(u, loc, scale, min_value, max_value).exp().to(dtype)
 
 
 def rand_log_uniform(
@@ -111,9 +161,9 @@ def rand_v_diffusion(
         sigma_data: standard deviation of the clean data.
         min_value, max_value: sigma between which the density is cut off.
     """
-    low, high = (math.atan(v / sigma_data) * 2 / math.pi for v in (min_value, max_value))
-    u = _uniform(shape, device, dtype) * (high - low) + low
-    return (torch.tan(u * math.pi / 2) * sigma_data).to(dtype)
+    u = _uniform(shape, device, dtype)
+    angle = v_diffusion_angle(u, min_value / sigma_data, max_value / sigma_data)
+    return (torch.tan(angle) * sigma_data).to(dtype)
 
 
 def rand_cosine_interpolated(
@@ -138,17 +188,10 @@ def rand_cosine_interpolated(
         sigma_data: standard deviation of the clean data.
         min_value, max_value: smallest and largest sigma.
     """
-    low, high = min_value / sigma_data, max_value / sigma_data
+    ends = min_value / sigma_data, max_value / sigma_data
     share = _uniform(shape, device, dtype)  # of the way from most noise to least
-
-    def log_ratio(noise_d: float) -> Tensor:
-        """log(sigma / sigma_data) of the cosine schedule moved by log(image_d / noise_d)."""
-        shift = noise_d / image_d
-        first, last = math.atan(high * shift), math.atan(low * shift)
-        return torch.log(torch.tan(first + share * (last - first))) - math.log(shift)
-
-    ratio = torch.lerp(log_ratio(noise_d_low), log_ratio(noise_d_high), share).exp()
-    return (ratio * sigma_data).to(dtype)
+    log_ratio = cosine_interpolated_quantile(share, image_d, noise_d_low, noise_d_high, *ends)
+    return (log_ratio.exp() * sigma_data).to(dtype)
 
 
 def rand_split_log_normal(

@@ -49,8 +49,27 @@ def test_a_run_in_the_folder_is_neither_lost_nor_taken_for_done(
     assert checkpoint.read_bytes() == before
     assert main([*argv, "--seed", "9", "--overwrite"]) == 0
     assert read_info(checkpoint).config["seed"] == 9
-    assert main([*argv, "--resume-from", str(tmp_path / "run/checkpoint-x.safetensors")]) == 1
+    assert main([*argv, "--resume", str(tmp_path / "run/checkpoint-x.safetensors")]) == 1
     assert "did you mean" in last_line(capsys)
+
+
+def test_ways_to_resume(tmp_path, write_config, capsys) -> None:
+    argv = ["train", "--config", str(write_config(tmp_path))]
+    assert main([*argv, "--resume", "auto"]) == 0  # there is nothing yet
+    first = tmp_path / "run/checkpoint-000000000032.safetensors"
+    before = first.read_bytes()
+    for words in (["--resume"], ["--resume", "auto"], ["--resume=auto"], ["--resume", str(first)]):
+        assert main([*argv, *words, "--seed", "0"]) == 0, words
+        assert first.read_bytes() == before
+    capsys.readouterr()
+    assert main([*argv, "--resume", "auto", str(first)]) == 2
+    assert "--resume: " in (said := last_line(capsys))
+    assert "is one value too many: give one checkpoint, or auto" in said
+    first.write_bytes(before[:-1])
+    assert main([*argv, "--resume", "auto"]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith(f"passing over checkpoint {first} is")
+    assert "all 1 checkpoints in" in said[-1]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +112,7 @@ def test_a_config_that_is_none(tmp_path, capsys) -> None:
 
 
 def test_overrides() -> None:
-    given = Train(Path("c.toml"), data="faces", out="o", seed=0, set={"optimizer.lr": 1e-3})
+    given = Train(Path("c.toml"), data="faces", out="o", seed=0, set=({"optimizer.lr": 1e-3},))
     assert given._overrides() == {
         "data.path": "faces",
         "out": "o",
@@ -195,6 +214,47 @@ def test_a_signal_leaves_a_checkpoint_that_can_be_resumed(
 def test_a_pickle_is_not_resumed_from(tmp_path, write_config, capsys) -> None:
     weights = tmp_path / "old.ckpt"
     weights.write_bytes(pickle.dumps({"w": 1}))
-    argv = ["train", "--config", str(write_config(tmp_path)), "--resume-from", str(weights)]
+    argv = ["train", "--config", str(write_config(tmp_path)), "--resume", str(weights)]
     assert main(argv) == 1
     assert "is a pickle" in last_line(capsys)
+
+
+POISONED = """
+import math
+from k_diffusion.training import dataset, folder
+
+class Poisoned(folder.Folder):
+    def batch(self, indices, seeds=None):
+        batch = super().batch(indices, seeds)
+        images = batch.images.float() / 127.5 - 1
+        for place, index in enumerate(batch.indices.tolist()):
+            if self.files[index].name == "0.png":
+                images[place] = math.nan
+        return batch._replace(images=images)
+
+dataset.SOURCES["folder"] = Poisoned
+"""
+
+
+def test_a_nan_in_the_data_names_the_file(
+    tmp_path, folder_config, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from k_diffusion.training import dataset
+
+    monkeypatch.setitem(dataset.SOURCES, "folder", dataset.SOURCES["folder"])  # it comes back
+    for index in range(12):
+        save_png(tmp_path / f"pictures/{index}.png", torch.full((1, 8, 8), index / 12))
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    argv = ["train", "--config", str(folder_config), "--plugin", str(tmp_path / "poisoned.py")]
+    assert main(argv) == 0
+    captured = capsys.readouterr()
+    skipped = [line for line in captured.err.splitlines() if " skipped as not finite: " in line]
+    end = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-2])
+    assert end["skipped_steps"] == len(skipped) > 0
+    for line in skipped:
+        assert f"from {tmp_path / 'pictures/0.png'}, at sigma " in line
+        assert line.endswith("first not finite: the data")
+    assert main([*argv, "--overwrite", "--set", "max_skipped=1"]) == 1
+    last = last_line(capsys)
+    assert "1 steps in a row were not finite" in last
+    assert str(tmp_path / "pictures/0.png") in last

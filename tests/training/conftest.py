@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from k_diffusion.models import MODELS
 from k_diffusion.models.registry import known_fields
-from k_diffusion.training.config import TrainConfig, make_config
+from k_diffusion.training.config import TrainConfig
+from k_diffusion.training.config_file import make_config
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,28 @@ class Tiny(nn.Module):
         return self.leave(self.dropout(torch.nn.functional.silu(hidden)))
 
 
+class Blocks(Tiny):
+    """Also a list of blocks, a weight that is a single number, and one that has no part in it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        channels = self.config.in_channels
+        self.blocks = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        self.gain = nn.Parameter(torch.zeros(()))
+        self.spare = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor, t: Tensor, class_label: Tensor | None = None) -> Tensor:
+        x = super().forward(x, t, class_label)
+        for block in self.blocks:
+            x = x + block(x)
+        return x * (1 + self.gain)
+
+
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> type[Tiny]:
     torch.set_num_threads(1)
     monkeypatch.setitem(MODELS, "tiny", Tiny)
+    monkeypatch.setitem(MODELS, "blocks", Blocks)
     return Tiny
 
 

@@ -19,12 +19,11 @@ from k_diffusion.denoiser import EDMDenoiser
 from k_diffusion.training import checkpoint
 from k_diffusion.training.checkpoint import (
     CheckpointError,
-    load_denoiser,
     read_checkpoint,
     read_info,
     save_checkpoint,
-    save_inference,
 )
+from k_diffusion.training.restore import load_denoiser, save_inference
 
 MODEL = {"type": "tiny", "prediction": "edm", "time_convention": "log_sigma", "sigma_data": 0.7}
 
@@ -135,6 +134,25 @@ def test_inference_file_has_one_set_of_weights(saved: Path, tmp_path: Path, tiny
 
 
 # ---------------------------------------------------------------- damage
+
+
+@pytest.mark.parametrize("length", [0x4B50, 0x10280])
+def test_header_as_long_as_a_pickle_begins_is_none(tmp_path: Path, length: int) -> None:
+    """The first bytes are the header's length, here "PK" or a pickle's 80 02."""
+    path, size, padding = tmp_path / "a.safetensors", 0, 0
+    while size != length:
+        padding = max(0, padding + length - size)
+        tensors = {"model": {"a": torch.ones(2)}}
+        save_checkpoint(path, tensors, config={"x": "a" * padding}, images_seen=1, step=1)
+        size = int.from_bytes(path.read_bytes()[:8], "little")
+    assert path.read_bytes()[:2] in (b"PK", b"\x80\x02")
+    assert read_info(path).parameters == 2
+
+
+def test_a_single_byte_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").write_bytes(b"\x80")
+    with pytest.raises(CheckpointError, match="is truncated, damaged or no safetensors file"):
+        read_info(tmp_path / "a.safetensors")
 
 
 def test_any_flipped_bit_is_refused(saved: Path) -> None:
@@ -284,8 +302,12 @@ def test_failed_write_leaves_the_old_file(
         raise OSError("no space left")
 
     monkeypatch.setattr(os, function, fail)
-    with pytest.raises(OSError, match="no space left"):
+    with pytest.raises(CheckpointError) as caught:
         save_checkpoint(saved, parts_of(tiny), config={}, images_seen=1, step=1)
+    assert str(caught.value) == (
+        f"checkpoint {saved} could not be written (no space left); what was there before is "
+        "untouched"
+    )
     assert saved.read_bytes() == old
     assert list(saved.parent.iterdir()) == [saved]
 
@@ -295,7 +317,7 @@ def test_file_and_folder_are_flushed_in_order(
 ) -> None:
     """Renamed before its bytes lie on the disk, a file could be whole in name only."""
     events = []
-    fsync, replace = os.fsync, os.replace
+    fsync, replace, read = os.fsync, os.replace, checkpoint.read_info
 
     def note_fsync(handle: int) -> None:
         events.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file")
@@ -305,11 +327,22 @@ def test_file_and_folder_are_flushed_in_order(
         events.append("rename")
         replace(*args)
 
+    def note_forget(handle: int, start: int, length: int, advice: int) -> None:
+        assert (start, length, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        events.append("forget")
+
+    def note_read(path: Path) -> Any:
+        events.append("read")
+        return read(path)
+
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", note_replace)
+    monkeypatch.setattr(checkpoint, "read_info", note_read)
+    if hasattr(os, "posix_fadvise"):  # what is read back is then what lies on the disk
+        monkeypatch.setattr(os, "posix_fadvise", note_forget)
     save_checkpoint(saved, parts_of(tiny), config={}, images_seen=1, step=1)
-    kinds = ["file", "rename", "folder"] if os.path.isdir("/proc/self/fd") else events
-    assert events == kinds
+    kinds = ["file", "forget", "read", "rename", "folder"]
+    assert events == (kinds if os.path.isdir("/proc/self/fd") else events)
 
 
 KILLED = """

@@ -44,7 +44,7 @@ def told(trainer: Trainer, steps: int = 1) -> list[dict[str, Tensor]]:
     seen = []
     for step in range(steps):
         trainer.step = step
-        seen.append(trainer._inputs(trainer.stream[step])[3])
+        seen.append(dict(trainer._inputs(trainer.stream[step]).condition))
     return seen
 
 

@@ -10,8 +10,9 @@ import pytest
 from pydantic import BaseModel
 
 from k_diffusion.models import MODELS
-from k_diffusion.training import config as configs
-from k_diffusion.training.config import ConfigError, load_config, make_config
+from k_diffusion.training import config as kinds_of_config
+from k_diffusion.training.config import ConfigError
+from k_diffusion.training.config_file import load_config, make_config, override
 
 GOOD: dict[str, Any] = {
     "model": {"type": "tiny", "prediction": "edm", "sigma_data": "auto"},
@@ -24,7 +25,7 @@ FOLDER = {"source": "folder", "path": "images", "size": 32}
 def change(key: str, value: Any, base: dict[str, Any] = GOOD) -> dict[str, Any]:
     """A copy with one dotted key set."""
     data = json.loads(json.dumps(base))
-    configs._override(data, key, value)
+    override(data, key, value)
     return data
 
 
@@ -57,7 +58,7 @@ MISTAKES = [
     ("optimizer.lr", "1e-3", "optimizer.lr = '1e-3': input should be a valid number"),
     ("optimizer.betas", [0.9, 1.0], "optimizer.betas.1 = 1.0: input should be less than 1"),
     ("optimizer", 3, "optimizer = 3"),
-    ("optimizer.schedule", "linear", "is not one of 'constant' or 'cosine'"),
+    ("optimizer.schedule", "linear", "is not one of 'constant', 'cosine'"),
     ("condition_dropout", 1.5, "condition_dropout = 1.5"),
     ("label_dropout", 0.1, "label_dropout = 0.1 is no known key; did you mean condition_dropout?"),
     ("conditioner", {"type": "clas"}, "conditioner: unknown conditioner type 'clas'; did you mean"),
@@ -74,7 +75,7 @@ MISTAKES = [
     ("model.sigma_data", -1, "model.sigma_data = -1; give a number above 0, or 'auto'"),
     ("model.sigma_data", "automatic", "model.sigma_data = 'automatic'; give a number"),
     ("model.widht", 3, "model.widht = 3 is no option of this model; did you mean width?"),
-    ("model", "tiny", "model = 'tiny': input should be a valid dictionary"),
+    ("model", "tiny", "model = 'tiny': input should be a table of keys"),
 ]
 
 
@@ -131,7 +132,7 @@ def test_every_key_is_described() -> None:
 
     kinds = ("TrainConfig", "DigitsConfig", "FolderConfig", "LossConfig", "EmaConfig")
     for kind in (*kinds, "OptimizerConfig"):
-        keys(getattr(configs, kind))
+        keys(getattr(kinds_of_config, kind))
 
 
 TOML = """

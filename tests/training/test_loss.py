@@ -1,4 +1,4 @@
-"""Weightings against closed forms and against the errors they stand for; densities by quantiles."""
+"""The denoising loss in every denoiser's coordinates, and what it is divided by."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
+from k_diffusion import layers
 from k_diffusion.denoiser import (
     EDMDenoiser,
     EpsDenoiser,
@@ -20,7 +20,6 @@ from k_diffusion.denoiser import (
 )
 from k_diffusion.training import loss
 from k_diffusion.utils.levels import FLOW, VE, VP
-from k_diffusion.utils.scheduler import CosineScheduler, FlowScheduler, LinearScheduler
 
 LEVELS = torch.linspace(-4, 4, 17, dtype=torch.float64)
 B = len(LEVELS)
@@ -93,29 +92,6 @@ def test_condition_reaches_the_network() -> None:
     assert (with_shift - without).abs().min() > 1e-3
 
 
-def test_weightings_are_their_closed_forms() -> None:
-    r = torch.exp(-LEVELS)
-    data_std = 0.6
-    closed = {
-        "edm": (r**2 + data_std**2) / (r * data_std) ** 2,
-        "snr": r**-2,
-        "eps": r**-2,
-        "v": r**-2 + 1,
-        "x0": r**0,
-        "flow": (1 + 1 / r) ** 2,
-        "min_snr": torch.minimum(r**-2, torch.tensor(5.0)),
-        # snr·gamma / (snr + gamma) with gamma = 1 / sigma_data²
-        "soft_min_snr": r**-2 / data_std**2 / (r**-2 + data_std**-2),
-    }
-    assert set(closed) == set(loss.WEIGHTINGS)
-    for name, expected in closed.items():
-        got = loss.make_weighting(name, data_std)(LEVELS)
-        assert ((got - expected) / expected).abs().max() < 1e-12, name
-    four = loss.make_weighting("soft_min_snr", 9.0, gamma=4.0)(LEVELS)
-    assert (four - loss.make_weighting("soft_min_snr", 0.5)(LEVELS)).abs().max() < 1e-12
-    assert loss.make_weighting("min_snr", gamma=2.0)(LEVELS).max() == 2
-
-
 def test_perfect_denoiser_has_no_loss_and_a_constant_error_its_weight() -> None:
     x0, noise = data()
     for path in (VE, VP, FLOW):
@@ -161,105 +137,6 @@ def test_little_signal_keeps_its_alpha(half_log_snr: float) -> None:
     assert (got / math.exp(2 * half_log_snr) - 1).abs().max() < 1e-6
 
 
-# ---------------------------------------------------------------- densities
-
-
-def draw(name: str, process: Any = None, n: int = 20000, **options: Any) -> Tensor:
-    density = loss.make_density(name, process, **options)
-    return loss.draw_half_log_snr(density, n, torch.Generator().manual_seed(0))
-
-
-def distance(sample: Tensor, cdf: Any) -> float:
-    """Kolmogorov-Smirnov distance times sqrt(n): exceeds 1.95 once in a thousand."""
-    return stats.kstest(sample.numpy(), cdf).statistic * len(sample) ** 0.5
-
-
-def test_densities_have_their_distributions() -> None:
-    for sample, cdf in (
-        (draw("lognormal"), stats.norm(1.2, 1.2).cdf),
-        (draw("lognormal", mean=-0.4, std=1.0), stats.norm(0.4, 1.0).cdf),
-        (
-            draw("loguniform"),
-            stats.uniform(-math.log(80), math.log(80 / 0.002)).cdf,
-        ),
-        (draw("loguniform", min=0.5, max=2.0), stats.uniform(-math.log(2), math.log(4)).cdf),
-    ):
-        assert sample.dtype == torch.float64
-        assert distance(sample, cdf) < 1.95
-
-
-@pytest.mark.parametrize("process", [FlowScheduler(), LinearScheduler(), CosineScheduler()])
-def test_densities_of_time(process: Any) -> None:
-    time = process.time(draw("uniform_time", process))
-    span = (process.time_min, process.time_max - process.time_min)
-    assert distance(time, stats.uniform(*span).cdf) < 1.95
-    time = process.time(draw("logit_normal", process, mean=0.5, std=0.8))
-    share = (time - span[0]) / span[1]
-    assert distance(torch.logit(share), stats.norm(0.5, 0.8).cdf) < 1.95
-
-
-def test_lognormal_moments() -> None:
-    sample = draw("lognormal", n=200000)
-    assert abs(sample.mean() - 1.2) < 3.3 * 1.2 / 200000**0.5
-    assert abs(sample.std() - 1.2) < 3.3 * 1.2 / 400000**0.5
-
-
-def test_stratified_has_one_level_in_each_part_in_random_order() -> None:
-    density = loss.make_density("lognormal", mean=0.0, std=1.0)
-    generator = torch.Generator().manual_seed(1)
-    first = []
-    for _ in range(50):
-        h = loss.draw_half_log_snr(density, 64, generator, stratified=True)
-        parts = (torch.special.ndtr(-h) * 64).long()
-        assert torch.equal(parts.sort().values, torch.arange(64))
-        first.append(int(parts[0]))
-    assert len(set(first)) > 25  # the first sample's level is as random as any
-
-
-def test_extreme_uniforms_stay_finite() -> None:
-    class Ends(torch.Generator):
-        pass
-
-    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    original = torch.rand
-    try:
-        torch.rand = lambda *a, **k: ends  # type: ignore[assignment]
-        for name in loss.DENSITIES:
-            density = loss.make_density(name, FlowScheduler())
-            assert loss.draw_half_log_snr(density, 2, Ends()).isfinite().all(), name
-    finally:
-        torch.rand = original
-
-
-def test_unknown_names_and_options_offer_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown weighting 'min_snrr'; did you mean 'min_snr'"):
-        loss.make_weighting("min_snrr")
-    with pytest.raises(ValueError, match=r"option of weighting 'min_snr', 'gama'.*'gamma'"):
-        loss.make_weighting("min_snr", gama=3)
-    with pytest.raises(ValueError, match="unknown density 'log_normal'; did you mean 'lognormal'"):
-        loss.make_density("log_normal")
-    with pytest.raises(ValueError, match="option of density 'lognormal', 'menn'"):
-        loss.make_density("lognormal", menn=3)
-    with pytest.raises(ValueError, match="give a process"):
-        loss.make_density("uniform_time")
-
-
-def test_registered_functions_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "WEIGHTINGS", dict(loss.WEIGHTINGS))
-    monkeypatch.setattr(loss, "DENSITIES", dict(loss.DENSITIES))
-
-    @loss.register_weighting("twice")
-    def twice(half_log_snr: Tensor, sigma_data: float, *, times: float = 2.0) -> Tensor:
-        return times * torch.ones_like(half_log_snr)
-
-    @loss.register_density("one")
-    def one(u: Tensor, process: Any) -> Tensor:
-        return torch.zeros_like(u)
-
-    assert (loss.make_weighting("twice", times=3.0)(LEVELS) == 3).all()
-    assert (draw("one", n=3) == 0).all()
-
-
 def test_the_best_log_variance_makes_every_loss_one() -> None:
     error = torch.tensor([1e-3, 1.0, 40.0], dtype=torch.float64)
     best = error.log().requires_grad_()
@@ -274,3 +151,76 @@ def test_the_best_log_variance_makes_every_loss_one() -> None:
     (share,) = torch.autograd.grad(loss.uncertainty_loss(scaled, best.detach()).sum(), scaled)
     assert (share * error - 1).abs().max() < 1e-12
     assert loss.uncertainty_loss(error.float(), best).dtype == torch.float32
+
+
+# ---------------------------------------------------------------- frequencies
+
+
+def sigma_network(x: Tensor, sigma: Tensor, return_variance: bool = False) -> Any:
+    """In the words of the established denoisers, which hand it sigma."""
+    output = torch.sin(3 * x) + sigma.to(x).log().reshape(-1, *[1] * (x.ndim - 1)) * x
+    return (output, (2 * sigma).log()) if return_variance else output
+
+
+@pytest.mark.parametrize("scales", [0, 0.5, 1, 2, 3.5, 9])
+@pytest.mark.parametrize("weighting", ["karras", "soft-min-snr", "snr"])
+@pytest.mark.parametrize("space", [(7,), (8, 6), (4, 5, 6)])
+def test_frequency_weighted_loss_is_the_established_one(
+    scales: float, weighting: str, space: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x0, noise = (
+        torch.randn(B, 2, *space, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    sigma = VE.sigma(LEVELS)
+    established = layers.Denoiser(sigma_network, 0.7, weighting, scales)
+    expected = established.loss(x0, noise, sigma)
+    ours = {"karras": "edm", "soft-min-snr": "soft_min_snr", "snr": "snr"}[weighting]
+    got = loss.denoising_loss(established, x0, sigma, noise, ours, scales)
+    assert ((got - expected) / expected).abs().max() < 1e-6
+    plain = loss.denoising_loss(established, x0, sigma, noise, ours)
+    assert bool(((got - plain).abs() > 1e-9 * plain).all()) == (scales != 1)
+
+
+def test_frequency_weights_are_the_same_in_every_kind_of_network() -> None:
+    """Weighed in x0, the error of which is the network's own times a number at each level."""
+    x0, noise = data()
+    for denoiser, path, name in (
+        (VDenoiser(Network("log_sigma")), VP, "v"),
+        (FlowDenoiser(Network("log_sigma")), FLOW, "flow"),
+    ):
+        sigma = path.sigma(LEVELS)
+        got = loss.denoising_loss(denoiser, x0, sigma, noise, name, 2.0)
+        error = denoiser.network.said - target(name, path.alpha(sigma), sigma, x0, noise)
+        expected = loss.mean_square(error, 2.0)
+        assert ((got - expected) / expected).abs().max() < 1e-9
+
+
+def test_frequencies_need_space() -> None:
+    with pytest.raises(ValueError, match=r"x has shape \(3, 2\); .* or give scales=1"):
+        loss.mean_square(torch.ones(3, 2), 2.0)
+
+
+def test_low_precision_is_summed_in_float32() -> None:
+    x0 = torch.zeros(2, 4096, dtype=torch.bfloat16)
+    denoiser = FunctionDenoiser(lambda x, s: torch.full_like(x, 1 / 3), VE)
+    got = loss.denoising_loss(denoiser, x0, torch.ones(2), x0, "x0")
+    assert got.dtype == torch.float32
+    third = torch.tensor(1 / 3, dtype=torch.bfloat16).double()
+    assert (got / third.square() - 1).abs().max() < 1e-6
+    assert loss.mean_square(torch.ones(2, 3, dtype=torch.float64)).dtype == torch.float64
+
+
+# ---------------------------------------------------------------- a variance of the network's own
+
+
+def test_variance_loss_is_the_gaussian_likelihood() -> None:
+    square = torch.tensor([1e-3, 1.0, 40.0], dtype=torch.float64)
+    best = square.log().requires_grad_()
+    at_best = loss.variance_loss(square, best)
+    (gradient,) = torch.autograd.grad(at_best.sum(), best)
+    assert gradient.abs().max() < 1e-12
+    log_variance = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    normal = torch.distributions.Normal(torch.zeros(()).double(), (log_variance / 2).exp())
+    expected = -normal.log_prob(square.sqrt()) - 0.5 * math.log(2 * math.pi)
+    assert (loss.variance_loss(square, log_variance) - expected).abs().max() < 1e-12

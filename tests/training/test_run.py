@@ -18,13 +18,8 @@ from torch import Tensor
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint, read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits
-from k_diffusion.training.run import (
-    RunResult,
-    latest_checkpoint,
-    list_checkpoints,
-    run_training,
-    stop_signals,
-)
+from k_diffusion.training.retention import latest_checkpoint, list_checkpoints
+from k_diffusion.training.run import RunResult, run_training, stop_signals
 from k_diffusion.training.trainer import Trainer, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
@@ -99,7 +94,9 @@ def test_checkpoints_on_the_way_and_the_newest_stay(make_run_config: MakeConfig)
     def look(trainer: Trainer, state: TrainState) -> None:
         written.append([p.name[-18:-12] for p in list_checkpoints(trainer.config.out)])
 
-    config = make_run_config(checkpoint_every_images=100, keep_checkpoints=2)
+    config = make_run_config(
+        checkpoint_every_images=100, keep_checkpoints=2, background_checkpoints=False
+    )
     run(config, on_step=look)
     everything = sorted({name for names in written for name in names})
     # The step that reaches each hundred: 128, 224, 320, 416, 512, 608; and the end.
@@ -297,7 +294,11 @@ def test_lines_of_skipped_steps_hold_no_nan(make_run_config: MakeConfig) -> None
     config = make_run_config(model=model, log_every_images=1, total_images=96)
     images[Trainer(config).stream[1].indices[0]] = torch.nan
     result, said = run(config, source=ArraySource(images, digits.labels, digits.class_names))
-    assert said == ["step 2 skipped: loss nan, gradient norm nan (not finite)"]
+    (line,) = said
+    name = int(Trainer(config).stream[1].indices[0])
+    assert line.startswith("step 2 skipped as not finite: loss nan, gradient norm nan, from image")
+    assert f"image {name}, at sigma" in line
+    assert line.endswith("first not finite: the data")
     assert "NaN" not in result.metrics.read_text()
     assert [line["loss"] is None for line in train_lines(result)] == [False, True, False]
     assert result.skipped_steps == 1

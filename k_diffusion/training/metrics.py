@@ -1,0 +1,237 @@
+"""The metrics file of a run: one JSON object a line, whatever happens to the disk or the folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from k_diffusion.training.retention import passed
+from k_diffusion.training.trainer import Trainer, TrainState
+
+METRICS = "metrics.jsonl"
+
+
+class Log:
+    """What a run tells of itself.
+
+    How many lines there are, and what has been added up since the last, is saved with the
+    checkpoint: a resumed run cuts off the lines after it and goes on.
+
+    Args:
+        trainer: whose steps are told of.
+        path: the file; None: this process writes none.
+        resumed: whether the run goes on, so that the lines it has written stay.
+        say: takes a line when the file cannot be written.
+    """
+
+    def __init__(
+        self, trainer: Trainer, path: Path | None, resumed: bool, say: Callable[[str], None]
+    ) -> None:
+        self.trainer = trainer
+        self._recent: list[float] = []
+        self._file: LineFile | None = None
+        sums = self._sums
+        if path is None:
+            return
+        kept: list[str] = []
+        if resumed and path.exists():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = lines[: sums["lines"]] if "lines" in sums else _until(lines, trainer.images_seen)
+        if not kept:
+            kept = [json.dumps(_start_line(trainer))]
+        self._file = LineFile(path, kept, say)
+        self._lines = sums["lines"] = len(kept)
+
+    @property
+    def _sums(self) -> dict[str, Any]:
+        """What is saved; asked for each time, since going back replaces it."""
+        sums: dict[str, Any] = self.trainer.extra.setdefault(
+            "log", {"steps": 0, "loss": 0.0, "grad_norm": 0.0}
+        )
+        return sums
+
+    @property
+    def recent(self) -> float:
+        """Mean loss of the last 50 finite steps."""
+        return sum(self._recent) / len(self._recent) if self._recent else math.nan
+
+    def add(self, state: TrainState) -> None:
+        """Take note of a step."""
+        sums, config = self._sums, self.trainer.config
+        if state.report is not None:
+            self.write("skipped", images_seen=state.images_seen, **state.report.to_json())
+        else:
+            self._recent = [*self._recent[-49:], state.loss]
+            sums["steps"] += 1
+            sums["loss"] += state.loss
+            sums["grad_norm"] += state.grad_norm
+            terms = sums.setdefault("terms", {})
+            for name, value in state.terms.items():
+                terms[name] = terms.get(name, 0.0) + value
+        every = config.log_every_images
+        if not (passed(state.images_seen, config.batch_size, every) or state.step == config.steps):
+            return
+        steps = sums["steps"]
+        terms = {name: total / steps for name, total in sums.get("terms", {}).items()}
+        self.write(
+            "train",
+            step=state.step,
+            images_seen=state.images_seen,
+            loss=sums["loss"] / steps if steps else None,
+            grad_norm=sums["grad_norm"] / steps if steps else None,
+            **({"terms": terms} if terms else {}),
+            **({} if state.noise_scale is None else {"noise_scale": state.noise_scale}),
+            lr=state.lr,
+            ema_decay=state.ema_decay,
+            skipped_steps=state.skipped_steps,
+            images_per_second=round(state.images_per_second, 1),
+        )
+        sums.update(steps=0, loss=0.0, grad_norm=0.0, terms={})
+
+    def went_back(self) -> None:
+        """The trainer has taken up an earlier checkpoint; what was written meanwhile stays."""
+        self._recent = []
+
+    def write(self, event: str, **facts: Any) -> None:
+        """A line of any kind."""
+        if self._file is not None:
+            self._file.write(json.dumps({"event": event, **facts}))
+            self._lines += 1
+            self._sums["lines"] = self._lines
+
+    def flush(self) -> None:
+        """Make the system write all lines to the disk, before a checkpoint that counts them."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _start_line(trainer: Trainer) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    return {
+        "event": "start",
+        "config": trainer.config.to_json(),
+        "data": trainer.source.facts(),
+        "parameters": sum(p.numel() for p in trainer.network.parameters()),
+        "versions": {name: version(name) for name in ("k-diffusion", "torch", "accelerate")},
+    }
+
+
+def _until(lines: list[str], images_seen: int) -> list[str]:
+    """Of the lines, those that a run resumed at `images_seen` would have written.
+
+    For checkpoints of a time when they did not count lines.
+    """
+    kept = []
+    for line in lines:
+        try:
+            fact = json.loads(line)
+        except json.JSONDecodeError:  # cut by a kill
+            continue
+        event = fact.get("event") if isinstance(fact, dict) else None
+        if event == "start" or (
+            event in ("train", "skipped") and fact["images_seen"] <= images_seen
+        ):
+            kept.append(line)
+    return kept
+
+
+class LineFile:
+    """A file to which whole lines are added.
+
+    Lines that the disk refuses wait in memory and are written with the next that it takes; a file
+    that has been removed, with its folder or without, is written again in full.
+
+    Args:
+        path: the file. It is replaced.
+        lines: what it holds at first.
+        say: takes a line when it cannot be written, and when it can again.
+    """
+
+    def __init__(self, path: Path, lines: Iterable[str], say: Callable[[str], None]) -> None:
+        self._path, self._say = path, say
+        self._waiting: list[bytes] = []
+        self._refused = ""
+        for half in path.parent.glob(f".{path.name}.*.tmp"):  # of a run killed in a start
+            half.unlink(missing_ok=True)
+        self._file = _replace(path, "".join(line + "\n" for line in lines).encode())
+        self._size = self._file.seek(0, os.SEEK_END)
+
+    def write(self, line: str) -> None:
+        self._waiting.append(line.encode() + b"\n")
+        try:
+            self._come_back()
+            if self._refused:
+                self._file.truncate(self._size)  # it may have taken a part of a line
+            _write_all(self._file, b"".join(self._waiting))
+        except OSError as error:
+            if not self._refused:
+                self._say(
+                    f"{self._path} cannot be written ({error.strerror}): its lines wait in memory "
+                    "until it can"
+                )
+            self._refused = error.strerror or type(error).__name__
+            return
+        self._waiting.clear()
+        self._size = self._file.seek(0, os.SEEK_END)
+        if self._refused:
+            self._say(f"{self._path} is written again; none of its lines is lost")
+            self._refused = ""
+
+    def flush(self) -> None:
+        with suppress(OSError):  # the next line will meet it, and say so
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._waiting:
+            self._say(
+                f"the last {len(self._waiting)} lines of {self._path} could not be written "
+                f"({self._refused})"
+            )
+        with suppress(OSError):
+            self._file.close()
+
+    def _come_back(self) -> None:
+        """See that the file is where it should be; the handle still has one that was removed."""
+        try:
+            there = self._path.stat()
+        except FileNotFoundError:
+            self._file.seek(0)
+            whole = self._file.read(self._size)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            file = _replace(self._path, whole)
+            self._say(f"{self._path} was removed in mid-run: it is written again in full")
+        else:
+            if os.path.samestat(there, os.fstat(self._file.fileno())):
+                return
+            file = self._path.open("a+b", buffering=0)  # someone's copy took its place: go on there
+        self._file.close()
+        self._file = file
+        self._size = file.seek(0, os.SEEK_END)
+
+
+def _replace(path: Path, content: bytes) -> IO[bytes]:
+    """Put a file in place in one go, and open it to add to it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path.open("a+b", buffering=0)
+
+
+def _write_all(file: IO[bytes], data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
