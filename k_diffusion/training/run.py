@@ -179,7 +179,9 @@ def run_training(
             path = checkpoint_path(out, trainer.images_seen, sharded)
             log.flush()
             all_stay = recovery.in_question
-            after = (lambda: None) if all_stay else partial(remove_surplus, path, config, tell)
+            passed_over = tuple(trainer.passed_over)
+            surplus = partial(remove_surplus, path, config, tell, passed_over)
+            after = (lambda: None) if all_stay else surplus
             if main:
                 lock.renew()
             if sharded:

@@ -224,6 +224,20 @@ def read_sharded(
     return info, kept
 
 
+def read_sharded_record(path: Path) -> dict[str, Any]:
+    """A checkpoint's record, verified; no shard is read.
+
+    Raises:
+        CheckpointError: manifest or record is missing or damaged.
+    """
+    problem, manifest = _read_manifest(path)
+    problem = problem or _problem(path / RECORD, manifest["files"].get(RECORD, ""))
+    if problem:
+        raise _damaged(path, problem)
+    record: dict[str, Any] = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    return record
+
+
 def _model_of(name: str, cut_like: Mapping[str, Tensor], shape: list[int]) -> Tensor | None:
     """The weight that a tensor belongs to: of its name, or of the folder of its name."""
     model = cut_like.get(name, cut_like.get(name.rpartition("/")[0]))
