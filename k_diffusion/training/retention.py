@@ -143,21 +143,26 @@ def remove_surplus(
         keep_every=config.keep_every_images,
         batch_size=config.batch_size,
     )
-    for path in found:
-        if path not in diverged and images_of(path) not in (*later, *old):
+    aside = sorted(newest.parent.glob(".given-up-checkpoint-*"))
+    for path in (*aside, *found):
+        if path in aside:
+            pass  # told when it was set aside
+        elif path not in diverged and images_of(path) not in (*later, *old):
             continue
-        if path in diverged:
+        elif path in diverged:
             say(f"removing {path}: the run has gone back, and passes over its last steps")
         elif images_of(path) in later:
             say(f"removing {path}, which the resumed run has not reached")
         try:
-            _remove(path)
+            _empty(path) if path in aside else _remove(path)
         except OSError as error:
             say(f"{path} cannot be removed ({error.strerror}): it stays")
 
 
 def remove_all(folder: Path) -> None:
     """Remove all checkpoints of a run that is begun anew."""
+    for path in folder.glob(".given-up-checkpoint-*"):
+        _empty(path)
     for path in list_checkpoints(folder):
         _remove(path)
 
@@ -170,6 +175,25 @@ def _remove(path: Path) -> None:
     hidden = path.with_name(f".{path.name}.old.tmp")
     path.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def set_aside(folder: Path, images_seen: int, say: Callable[[str], None]) -> None:
+    """Hide the checkpoints from after a time at which a run goes on.
+
+    No later start takes them for the newest; they go once a new one is written.
+    """
+    for path in list_checkpoints(folder):
+        if images_of(path) > images_seen:
+            say(f"removing {path}, which the resumed run has not reached")
+            _empty(hidden := path.with_name(f".given-up-{path.name}"))
+            path.rename(hidden)
+
+
+def _empty(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_half_written(folder: Path) -> None:

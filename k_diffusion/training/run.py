@@ -52,9 +52,10 @@ from k_diffusion.training.retention import (
     remove_all,
     remove_half_written,
     remove_surplus,
+    set_aside,
 )
 from k_diffusion.training.signals import agreed, stop_signals
-from k_diffusion.training.snapshots import remove_snapshots_after, save_snapshot
+from k_diffusion.training.snapshots import remove_snapshots_after, save_snapshot, snapshot_files
 from k_diffusion.training.trainer import Trainer, TrainState
 from k_diffusion.training.writer import CheckpointWriter
 
@@ -118,8 +119,9 @@ def run_training(
             rate still takes the config's course. Weights that it leaves out stay as they are.
 
     Raises:
-        ConfigError: the folder holds a run that is neither resumed nor to be overwritten, or the
-            config does not fit the data or the machine.
+        ConfigError: the folder holds a run that is neither resumed nor to be overwritten (nor is
+            one resumed from elsewhere put into it), or the config does not fit the data or the
+            machine.
         CheckpointError: the checkpoint to resume from is damaged or of another run, or one cannot
             be written.
         DataError: the data cannot be used.
@@ -132,7 +134,7 @@ def run_training(
     tell = say or display.say
     refuse_busy(out)
     start = _start_point(out, resume, overwrite, tell)
-    found = list_checkpoints(out)
+    found, going_on = list_checkpoints(out), _lies_in(out, start)
     trainer = Trainer(
         config,
         resume=start,
@@ -154,10 +156,12 @@ def run_training(
             stack.callback(lock.release)
             if list_checkpoints(out) != found:
                 raise ConfigError(f"another run has written to out = {str(out)!r} meanwhile")
-            _make_room(out, start, overwrite)
-            remove_snapshots_after(out, trainer.images_seen, tell)
+            _make_room(out, going_on, overwrite)
+            if going_on:
+                set_aside(out, trainer.images_seen, tell)
+            remove_snapshots_after(out, trainer.images_seen if going_on else 0, tell)
         trainer.processes.wait()
-        log = Log(trainer, out / METRICS if main else None, resumed=start is not None, say=tell)
+        log = Log(trainer, out / METRICS if main else None, resumed=going_on, say=tell)
         stack.callback(log.close)
         stack.callback(display.close)
         for file, reason in trainer.source.bad_files.items():
@@ -270,23 +274,31 @@ def _start_point(
 ) -> Path | None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out = {str(out)!r} is a file; give a folder")
-    if resume is None:
-        found = list_checkpoints(out)
-        if found and not overwrite:
-            raise ConfigError(
-                f"out = {str(out)!r} holds a run already ({found[-1].name}): resume it, overwrite "
-                "it, or give another folder"
-            )
-        return None
-    if str(resume) != "auto":
-        return Path(resume)
-    return latest_checkpoint(out, tell)
+    if str(resume) == "auto":
+        return latest_checkpoint(out, tell)
+    start = None if resume is None else Path(resume)
+    if start is not None and not start.exists():
+        return start  # which is refused with a better guess
+    found = list_checkpoints(out)
+    if start is not None:
+        found = [*snapshot_files(out), *found]
+    if found and not overwrite and not _lies_in(out, start):
+        raise ConfigError(
+            f"out = {str(out)!r} holds a run already ({found[-1].name}): resume it, overwrite "
+            "it, or give another folder"
+        )
+    return start
 
 
-def _make_room(out: Path, start: Path | None, overwrite: bool) -> None:
+def _lies_in(out: Path, start: Path | None) -> bool:
+    """Whether a run goes on in the folder where its checkpoint lies."""
+    return start is not None and start.resolve().parent == out.resolve()
+
+
+def _make_room(out: Path, going_on: bool, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     remove_half_written(out)
-    if start is None and overwrite:
+    if not going_on and overwrite:
         remove_all(out)
 
 
