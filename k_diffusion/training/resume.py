@@ -89,6 +89,7 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
         raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None
     if trainer.scaler is not None and info.state["scaler"] is not None:
         trainer.scaler.load_state_dict(info.state["scaler"])
+    trainer.averages_left_out = sorted(set(info.averages) - set(trainer.averages))
     trainer.step = info.step
     trainer.skipped_steps = info.state["skipped_steps"]
     trainer.skipped_in_a_row = info.state["skipped_in_a_row"]

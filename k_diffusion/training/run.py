@@ -7,8 +7,13 @@ The metrics are one JSON object a line:
 - {"event": "start", "config", "data", "parameters", "versions"}: once;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
   "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
-  over the finite steps since the line before; "noise_scale" too, where that is measured;
-- {"event": "skipped", "images_seen", and what `BadStep` has}: for each step that was not finite;
+  over the finite steps since the line before, null where there was none; also "terms", what the
+  loss is made of (name -> mean), where it has several, and "noise_scale", where that is measured;
+- {"event": "skipped", "images_seen", "step", "loss", "grad_norm", "images", "more_images",
+  "sigmas", "where"}: for each step that was not finite, see `BadStep`; loss and grad_norm are
+  words where they are no number ("nan", "inf");
+- {"event": "micro_batch", "step", "images_seen", "before", "now"}: the most images that a process
+  computes at once; before is null where "auto" has found it, else memory ran out;
 - {"event": "spike", "step", "images_seen", "loss", "median"}: for each loss far above the median
   of those before, see `SpikeWatch`;
 - {"event": "diverged", "step", "images_seen", "first_step", "reason"}: the run does not come back
@@ -42,6 +47,7 @@ from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
 from k_diffusion.training.lock import RunLock, refuse_busy
 from k_diffusion.training.metrics import METRICS, Log
+from k_diffusion.training.opening import micro_batch_line, opening_lines
 from k_diffusion.training.progress import Progress
 from k_diffusion.training.recovery import Recovery
 from k_diffusion.training.retention import (
@@ -167,6 +173,9 @@ def run_training(
         for file, reason in trainer.source.bad_files.items():
             tell_once(f"skipping broken image {file}: {reason}")
         named = set(trainer.source.bad_files)
+        for line in opening_lines(trainer, start, looked=resume is not None):
+            tell_once(line)
+        micro_batch = trainer.micro_batch
 
         def to_go_back_to() -> list[Path]:
             writer.wait()
@@ -199,6 +208,16 @@ def run_training(
             return path
 
         for state in trainer:
+            if state.micro_batch != micro_batch:
+                tell_once(micro_batch_line(micro_batch, state.micro_batch))
+                log.write(
+                    "micro_batch",
+                    step=state.step,
+                    images_seen=state.images_seen,
+                    before=micro_batch,
+                    now=state.micro_batch,
+                )
+                micro_batch = state.micro_batch
             log.add(state)
             if on_step is not None:
                 on_step(trainer, state)
