@@ -68,6 +68,11 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
     Raises:
         CheckpointError: it is damaged, of another run, or for sampling only.
     """
+    if str(path) == "auto" and not path.exists():
+        raise CheckpointError(
+            "resume = 'auto' is for run_training, which knows the run's folder: give a checkpoint, "
+            "such as latest_checkpoint(config.out)"
+        )
     wanted = ["model", *trainer.averages, "optimizer", "loss"]
     if trainer.is_sharded and path.is_dir():
         weights = dict(trainer.named.named_parameters())

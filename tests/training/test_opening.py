@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.training.checkpoint import CheckpointError
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.opening import opening_lines
 from k_diffusion.training.run import RunResult, run_training
@@ -123,3 +124,8 @@ def test_what_auto_found_is_told(make_run_config: MakeConfig, tiny: Any) -> None
     assert events(result) == [
         {"event": "micro_batch", "step": 1, "images_seen": 32, "before": None, "now": 20}
     ]
+
+
+def test_the_loop_alone_knows_no_auto(make_run_config: MakeConfig) -> None:
+    with pytest.raises(CheckpointError, match=r"give a checkpoint, such as latest_checkpoint\("):
+        Trainer(make_run_config(), resume="auto")
