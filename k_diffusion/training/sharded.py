@@ -101,6 +101,7 @@ def save_sharded(
         _flush_folder(temporary)
         old = path.with_name(f".{path.name}.old.tmp")
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed right here
             path.rename(old)
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)

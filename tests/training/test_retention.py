@@ -167,3 +167,15 @@ def test_half_written_files_go_and_others_stay(tmp_path: Path) -> None:
         path.touch()
     retention.remove_half_written(tmp_path)
     assert list(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of the storage of shards
+def test_what_a_kill_left_of_shards_is_in_nobodys_way(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    trainer = Trainer(make_run_config())
+    trainer.save(tmp_path / "x")
+    (tmp_path / ".x.old.tmp").mkdir()
+    (tmp_path / ".x.old.tmp" / "shard").touch()
+    trainer.save(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
