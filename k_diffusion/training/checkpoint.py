@@ -318,6 +318,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, damaged there, or not a checkpoint of this library.
     """
     path = Path(path)
+    if (path / MANIFEST).is_file():
+        from k_diffusion.training.sharded import read_sharded_record
+
+        return read_sharded_record(path)
     _recognise(path)
     try:
         with path.open("rb") as file:

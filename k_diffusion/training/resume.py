@@ -68,6 +68,11 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
     Raises:
         CheckpointError: it is damaged, of another run, or for sampling only.
     """
+    if str(path) == "auto" and not path.exists():
+        raise CheckpointError(
+            "resume = 'auto' is for run_training, which knows the run's folder: give a checkpoint, "
+            "such as latest_checkpoint(config.out)"
+        )
     wanted = ["model", *trainer.averages, "optimizer", "loss"]
     if trainer.is_sharded and path.is_dir():
         weights = dict(trainer.named.named_parameters())
@@ -89,6 +94,7 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
         raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None
     if trainer.scaler is not None and info.state["scaler"] is not None:
         trainer.scaler.load_state_dict(info.state["scaler"])
+    trainer.averages_left_out = sorted(set(info.averages) - set(trainer.averages))
     trainer.step = info.step
     trainer.skipped_steps = info.state["skipped_steps"]
     trainer.skipped_in_a_row = info.state["skipped_in_a_row"]

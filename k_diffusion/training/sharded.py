@@ -101,6 +101,7 @@ def save_sharded(
         _flush_folder(temporary)
         old = path.with_name(f".{path.name}.old.tmp")
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed right here
             path.rename(old)
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
@@ -222,6 +223,20 @@ def read_sharded(
         bytes=sum(file.stat().st_size for file in path.iterdir()),
     )
     return info, kept
+
+
+def read_sharded_record(path: Path) -> dict[str, Any]:
+    """A checkpoint's record, verified; no shard is read.
+
+    Raises:
+        CheckpointError: manifest or record is missing or damaged.
+    """
+    problem, manifest = _read_manifest(path)
+    problem = problem or _problem(path / RECORD, manifest["files"].get(RECORD, ""))
+    if problem:
+        raise _damaged(path, problem)
+    record: dict[str, Any] = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    return record
 
 
 def _model_of(name: str, cut_like: Mapping[str, Tensor], shape: list[int]) -> Tensor | None:

@@ -36,6 +36,7 @@ class TrainState:
         terms: name -> mean over the batch of what the loss is made of, see `Objective.terms`.
         noise_scale: the gradient noise scale in images; None where it is not measured, or not yet
             told from noise.
+        micro_batch: the most images that a process computes at once.
         skipped_steps: how many have been, since the start of the run.
         images_per_second: over the last steps of this session.
         seconds_left: at that speed, to the end of the run.
@@ -55,6 +56,7 @@ class TrainState:
     report: BadStep | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
     noise_scale: float | None = None
+    micro_batch: int | None = None
 
 
 class Speed:

@@ -156,6 +156,8 @@ class Trainer:
         self._went_back = 0
         self.extra: dict[str, Any] = {}
         """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
+        self.averages_left_out: list[str] = []
+        """Of the checkpoint that was resumed from: those that the config has no more."""
         if resume is not None:
             go_on_from(Path(resume), self)
         check_agreed(self.processes, self.step)
@@ -204,6 +206,7 @@ class Trainer:
                 report=report,
                 terms=self._terms,
                 noise_scale=self.noise_scale.value if self.noise_scale else None,
+                micro_batch=self.micro_batch,
             )
             if self.skipped_in_a_row >= config.max_skipped:
                 raise TrainingError(
