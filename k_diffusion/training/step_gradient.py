@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.training.buffers import Buffers
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import Purpose
 from k_diffusion.training.devices import seed_network
@@ -80,6 +81,7 @@ class StepGradient:
         micro_batch: the most samples that a process computes at once, halved where memory runs
             out; None: to be found in the next step.
         parameters: all that is trained.
+        buffers: of the objective and the network in it, as they were before the step.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class StepGradient:
         self.processes, self.accelerator = joining.processes, joining.accelerator
         self.device = joining.processes.device
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.buffers = Buffers(objective)
         self._bucket_norms: BucketNorms | None = None
         self._share = config.batch_size // self.processes.count
         # Where noise is measured by micro-batches it takes two.
@@ -133,6 +136,7 @@ class StepGradient:
         self.joining.begin(lambda: self._has_unused_weights(inputs))
         if self.micro_batch is None:
             self.micro_batch = self._largest_micro_batch(inputs)
+        self.buffers.keep()
         while True:
             failed, norms = False, self._part_norms()
             try:
@@ -150,6 +154,7 @@ class StepGradient:
                 raise self._too_large()
             self.micro_batch = -(-min(self.micro_batch, len(inputs)) // 2)
             self._forget_gradients()
+            self.buffers.put_back()
         self.joining.finish(self.parameters)
         self.accelerator.unscale_gradients()
         if self._bucket_norms is not None:
