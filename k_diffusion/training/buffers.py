@@ -15,25 +15,34 @@ class Buffers:
 
     def __init__(self, module: nn.Module) -> None:
         # Found once: to walk through a network's modules in every step takes a millisecond.
-        self._places: dict[int, tuple[nn.Module, str]] = {}
+        found: dict[int, tuple[nn.Module, str, Tensor]] = {}
         for holder in module.modules():
             for name, buffer in holder._buffers.items():
                 if buffer is not None:
-                    self._places.setdefault(id(buffer), (holder, name))
-        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+                    found.setdefault(id(buffer), (holder, name, buffer))
+        self._found = list(found.values())
+        self._kept: list[Tensor] = []
 
     def tensors(self) -> list[Tensor]:
-        """The buffers, live."""
-        return [getattr(holder, name) for holder, name in self._places.values()]
+        """The buffers, live between steps."""
+        return [buffer for *_, buffer in self._found]
 
     @torch.no_grad()
     def keep(self) -> None:
         """Remember what they hold now."""
-        places = zip(self._places.values(), self.tensors(), strict=True)
-        self._kept = [(*place, buffer, buffer.clone()) for place, buffer in places]
+        self._kept = [buffer.clone() for buffer in self.tensors()]
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Have them hold what they held when they were kept."""
-        for holder, name, buffer, value in self._kept:
-            setattr(holder, name, buffer.copy_(value))
+        if self._kept:
+            for (holder, name, buffer), value in zip(self._found, self._kept, strict=True):
+                setattr(holder, name, buffer.copy_(value))
+
+    @torch.no_grad()
+    def bring_home(self) -> None:
+        """After a step: where a buffer was replaced (DistributedDataParallel does so), put the
+        first one into its place, which the averages know, with what the new one holds."""
+        for holder, name, buffer in self._found:
+            if (now := getattr(holder, name)) is not buffer:
+                setattr(holder, name, buffer.copy_(now))

@@ -133,7 +133,10 @@ class StepGradient:
             TrainingError: memory holds not even one sample at a time.
             OutOfMemory: it holds too little, and this way of joining cannot begin again.
         """
-        self.joining.begin(lambda: self._has_unused_weights(inputs))
+        self.joining.begin(
+            lambda: self._has_unused_weights(inputs),
+            lambda: self._try_joining(inputs),
+        )
         if self.micro_batch is None:
             self.micro_batch = self._largest_micro_batch(inputs)
         self.buffers.keep()
@@ -155,7 +158,8 @@ class StepGradient:
             self.micro_batch = -(-min(self.micro_batch, len(inputs)) // 2)
             self._forget_gradients()
             self.buffers.put_back()
-        self.joining.finish(self.parameters)
+        self.buffers.bring_home()
+        self.joining.finish(self.parameters, self.buffers.tensors())
         self.accelerator.unscale_gradients()
         if self._bucket_norms is not None:
             return losses, [self._bucket_norms.take()[0].double() / self.processes.count]
@@ -259,6 +263,18 @@ class StepGradient:
         unused = any(p.grad is None for p in self.parameters)
         self._forget_gradients()
         return unused
+
+    def _try_joining(self, inputs: Inputs) -> None:
+        """Join the gradients of one sample of each process, and forget them."""
+        part = inputs.part(0, 1)
+        # Compiled it would be for this size alone.
+        self.buffers.keep()
+        with torch.compiler.set_stance("force_eager"):
+            self.seed_part(part)
+            loss = self.joining.module(part.x0, part.sigma, part.noise, **part.keywords)
+            loss.sum().backward()
+        self.buffers.put_back()
+        self._forget_gradients()
 
     def _largest_micro_batch(self, inputs: Inputs) -> int:
         """The most samples at a time that fit into memory, by trying; it leaves no trace."""

@@ -105,3 +105,7 @@ def test_buffers_that_are_replaced_or_shared_come_back() -> None:
     buffers.put_back()
     assert inner.a is held
     assert held.tolist() == [0, 0]
+    inner.a = torch.ones(2)
+    buffers.bring_home()
+    assert inner.a is held
+    assert held.tolist() == [1, 1]
