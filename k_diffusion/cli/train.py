@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ class Train:
     more."""
 
     def run(self) -> None:
+        try:
+            self._train()
+        except Exception as error:
+            # Who fails alone ends at once: the others may be in the midst of an average with it.
+            if isinstance(error, Stopped) or getattr(error, "everywhere", False):
+                _leave_processes()
+            raise
+        _leave_processes()
+
+    def _train(self) -> None:
         from k_diffusion.config.run import load_run
         from k_diffusion.training import run_training
 
@@ -94,3 +105,10 @@ class Train:
             | {key: value for key, value in named.items() if value is not None}
             | joined(self.set)
         )
+
+
+def _leave_processes() -> None:
+    if "torch" in sys.modules:  # else it was refused before there was anything to leave
+        from k_diffusion.training.devices import leave_processes
+
+        leave_processes()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import functools
+import gc
 import os
 import sys
 from typing import Any
@@ -54,6 +55,17 @@ def is_main_process() -> bool:
 def world_size() -> int:
     """How many processes torchrun or accelerate has started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave_processes() -> None:
+    """End this process's talk with the others of its run, as the last it does.
+
+    Left to the interpreter's end, threads that still listen then abort the process now and then,
+    after all its work.
+    """
+    gc.collect()  # what still holds the talk: modules that average gradients through it
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _has_gpus() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.training.buffers import Buffers
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import Purpose
 from k_diffusion.training.devices import seed_network
@@ -80,6 +81,7 @@ class StepGradient:
         micro_batch: the most samples that a process computes at once, halved where memory runs
             out; None: to be found in the next step.
         parameters: all that is trained.
+        buffers: of the objective and the network in it, as they were before the step.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class StepGradient:
         self.processes, self.accelerator = joining.processes, joining.accelerator
         self.device = joining.processes.device
         self.parameters = [p for p in objective.parameters() if p.requires_grad]
+        self.buffers = Buffers(objective)
         self._bucket_norms: BucketNorms | None = None
         self._share = config.batch_size // self.processes.count
         # Where noise is measured by micro-batches it takes two.
@@ -130,9 +133,13 @@ class StepGradient:
             TrainingError: memory holds not even one sample at a time.
             OutOfMemory: it holds too little, and this way of joining cannot begin again.
         """
-        self.joining.begin(lambda: self._has_unused_weights(inputs))
+        self.joining.begin(
+            lambda: self._has_unused_weights(inputs),
+            lambda: self._try_joining(inputs),
+        )
         if self.micro_batch is None:
             self.micro_batch = self._largest_micro_batch(inputs)
+        self.buffers.keep()
         while True:
             failed, norms = False, self._part_norms()
             try:
@@ -150,7 +157,9 @@ class StepGradient:
                 raise self._too_large()
             self.micro_batch = -(-min(self.micro_batch, len(inputs)) // 2)
             self._forget_gradients()
-        self.joining.finish(self.parameters)
+            self.buffers.put_back()
+        self.buffers.bring_home()
+        self.joining.finish(self.parameters, self.buffers.tensors())
         self.accelerator.unscale_gradients()
         if self._bucket_norms is not None:
             return losses, [self._bucket_norms.take()[0].double() / self.processes.count]
@@ -254,6 +263,18 @@ class StepGradient:
         unused = any(p.grad is None for p in self.parameters)
         self._forget_gradients()
         return unused
+
+    def _try_joining(self, inputs: Inputs) -> None:
+        """Join the gradients of one sample of each process, and forget them."""
+        part = inputs.part(0, 1)
+        # Compiled it would be for this size alone.
+        self.buffers.keep()
+        with torch.compiler.set_stance("force_eager"):
+            self.seed_part(part)
+            loss = self.joining.module(part.x0, part.sigma, part.noise, **part.keywords)
+            loss.sum().backward()
+        self.buffers.put_back()
+        self._forget_gradients()
 
     def _largest_micro_batch(self, inputs: Inputs) -> int:
         """The most samples at a time that fit into memory, by trying; it leaves no trace."""

@@ -258,7 +258,10 @@ class Trainer:
         found = self.gradient.totals(losses, part_squares, len(self.source.bad_files))
         self._terms = found.terms
         self._share_bad_files(found.bad_files)
-        report = None if found.finite else self._examine(inputs, losses, found)
+        report = None
+        if not found.finite:
+            self.gradient.buffers.put_back()
+            report = self._examine(inputs, losses, found)
         if found.finite and self.config.grad_clip is not None:
             self.gradient.clip(self.config.grad_clip, found)
         self.gradient.measure_noise(found)

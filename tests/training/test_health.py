@@ -246,7 +246,8 @@ def test_a_run_is_bitwise_the_same_with_and_without_looking(
 
         def forward(self, x: Tensor) -> Tensor:
             self.seen += 1
-            return x * (math.inf if self.seen % 5 == 0 else 1.0)
+            chance = float(x.detach().double().abs().sum()) * 1000 % 1
+            return x * (math.inf if chance < 0.3 else 1.0)
 
     def train(name: str) -> tuple[list[bool], list[Tensor]]:
         torch.manual_seed(1)
