@@ -31,7 +31,7 @@ class Train:
     total_images: WholeOrNone = None
     """The run's length in images seen."""
     batch_size: WholeOrAuto = None
-    """Images a step; auto: the usual number, in parts as large as memory holds."""
+    """Images a step; auto: the config's number, in parts as large as memory holds."""
     seed: WholeOrNone = None
     """Decides the first weights and everything random after."""
     set: MoreSettings = ()
@@ -70,7 +70,9 @@ class Train:
         if self.check:
             from k_diffusion.training.check import check_run
 
-            print(check_run(config, resume=resume, overwrite=self.overwrite))
+            found = check_run(config, resume=resume, overwrite=self.overwrite)
+            if not process_number():
+                print(found)
             return
         result = run_training(config, resume=resume, overwrite=self.overwrite)
         if result.stopped_by is not None:
@@ -92,12 +94,10 @@ class Train:
             given["data"] = {"source": "digits"}
         elif self.data:
             given["data.path"] = self.data
-        batch = {"micro_batch_size": "auto"} if self.batch_size == "auto" else {}
         named = {
             "out": self.out or None,
             "total_images": self.total_images,
-            "batch_size": None if batch else self.batch_size,
-            **batch,
+            "batch_size": self.batch_size,
             "seed": self.seed,
         }
         return (

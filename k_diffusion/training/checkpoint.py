@@ -332,11 +332,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
 
 
-_OTHERS = "use an earlier checkpoint or another copy"
+OTHERS = "use an earlier checkpoint or another copy"
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is damaged: {reason}; {_OTHERS}")
+    return CheckpointError(f"checkpoint {path} is damaged: {reason}; {OTHERS}")
 
 
 def _recognise(path: Path) -> None:
@@ -365,7 +365,7 @@ def _foreign(path: Path, error: FormatError) -> CheckpointError:
             f"opened: give a {SUFFIX} file"
         )
     return CheckpointError(
-        f"checkpoint {path} is truncated, damaged or no safetensors file ({error}): {_OTHERS}"
+        f"checkpoint {path} is truncated, damaged or no safetensors file ({error}): {OTHERS}"
     )
 
 
@@ -395,17 +395,28 @@ def _verify_metadata(
         raise _damaged(path, "its metadata is not what was written")
     try:
         manifest, record = json.loads(metadata["manifest"]), json.loads(metadata["record"])
-        whole = isinstance(manifest, dict) and all(
-            isinstance(record[key], kind) for key, kind in _RECORD.items()
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
+        manifest = record = None
+    check_record(path, record if isinstance(manifest, dict) else None)
+    return manifest, record
+
+
+def check_record(path: Path, record: Any) -> None:
+    """Refuse what is no record (see above), as JSON gave it.
+
+    Raises:
+        CheckpointError: something is missing, or of another kind.
+    """
+    try:
+        whole = all(type(record[key]) is kind for key, kind in _RECORD.items())
+        whole = whole and record["images_seen"] >= 0 and record["step"] >= 0
+    except (KeyError, TypeError):
         whole = False
     if not whole:
         raise CheckpointError(
             f"checkpoint {path} is whole, but its record is not one that k_diffusion writes: it "
             "needs " + ", ".join(_RECORD)
         )
-    return manifest, record
 
 
 _RECORD = {"config": dict, "images_seen": int, "step": int, "data": dict, "state": dict}

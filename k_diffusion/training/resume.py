@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from k_diffusion.training.checkpoint import (
+    OTHERS,
     CheckpointError,
     CheckpointInfo,
     read_checkpoint,
@@ -50,7 +52,7 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
             "ema_updates": trainer.ema.updates,
             "skipped_steps": trainer.skipped_steps,
             "skipped_in_a_row": trainer.skipped_in_a_row,
-            "micro_batch": trainer.micro_batch,
+            "micro_batch": trainer.gradient.allowed_by_memory,
             "passed_over": [list(part) for part in trainer.passed_over],
             "noise_scale": noise_scale.state_dict() if noise_scale else None,
             "scaler": scaler.state_dict() if scaler is not None else None,
@@ -60,6 +62,87 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
             "conditioner": None if conditioner is None else type(conditioner).__name__,
         },
     }
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What `facts_of` has as "state", as far as a resume takes it up.
+
+    Attributes:
+        micro_batch: what memory allows; None: it has refused nothing.
+        passed_over: (start, stop) of steps that are left out.
+        scaler, optimizer, extra, noise_scale: as JSON data; None: the run had none.
+    """
+
+    ema_updates: int
+    skipped_steps: int
+    skipped_in_a_row: int
+    micro_batch: int | None
+    passed_over: list[tuple[int, int]]
+    noise_scale: dict[str, float] | None
+    scaler: dict[str, float] | None
+    optimizer: dict[str, Any] | None
+    extra: dict[str, Any]
+
+
+def state_of(info: CheckpointInfo) -> RunState:
+    """The state in a checkpoint, of which nothing is taken up before all of it is as it must be.
+
+    Raises:
+        CheckpointError: it is not as this library writes it.
+    """
+    state = info.state
+    try:
+        return RunState(
+            ema_updates=_count(state["ema_updates"]),
+            skipped_steps=_count(state["skipped_steps"]),
+            skipped_in_a_row=_count(state["skipped_in_a_row"]),
+            micro_batch=None if (m := state.get("micro_batch")) is None else _count(m, 1),
+            passed_over=[
+                (_count(start), _count(stop, start)) for start, stop in state.get("passed_over", [])
+            ],
+            noise_scale=_numbers(state.get("noise_scale"), ("updates", "square", "variance")),
+            scaler=_numbers(state["scaler"] or None, _SCALER),
+            optimizer=_plain_optimizer(state.get("optimizer")),
+            extra=dict(state["extra"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(
+            f"checkpoint {info.path} is whole, but its state is not one that k_diffusion writes "
+            f"({reason}): {OTHERS}"
+        ) from None
+
+
+_SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 2**63:
+        raise ValueError(f"{value!r} is no whole number of at least {least}")
+    return value
+
+
+def _numbers(given: Any, needed: tuple[str, ...]) -> dict[str, float] | None:
+    if given is None:
+        return None
+    if not (isinstance(given, dict) and set(needed) <= set(given)):
+        raise ValueError(f"{given!r} is no table of {', '.join(needed)}")
+    for key, value in given.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{key} = {value!r} is no number")
+    return given
+
+
+def _plain_optimizer(given: Any) -> dict[str, Any] | None:
+    """What `plain_state` gave."""
+    if given is None:
+        return None
+    tables = [*given["weights"].values(), *given["groups"], given["weights"]]
+    whole = isinstance(given["class"], str) and all(isinstance(table, dict) for table in tables)
+    if not whole or any("params" in group for group in given["groups"]):
+        raise ValueError("what it has of the optimizer is no table of its values")
+    return dict(given)
 
 
 def go_on_from(path: Path, trainer: Trainer) -> None:
@@ -84,27 +167,27 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
         raise CheckpointError(
             f"checkpoint {path} holds weights for sampling only: it cannot be resumed"
         )
+    state = state_of(info)
     load_into(trainer.network, parts["model"], info)
     try:
-        load_averages(trainer.averages, parts, info.state["ema_updates"])
+        load_averages(trainer.averages, parts, state.ema_updates)
         trainer.objective.load_own_tensors(parts["loss"])
-        plain = info.state.get("optimizer")
-        load_moments(trainer.optimizer, trainer.named, parts["optimizer"], plain)
+        load_moments(trainer.optimizer, trainer.named, parts["optimizer"], state.optimizer)
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None
-    if trainer.scaler is not None and info.state["scaler"] is not None:
-        trainer.scaler.load_state_dict(info.state["scaler"])
     trainer.averages_left_out = sorted(set(info.averages) - set(trainer.averages))
+    if trainer.scaler is not None and state.scaler is not None:
+        trainer.scaler.load_state_dict(state.scaler)
     trainer.step = info.step
-    trainer.skipped_steps = info.state["skipped_steps"]
-    trainer.skipped_in_a_row = info.state["skipped_in_a_row"]
+    trainer.skipped_steps = state.skipped_steps
+    trainer.skipped_in_a_row = state.skipped_in_a_row
     # What memory once refused it would refuse again.
-    known = [m for m in (trainer.micro_batch, info.state.get("micro_batch")) if m is not None]
+    known = [m for m in (trainer.micro_batch, state.micro_batch) if m is not None]
     trainer.gradient.micro_batch = min(known, default=None)
-    trainer.passed_over = [(a, b) for a, b in info.state.get("passed_over", [])]
-    if trainer.noise_scale is not None and info.state.get("noise_scale") is not None:
-        trainer.noise_scale.load_state_dict(info.state["noise_scale"])
-    trainer.extra = dict(info.state["extra"])
+    trainer.passed_over = state.passed_over
+    if trainer.noise_scale is not None and state.noise_scale is not None:
+        trainer.noise_scale.load_state_dict(state.noise_scale)
+    trainer.extra = state.extra
 
 
 def check_same_run(info: CheckpointInfo, trainer: Trainer) -> None:

@@ -114,6 +114,12 @@ class StepGradient:
         return self._most_at_once if asked is None else min(self._most_at_once, int(asked))
 
     @property
+    def allowed_by_memory(self) -> int | None:
+        """The micro-batch where memory decided on it; None: it is the one asked for."""
+        asked = self._first_micro_batch(self.config.micro_batch_size)
+        return None if self.micro_batch == asked else self.micro_batch
+
+    @property
     def gradients(self) -> list[Tensor]:
         """Those that the weights have now; of shards, this process's part is in them."""
         return [p.grad for p in self.parameters if p.grad is not None]

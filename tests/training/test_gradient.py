@@ -210,6 +210,28 @@ def test_auto_is_kept_over_a_resume(make_run_config: MakeConfig, tiny: Any, tmp_
     assert read_checkpoint(tmp_path / "a.safetensors")[0].state["micro_batch"] == 9
 
 
+def test_a_resume_takes_the_size_asked_for_unless_memory_refused_it(
+    make_run_config: MakeConfig, tiny: Any, tmp_path: Path
+) -> None:
+    def after(asked: int | None, limit: int, **more: Any) -> Trainer:
+        network = limited(tiny)
+        network.limit = limit
+        config = make_run_config(model=FLOW, micro_batch_size=asked)
+        trainer = Trainer(config, network=network, **more)
+        if not more:
+            next(iter(trainer))
+            trainer.save(tmp_path / "a.safetensors")
+        return trainer
+
+    def resumed(asked: int | None) -> int | None:
+        return after(asked, 32, resume=tmp_path / "a.safetensors").micro_batch
+
+    assert after(4, limit=32).micro_batch == 4
+    assert [resumed(asked) for asked in (16, 2, None)] == [16, 2, 32]
+    assert after(16, limit=9).micro_batch == 8
+    assert [resumed(asked) for asked in (16, 2, None)] == [8, 2, 8]
+
+
 def test_one_image_that_does_not_fit_ends_the_run(make_run_config: MakeConfig, tiny: Any) -> None:
     network = limited(tiny)
     network.limit = 0
