@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,7 +266,8 @@ def test_speed_counts_what_was_computed(
     make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = iter(range(10**6))
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+    clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+    monkeypatch.setattr("k_diffusion.training.state.time", clock)
     trainer = Trainer(make_run_config())
     trainer.passed_over = [(3, 12)]
     assert {state.images_per_second for state in trainer} == {32.0}
