@@ -7,9 +7,12 @@ The run trains a small U-Net on the digits and writes a checkpoint every few ste
 are forked from a process that has torch imported, a few (`--fresh`) are whole programs through the
 command line. Each goes on with `--resume auto`, and is killed at a random moment of one of three
 kinds: in its start; within a step's cycle, after a random number of steps; or in a write, when a
-half-written checkpoint has appeared after such a number. At the end weights, average, optimiser,
-the state for a resume, and metrics.jsonl apart from speeds must be bitwise those of the run that
-was never killed. Writes benchmarks/results/kill.json; exits with 1 where anything differs.
+half-written checkpoint has appeared after such a number. The run has all that a resume must carry:
+averages of three kinds with snapshots, a learned loss, the gradient noise scale, checkpoints that
+stay. At the end every tensor of the last checkpoint and of every snapshot, the state for a resume,
+which files there are, and metrics.jsonl apart from speeds must be bitwise those of the run that was
+never killed. Writes benchmarks/results/kill.json; exits with 1 where anything differs or an attempt
+failed.
 """
 
 from __future__ import annotations
@@ -33,10 +36,16 @@ from typing import Any
 import torch
 
 from k_diffusion.training import run_training
-from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint, read_info
+from k_diffusion.training.checkpoint import (
+    CheckpointError,
+    CheckpointInfo,
+    read_checkpoint,
+    read_info,
+)
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.config_file import make_config
 from k_diffusion.training.retention import latest_checkpoint, list_checkpoints
+from k_diffusion.training.snapshots import snapshot_files
 
 HERE = Path(__file__).parent
 KINDS = ("step", "write", "step", "start")
@@ -47,6 +56,8 @@ STARTS = {True: 3.0, False: 0.6}
 """Seconds within which the kills in a start are spread, of whole programs and of forked ones."""
 LIMIT = 120.0
 """Seconds after which an attempt that neither ends nor is killed counts as hung."""
+MOST_FAILURES = 3
+"""Attempts that end with an error before the run is given up."""
 
 
 def config_of(out: Path, steps: int, workers: int) -> dict[str, Any]:
@@ -70,7 +81,12 @@ def config_of(out: Path, steps: int, workers: int) -> dict[str, Any]:
         "batch_size": BATCH,
         "seed": 7,
         "workers": workers,
+        "micro_batch_size": BATCH // 2,
+        "loss": {"uncertainty": True},
+        "ema": {"profiles": [0.05, 0.1], "snapshot_every_images": BATCH * 20},
+        "noise_scale_decay": 0.9,
         "checkpoint_every_images": BATCH * 5,
+        "keep_every_images": BATCH * 50,
         "log_every_images": BATCH * STEPS_A_LINE,
         "spikes": {"factor": 1.5, "window": 20},
     }
@@ -86,6 +102,7 @@ class Attempt:
         began_at, newest: images seen of the newest whole checkpoint, before and after; -1: none.
         half: whether the kill left a half-written checkpoint.
         ended: whether the run reached its end before the kill.
+        problem: what it wrote where it ended with an error; else empty.
     """
 
     kind: str
@@ -94,6 +111,7 @@ class Attempt:
     newest: int
     half: bool
     ended: bool
+    problem: str = ""
 
 
 def in_short(attempt: Attempt) -> str:
@@ -101,6 +119,7 @@ def in_short(attempt: Attempt) -> str:
         f"{attempt.began_at // BATCH}:{attempt.kind or 'end'}"
         + (":program" if attempt.fresh else "")
         + (":half" if attempt.half else "")
+        + (":failed" if attempt.problem else "")
     )
 
 
@@ -215,7 +234,7 @@ def killed_run(
     draw.shuffle(plan)
     attempts: list[Attempt] = []
     while True:
-        killed = sum(not a.ended for a in attempts)
+        killed = sum(not (a.ended or a.problem) for a in attempts)
         last = killed == kills
         how, kind = plan[killed] if not last else ("forked", "")
         began_at = newest_whole(out)
@@ -229,15 +248,17 @@ def killed_run(
             start = draw.uniform(0, STARTS[how == "fresh"])
             soon = draw.uniform(0, 0.004 if kind == "write" else 0.05)
             status = wait_and_kill(child, kind, out, target, start, soon)
-        ended = status is not None
-        if status:
-            sys.exit(f"attempt {len(attempts) + 1} failed:\n{report.read_text()}")
+        problem = (report.read_text() or f"status {status}") if status else ""
+        ended = status == 0
         # In a start it may be the one of the kill before, which is not removed yet.
         half = kind != "start" and bool(half_written(out))
-        attempts.append(Attempt(kind, how == "fresh", began_at, newest_whole(out), half, ended))
-        if attempts[-1].newest < began_at:
-            sys.exit(f"attempt {len(attempts)} lost checkpoints: {attempts[-1]}")
-        if ended:
+        newest = newest_whole(out)
+        if newest < began_at:
+            problem += f"it lost checkpoints: {newest} images after {began_at}"
+        attempts.append(Attempt(kind, how == "fresh", began_at, newest, half, ended, problem))
+        if problem:
+            print(f"attempt {len(attempts)} failed:\n{problem}", flush=True)
+        if ended or sum(bool(a.problem) for a in attempts) == MOST_FAILURES:
             return attempts
 
 
@@ -254,27 +275,50 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between the ends of two runs: names of tensors, keys, lines."""
-    (a, left), (b, right) = (
-        read_checkpoint(list_checkpoints(out)[-1], ["model", "ema", "optimizer"])
-        for out in (one, other)
-    )
+    """What differs between the ends of two runs: files, names of tensors, keys, lines."""
     found = []
-    for part in left:
-        if set(left[part]) != set(right[part]):
-            found.append(f"names of {part}")
-        found += [
-            f"{part}/{name}"
-            for name, tensor in left[part].items()
-            if name in right[part] and not torch.equal(tensor, right[part][name])
-        ]
-    facts = ("images_seen", "step", "data", "state")
-    found += [key for key in facts if getattr(a, key) != getattr(b, key)]
+    for kind in (list_checkpoints, snapshot_files):
+        ours, theirs = ([path.name for path in kind(out)] for out in (one, other))
+        found += [f"file {name}" for name in sorted(set(ours) ^ set(theirs))]
+    last = list_checkpoints(one)[-1]
+    for path in (last, *snapshot_files(one)):
+        if (twin := other / path.relative_to(one)).exists():
+            found += [f"{path.name}: {what}" for what in _contents_differing(path, twin)]
     ours, theirs = metrics(one), metrics(other)
     if len(ours) != len(theirs):
         found.append(f"{len(ours)} lines of metrics, not {len(theirs)}")
     pairs = zip(ours, theirs, strict=False)
     return found + [f"line {i + 1} of metrics" for i, (x, y) in enumerate(pairs) if x != y]
+
+
+def compared(out: Path) -> dict[str, int]:
+    """How many tensors of each part, snapshots and lines there are to compare in a whole run."""
+    names = read_info(list_checkpoints(out)[-1]).tensors
+    parts = Counter(name.partition("/")[0] for name in names)
+    return {
+        **{f"tensors of {part}": count for part, count in sorted(parts.items())},
+        "checkpoints": len(list_checkpoints(out)),
+        "snapshots": len(snapshot_files(out)),
+        "lines of metrics": len(metrics(out)),
+    }
+
+
+def _contents_differing(one: Path, other: Path) -> list[str]:
+    facts = ("images_seen", "step", "data", "state")
+    (a, ours), (b, theirs) = map(_all_of, (one, other))
+    found = [key for key in facts if getattr(a, key) != getattr(b, key)]
+    found += [f"name {name}" for name in sorted(set(ours) ^ set(theirs))]
+    return found + [
+        name
+        for name in sorted(set(ours) & set(theirs))
+        if ours[name].dtype != theirs[name].dtype or not torch.equal(ours[name], theirs[name])
+    ]
+
+
+def _all_of(path: Path) -> tuple[CheckpointInfo, dict[str, torch.Tensor]]:
+    info = read_info(path)
+    _, parts = read_checkpoint(path, {name.partition("/")[0] for name in info.tensors})
+    return info, {f"{p}/{name}": t for p, named in parts.items() for name, t in named.items()}
 
 
 def main() -> None:
@@ -301,8 +345,9 @@ def main() -> None:
             out = Path(folder) / f"killed{workers}"
             begin = time.monotonic()
             attempts = killed_run(out, args.steps, workers, args.kills, args.fresh, draw)
-            differing = differences(whole, out)
-            killed = [a for a in attempts if not a.ended]
+            ended = attempts[-1].ended
+            differing = differences(whole, out) if ended else ["the run did not end"]
+            killed = [a for a in attempts if not (a.ended or a.problem)]
             rows.append(
                 {
                     "workers": workers,
@@ -313,7 +358,8 @@ def main() -> None:
                     "left_half_a_checkpoint": sum(a.half for a in killed),
                     "with_no_checkpoint_yet": sum(a.newest < 0 for a in killed),
                     "different_checkpoints_resumed": len({a.began_at for a in attempts} - {-1}),
-                    "failed_to_resume": 0,  # one that does ends the program
+                    "failed_to_resume": sum(bool(a.problem) for a in attempts),
+                    "compared": compared(whole),
                     "differing": differing,
                     "seconds": round(time.monotonic() - begin, 1),
                     # Of each start: the step that it went on from (-1: the beginning), the kind of
@@ -323,10 +369,14 @@ def main() -> None:
             )
             shown = {k: v for k, v in rows[-1].items() if k != "attempts"}
             print("\n".join(f"  {k}: {v}" for k, v in shown.items()), flush=True)
-    facts = {"seed": seed, "torch": torch.__version__, "machine": platform.machine()}
+    facts: dict[str, Any] = {
+        "seed": seed,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+    }
     args.out.write_text(json.dumps({**facts, "runs": rows}, indent=1) + "\n")
-    if any(row["differing"] for row in rows):
-        sys.exit("the killed run ended otherwise than the one never killed")
+    if any(row["differing"] or row["failed_to_resume"] for row in rows):
+        sys.exit("the killed run failed, or ended otherwise than the one never killed")
     if any(row["kills"] < args.kills for row in rows):
         sys.exit("the run ended before it was killed as often as asked: give more --steps")
 

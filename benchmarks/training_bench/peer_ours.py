@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import k_diffusion
-from k_diffusion.training import run
+from k_diffusion.training import parallel
 from k_diffusion.training.config_file import make_config
+from k_diffusion.training.metrics import METRICS, Log
+from k_diffusion.training.progress import Progress
 from k_diffusion.training.trainer import Trainer
 from training_bench.library import CHANNELS, SIZE, Laps, Setting, Stopwatch
 from training_bench.peer_denoising_diffusion_pytorch import package
@@ -65,8 +67,7 @@ class Ours:
         for _ in range(steps):
             state = next(self._loop)
             self._log.add(state)
-            self._bar.set_postfix_str(f"loss {self._log.recent:.4f}", refresh=False)
-            self._bar.update(self.trainer.config.batch_size)
+            self._progress.show(state, self._log.recent, last=False)
         watch.stop()
 
     def _begin(self, watch: Stopwatch) -> None:
@@ -76,14 +77,16 @@ class Ours:
         trainer.stream.batches = lambda *args, **options: Laps(batches(*args, **options), watch)
         trainer.optimizer.step = watch.timed("optimizer", trainer.optimizer.step)
         trainer.ema.update = watch.timed("ema", trainer.ema.update)
-        for name in ("get_total_norm", "clip_grads_with_norm_"):
-            setattr(nn.utils, name, watch.timed("clip", getattr(nn.utils, name)))
+        nn.utils.get_total_norm = watch.timed("clip", nn.utils.get_total_norm)
+        clip = parallel.clip
+        for name, module in list(sys.modules.items()):  # wherever its name was imported
+            if name.startswith("k_diffusion.") and getattr(module, "clip", None) is clip:
+                setattr(module, "clip", watch.timed("clip", clip))  # noqa: B010
         out = Path(trainer.config.out)
         out.mkdir(parents=True, exist_ok=True)
-        self._log = run.Log(trainer, out / run.METRICS, resumed=False)
+        self._log = Log(trainer, out / METRICS, resumed=False, say=print)
         self._nowhere = open(os.devnull, "w")  # noqa: SIM115  as long as this process
-        with contextlib.redirect_stderr(self._nowhere):
-            self._bar = run._bar(trainer)  # drawn all the same
+        self._progress = Progress(shown=True, stream=self._nowhere)  # drawn all the same
         self._loop = iter(trainer)
 
     def load(self, number: int) -> Any:
@@ -92,7 +95,7 @@ class Ours:
     def close(self) -> None:
         self._loop = None
         self._log.close()
-        self._bar.close()
+        self._progress.close()
         self._nowhere.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Train:
     total_images: WholeOrNone = None
     """The run's length in images seen."""
     batch_size: WholeOrAuto = None
-    """Images a step; auto: the usual number, in parts as large as memory holds."""
+    """Images a step; auto: the config's number, in parts as large as memory holds."""
     seed: WholeOrNone = None
     """Decides the first weights and everything random after."""
     set: MoreSettings = ()
@@ -49,6 +50,16 @@ class Train:
     more."""
 
     def run(self) -> None:
+        try:
+            self._train()
+        except Exception as error:
+            # Who fails alone ends at once: the others may be in the midst of an average with it.
+            if isinstance(error, Stopped) or getattr(error, "everywhere", False):
+                _leave_processes()
+            raise
+        _leave_processes()
+
+    def _train(self) -> None:
         from k_diffusion.config.run import load_run
         from k_diffusion.training import run_training
 
@@ -59,7 +70,9 @@ class Train:
         if self.check:
             from k_diffusion.training.check import check_run
 
-            print(check_run(config, resume=resume, overwrite=self.overwrite))
+            found = check_run(config, resume=resume, overwrite=self.overwrite)
+            if not process_number():
+                print(found)
             return
         result = run_training(config, resume=resume, overwrite=self.overwrite)
         if result.stopped_by is not None:
@@ -81,12 +94,10 @@ class Train:
             given["data"] = {"source": "digits"}
         elif self.data:
             given["data.path"] = self.data
-        batch = {"micro_batch_size": "auto"} if self.batch_size == "auto" else {}
         named = {
             "out": self.out or None,
             "total_images": self.total_images,
-            "batch_size": None if batch else self.batch_size,
-            **batch,
+            "batch_size": self.batch_size,
             "seed": self.seed,
         }
         return (
@@ -94,3 +105,10 @@ class Train:
             | {key: value for key, value in named.items() if value is not None}
             | joined(self.set)
         )
+
+
+def _leave_processes() -> None:
+    if "torch" in sys.modules:  # else it was refused before there was anything to leave
+        from k_diffusion.training.devices import leave_processes
+
+        leave_processes()

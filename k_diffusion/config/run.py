@@ -30,8 +30,9 @@ from k_diffusion.config.keys import (
     several,
 )
 from k_diffusion.config.reading import load_config
-from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import make_config, override, read_file
+from k_diffusion.training.sections import AUTO
 from k_diffusion.utils.maths import nearest, unknown
 
 SECTIONS = ("model", *DEFAULTS)
@@ -51,6 +52,8 @@ def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Tr
         ConfigError: see `training.load_config`; or something that cannot be taken over.
     """
     data, overrides = read_file(path), dict(overrides or {})
+    if overrides.get("batch_size") == AUTO and "micro_batch_size" not in overrides:
+        overrides["micro_batch_size"] = overrides.pop("batch_size")
     if is_established(data):
         try:
             data = to_run(data, overrides)
@@ -105,8 +108,6 @@ def to_run(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
         except UserWarning as warning:
             raise ValueError(f"{warning}: take it out") from None
     batch = overrides.get("batch_size", BATCH)
-    if batch == AUTO:
-        batch = TrainConfig.model_fields["batch_size"].default
     batch = batch if isinstance(batch, int) and batch > 0 else BATCH  # what is refused later
     data = _data(whole, overrides)
     return {

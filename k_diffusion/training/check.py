@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from k_diffusion.models import Conditioner
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import DataError, Source, as_float
 from k_diffusion.training.gradient import even_parts
+from k_diffusion.training.lock import refuse_busy
 from k_diffusion.training.run import _start_point
 from k_diffusion.training.trainer import Trainer, TrainingError
 
@@ -44,7 +45,7 @@ class RunCheck:
         weight_bytes: of its weights and buffers.
         gradient_bytes: of one gradient.
         optimizer_bytes: of what the optimiser remembers.
-        average_bytes: of the averaged weights.
+        average_bytes: of all averages of the weights.
         saved_bytes: the most that was held for the backward pass at once, without the weights.
         device: on which it ran.
         peak_bytes: the most that was held on the device; None where the device does not tell.
@@ -129,6 +130,7 @@ def check_run(
     network: nn.Module | None = None,
     source: Source | None = None,
     conditioner: Conditioner | None = None,
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
 ) -> RunCheck:
     """Decode a sample of the data and do one step, on copies of everything.
 
@@ -136,16 +138,25 @@ def check_run(
         config: the run.
         resume, overwrite: as `run_training` will be told.
         sample: images to decode, evenly spread; as many as the data has: all.
-        network, source, conditioner: as of `run_training`.
+        network, source, conditioner, optimizer: as of `run_training`.
 
     Raises:
         ConfigError, CheckpointError, DataError: those with which `run_training` would begin.
-        TrainingError: the step is not finite, or memory holds not even one image.
+        TrainingError: the step is not finite (at float16: nor the next ones, `max_skipped` in all),
+            or memory holds not even one image.
     """
     out = Path(config.out)
+    refuse_busy(out)
     start = _start_point(out, resume, overwrite, lambda line: None)
     free = _writable(out)
-    trainer = Trainer(config, resume=start, network=network, source=source, conditioner=conditioner)
+    trainer = Trainer(
+        config,
+        resume=start,
+        network=network,
+        source=source,
+        conditioner=conditioner,
+        optimizer=optimizer,
+    )
     decoded = decode_sample(trainer.source, sample)
     saved, loss, grad_norm = _step(trainer)
     device = trainer.device
@@ -162,7 +173,7 @@ def check_run(
         weight_bytes=_bytes_of(trainer.network.state_dict()),
         gradient_bytes=_bytes_of([p for p in named.values() if p.requires_grad]),
         optimizer_bytes=_bytes_of(trainer.optimizer.state_dict()),
-        average_bytes=_bytes_of(trainer.ema.state_dict()),
+        average_bytes=_bytes_of([average.state_dict() for average in trainer.averages.values()]),
         saved_bytes=saved,
         device=str(device),
         peak_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
@@ -215,13 +226,20 @@ def _step(trainer: Trainer) -> tuple[int, float, float]:
     """Do a step; gives what was kept for the backward pass, loss and norm of the gradient."""
     saved = SavedTensors(trainer.network)
     # The optimiser's memory is there from the first step's end on: the second sees all of it.
-    for _ in range(2 if trainer.device.type == "cuda" else 1):
+    todo, too_large = (2 if trainer.device.type == "cuda" else 1), 0
+    while todo:
         batch = trainer.stream[trainer.step]
         trainer.source.report(batch.bad)
         with saved.watching():
             loss, grad_norm, report = trainer.train_step(batch, trainer.config.optimizer.lr)
-        if report is not None:
-            raise TrainingError(f"the first step is not finite: {report}")
+        if report is None:
+            todo -= 1
+            continue
+        # float16's losses begin scaled by so much that the first gradients overflow, as a rule.
+        too_large += 1
+        if trainer.scaler is None or too_large == trainer.config.max_skipped:
+            steps = "step is" if too_large == 1 else f"{too_large} steps are"
+            raise TrainingError(f"the first {steps} not finite: {report}")
     return saved.peak, loss, grad_norm
 
 

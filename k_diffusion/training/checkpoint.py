@@ -24,9 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from k_diffusion.training.shards import local, part_like
 from k_diffusion.training.tensor_file import (
     FormatError,
     look_at_tensor,
@@ -95,47 +94,6 @@ class CheckpointInfo:
         """The names of the averaged weights in it: "ema" and such as "ema_0.05"."""
         kinds = {n.partition("/")[0] for n in self.tensors}
         return sorted(kind for kind in kinds if kind == "ema" or kind.startswith("ema_"))
-
-
-# ---------------------------------------------------------------- tensors by name
-
-
-def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and persistent buffers by name; a shared one once, by its first."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor
-    return tensors
-
-
-@torch.no_grad()
-def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Copy values into tensors of the same names and shapes, in the target's dtype and place.
-
-    Raises:
-        ValueError: names or shapes differ; the first difference is named and nothing is copied.
-    """
-    lacking = sorted(set(target) - set(source))
-    surplus = sorted(set(source) - set(target))
-    if lacking:
-        raise ValueError(f"{lacking[0]} is missing{_and_more(lacking)}")
-    if surplus:
-        raise ValueError(f"{surplus[0]} has no place in the network{_and_more(surplus)}")
-    for name, tensor in target.items():
-        if source[name].shape != tensor.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(source[name].shape)}, but the network's has "
-                f"{tuple(tensor.shape)}"
-            )
-    for name, tensor in target.items():
-        local(tensor).copy_(part_like(source[name], tensor))
-
-
-def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
 
 
 # ---------------------------------------------------------------- writing
@@ -360,6 +318,10 @@ def read_record(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, damaged there, or not a checkpoint of this library.
     """
     path = Path(path)
+    if (path / MANIFEST).is_file():
+        from k_diffusion.training.sharded import read_sharded_record
+
+        return read_sharded_record(path)
     _recognise(path)
     try:
         with path.open("rb") as file:
@@ -370,11 +332,11 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
 
 
-_OTHERS = "use an earlier checkpoint or another copy"
+OTHERS = "use an earlier checkpoint or another copy"
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is damaged: {reason}; {_OTHERS}")
+    return CheckpointError(f"checkpoint {path} is damaged: {reason}; {OTHERS}")
 
 
 def _recognise(path: Path) -> None:
@@ -403,7 +365,7 @@ def _foreign(path: Path, error: FormatError) -> CheckpointError:
             f"opened: give a {SUFFIX} file"
         )
     return CheckpointError(
-        f"checkpoint {path} is truncated, damaged or no safetensors file ({error}): {_OTHERS}"
+        f"checkpoint {path} is truncated, damaged or no safetensors file ({error}): {OTHERS}"
     )
 
 
@@ -433,17 +395,28 @@ def _verify_metadata(
         raise _damaged(path, "its metadata is not what was written")
     try:
         manifest, record = json.loads(metadata["manifest"]), json.loads(metadata["record"])
-        whole = isinstance(manifest, dict) and all(
-            isinstance(record[key], kind) for key, kind in _RECORD.items()
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
+        manifest = record = None
+    check_record(path, record if isinstance(manifest, dict) else None)
+    return manifest, record
+
+
+def check_record(path: Path, record: Any) -> None:
+    """Refuse what is no record (see above), as JSON gave it.
+
+    Raises:
+        CheckpointError: something is missing, or of another kind.
+    """
+    try:
+        whole = all(type(record[key]) is kind for key, kind in _RECORD.items())
+        whole = whole and record["images_seen"] >= 0 and record["step"] >= 0
+    except (KeyError, TypeError):
         whole = False
     if not whole:
         raise CheckpointError(
             f"checkpoint {path} is whole, but its record is not one that k_diffusion writes: it "
             "needs " + ", ".join(_RECORD)
         )
-    return manifest, record
 
 
 _RECORD = {"config": dict, "images_seen": int, "step": int, "data": dict, "state": dict}

@@ -12,9 +12,10 @@ from pydantic import BaseModel
 
 from k_diffusion.models import CONDITIONERS, MODELS
 from k_diffusion.models.registry import Registry, takes_option
-from k_diffusion.training.config import AUTO, ConfigError, TrainConfig, settled
+from k_diffusion.training.config import ConfigError, TrainConfig, settled
 from k_diffusion.training.config_file import make_config
 from k_diffusion.training.explain import WIDTH, Entry, config_sections
+from k_diffusion.training.sections import AUTO
 from k_diffusion.training.words import toml, toml_tables
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.scheduler import make_scheduler

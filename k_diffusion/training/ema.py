@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.training.checkpoint import copy_tensors, named_tensors
+from k_diffusion.training.named_tensors import copy_tensors, named_tensors
 from k_diffusion.utils.averages import warmup_decay
 
 if TYPE_CHECKING:
-    from k_diffusion.training.config import EmaConfig
+    from k_diffusion.training.sections import EmaConfig
 
 MAIN = "ema"
 """The name of the average that sampling takes unless told otherwise, and of its part of a file."""

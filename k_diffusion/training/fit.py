@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from k_diffusion.denoiser import check_output
 from k_diffusion.models import Conditioner, conditioner_config, make_model
 from k_diffusion.models.registry import known_classes, takes_option
-from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
+from k_diffusion.training.sections import AUTO
 
 
 def settle(

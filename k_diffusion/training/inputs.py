@@ -27,6 +27,7 @@ class Inputs:
         noise: unit Gaussian, of x0's shape.
         condition: keyword arguments of the denoiser, B first in each.
         indices: the images' numbers in the source, int64 on the CPU, shape (B,).
+        step: of which they are, counted from 0.
         first: the place of the first sample in the whole step's batch.
         raws: raw inputs that an extra loss asked for, B first in each.
     """
@@ -36,6 +37,7 @@ class Inputs:
     noise: Tensor
     condition: Mapping[str, Tensor] = field(default_factory=dict)
     indices: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    step: int = 0
     first: int = 0
     raws: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -56,6 +58,7 @@ class Inputs:
             noise=self.noise[cut],
             condition={name: value[cut] for name, value in self.condition.items()},
             indices=self.indices[cut],
+            step=self.step,
             first=self.first + start,
             raws={name: value[cut] for name, value in self.raws.items()},
         )

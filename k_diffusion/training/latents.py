@@ -25,7 +25,6 @@ from k_diffusion.models import (
 from k_diffusion.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
-    named_tensors,
     read_checkpoint,
     save_checkpoint,
 )
@@ -38,6 +37,7 @@ from k_diffusion.training.dataset import (
     Stream,
     as_float,
 )
+from k_diffusion.training.named_tensors import named_tensors
 from k_diffusion.training.restore import load_into
 from k_diffusion.utils.augmentation import normals
 from k_diffusion.utils.maths import fold_seed

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from k_diffusion.training.config import OptimizerConfig
+from k_diffusion.training.sections import OptimizerConfig
 
 
 def learning_rate(

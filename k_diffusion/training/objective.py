@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.models.mp_layers import Uncertainty, UnitRows
-from k_diffusion.training.checkpoint import copy_tensors, named_tensors
-from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.densities import DENSITIES, make_density
 from k_diffusion.training.extra_losses import ExtraLoss, Outcome
 from k_diffusion.training.loss import (
@@ -20,6 +19,8 @@ from k_diffusion.training.loss import (
     variance_loss,
 )
 from k_diffusion.training.named import options_of
+from k_diffusion.training.named_tensors import copy_tensors, named_tensors
+from k_diffusion.training.sections import AUTO
 from k_diffusion.training.weightings import make_weighting
 
 FEATURES = 128
@@ -62,6 +63,12 @@ class Objective(nn.Module):
         self.extra_modules = nn.ModuleDict({e.name: e.module for e in extra if e.module})
         self.raws = tuple(dict.fromkeys(name for e in extra for name in e.raws))
         self._terms: dict[str, list[Tensor]] = {}
+        # Found once: to walk through a network's modules in every step takes a millisecond.
+        self._forced = [
+            module
+            for name, module in self.named_modules()
+            if isinstance(module, UnitRows) and not name.startswith("denoiser.")
+        ]
 
     def forward(
         self,
@@ -176,9 +183,8 @@ class Objective(nn.Module):
         """Put right what a step has put wrong, such as the lengths of weights."""
         network = getattr(self.denoiser, "network", self.denoiser)
         getattr(network, "after_step", lambda: None)()
-        for name, module in self.named_modules():
-            if isinstance(module, UnitRows) and not name.startswith("denoiser."):
-                module.force()
+        for module in self._forced:
+            module.force()
 
 
 class _Named(nn.Module):

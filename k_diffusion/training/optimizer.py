@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.training.config import ConfigError, OptimizerConfig
+from k_diffusion.training.config import ConfigError
 from k_diffusion.training.muon import Muon, fusible, hidden_weights
+from k_diffusion.training.sections import OptimizerConfig
 from k_diffusion.training.shards import cut_like
 from k_diffusion.training.weight_groups import weight_groups
 
@@ -43,10 +44,11 @@ def make_muon(network: nn.Module, config: OptimizerConfig) -> Muon:
             f"optimizer.type is muon, but {type(network).__name__} has no hidden weights: take "
             "adamw, or name them in the network's hidden_weights"
         )
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    hidden = {id(p) for name, p in network.named_parameters() if name in names}
+    groups = weight_groups(network, config)
     return Muon(
-        [p for name, p in parameters.items() if name in names],
-        _decayed_or_not([p for name, p in parameters.items() if name not in names], config),
+        _of_groups(groups, lambda weight: id(weight) in hidden),
+        _of_groups(groups, lambda weight: id(weight) not in hidden),
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
@@ -61,12 +63,12 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, OptimizerConfig], torch.optim.Optimiz
 }
 
 
-def _decayed_or_not(weights: Sequence[Tensor], config: OptimizerConfig) -> list[dict[str, Any]]:
-    groups = [
-        {"params": [w for w in weights if w.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+def _of_groups(
+    groups: Sequence[Mapping[str, Any]], chosen: Callable[[Tensor], bool]
+) -> list[dict[str, Any]]:
+    """Of each group the chosen weights, with what the group says of them."""
+    cut = [{**group, "params": [p for p in group["params"] if chosen(p)]} for group in groups]
+    return [group for group in cut if group["params"]]
 
 
 def adopt(optimizer: Any, network: nn.Module) -> None:

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.training.config import AUTO, ConfigError, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.gradient import OutOfMemory
+from k_diffusion.training.sections import AUTO
 from k_diffusion.training.shards import local
 
 T = TypeVar("T")
@@ -164,14 +165,19 @@ class Alone:
         )
         return prepared
 
-    def begin(self, has_unused: Callable[[], bool]) -> None:
-        """Before a session's first step; has_unused: whether weights take no part in the loss."""
+    def begin(self, has_unused: Callable[[], bool], trial: Callable[[], None]) -> None:
+        """Before a step.
+
+        Args:
+            has_unused: whether weights take no part in the loss of this process.
+            trial: computes a gradient through `module`, and forgets it.
+        """
 
     def joining(self, last: bool) -> AbstractContextManager[Any]:
         """Around forward and backward of a micro-batch, the last of its step or not."""
         return nullcontext()
 
-    def finish(self, parameters: Sequence[nn.Parameter]) -> None:
+    def finish(self, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor]) -> None:
         """After the last micro-batch: what is left to do until all gradients are the mean."""
 
     def squared_norm(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -184,7 +190,11 @@ class Alone:
 
 
 class Overlapped(Alone):
-    """DistributedDataParallel: gradients are averaged while others are still computed."""
+    """DistributedDataParallel: gradients are averaged while others are still computed.
+
+    Whether some weights take no part in the loss is seen in a session's first step: by one sample
+    of each process. Later all weights have to take part in each step if they did so then.
+    """
 
     retries = False  # who fails leaves the others waiting in the midst of an average
     splits = False  # the processes are the parts
@@ -193,17 +203,20 @@ class Overlapped(Alone):
         self._objective = objective
         return self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
-    def begin(self, has_unused: Callable[[], bool]) -> None:
+    def begin(self, has_unused: Callable[[], bool], trial: Callable[[], None]) -> None:
         if self.module is not None:
             return
         from accelerate import DistributedDataParallelKwargs
 
         # To look for unused weights in every step costs a walk through the graph, and not to look
-        # where there are some never ends the average.
+        # where there are some never ends the average. All have to do alike.
         self.accelerator.ddp_handler = DistributedDataParallelKwargs(
-            find_unused_parameters=has_unused()
+            find_unused_parameters=self.processes.any(has_unused())
         )
         self.module = self.accelerator.prepare_model(self._objective)
+        # The first backward pass lays the gradients in other buckets for all that follow, and in
+        # others they are summed in another order: were it a step's, a resumed run would differ.
+        trial()
 
     def joining(self, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self.module.no_sync()
@@ -218,7 +231,9 @@ class Averaged(Alone):
         self.module = self.accelerator.prepare_model(objective, evaluation_mode=True)
         return self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
-    def finish(self, parameters: Sequence[nn.Parameter]) -> None:
+    def finish(self, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor]) -> None:
+        send_from_main(buffers)
+        fill_gradients(parameters, self.processes)
         average([p.grad for p in parameters if p.grad is not None], self.processes.count)
 
 
@@ -250,7 +265,9 @@ class Sharded(Alone):
         self.module = self.accelerator.prepare_model(objective, evaluation_mode=True)
         return self.accelerator.prepare_optimizer(optimizer, device_placement=False)
 
-    def finish(self, parameters: Sequence[nn.Parameter]) -> None:
+    def finish(self, parameters: Sequence[nn.Parameter], buffers: Sequence[Tensor]) -> None:
+        send_from_main(buffers)
+        fill_gradients([p for p in parameters if local(p) is p], self.processes)
         whole = [p.grad for p in parameters if p.grad is not None and local(p.grad) is p.grad]
         average(whole, self.processes.count)
 
@@ -309,6 +326,32 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
     look(network, False)
     return found
+
+
+@torch.no_grad()
+def send_from_main(tensors: Sequence[Tensor]) -> None:
+    """Give every process the main one's values, in one message for each dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        by_dtype.setdefault(tensor.dtype, []).append(tensor)
+    for alike in by_dtype.values():
+        joined = torch.cat([tensor.flatten() for tensor in alike])
+        torch.distributed.broadcast(joined, src=0)
+        parts = joined.split([tensor.numel() for tensor in alike])
+        for tensor, part in zip(alike, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+@torch.no_grad()
+def fill_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> None:
+    """Give each weight that only others have a gradient of one of zeros."""
+    if not parameters:
+        return
+    has = [p.grad is not None for p in parameters]
+    found = torch.tensor(has, dtype=torch.int32, device=processes.device)
+    for parameter, own, count in zip(parameters, has, processes.total(found).tolist(), strict=True):
+        if count and not own:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 @torch.no_grad()

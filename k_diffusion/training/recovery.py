@@ -8,6 +8,7 @@ from typing import Any
 
 from k_diffusion.training.checkpoint import CheckpointError, CheckpointInfo, read_info
 from k_diffusion.training.metrics import Log
+from k_diffusion.training.retention import gave_up
 from k_diffusion.training.spikes import Divergence, SpikeWatch, times
 from k_diffusion.training.trainer import Trainer, TrainState
 
@@ -89,13 +90,15 @@ class Recovery:
         return True
 
     def _newest_before(self, step: int) -> CheckpointInfo | None:
-        """The newest whole checkpoint from before a step, counted from 1."""
+        """The newest whole checkpoint from before a step, counted from 1; of the run that stands,
+        not of a line that it gave up."""
         for path in reversed(self._checkpoints()):
             try:
                 info = read_info(path)
             except CheckpointError as error:
                 self._say(f"passing over {error}")
                 continue
-            if info.step < step:
+            theirs = info.state.get("passed_over", [])
+            if info.step < step and not gave_up(info.step, theirs, self._trainer.passed_over):
                 return info
         return None

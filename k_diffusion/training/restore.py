@@ -22,12 +22,11 @@ from k_diffusion.training.card import model_card
 from k_diffusion.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
-    copy_tensors,
-    named_tensors,
     read_checkpoint,
     save_checkpoint,
 )
 from k_diffusion.training.compare import differences, filled, flat, full_model
+from k_diffusion.training.named_tensors import copy_tensors, named_tensors
 from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
 

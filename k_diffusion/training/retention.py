@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from k_diffusion.training.checkpoint import SUFFIX, CheckpointError, read_info
+from k_diffusion.training.checkpoint import SUFFIX, CheckpointError, read_info, read_record
 
 if TYPE_CHECKING:
     from k_diffusion.training.config import TrainConfig
@@ -90,32 +90,79 @@ def surplus(
     return [n for n in found if n > newest], old
 
 
-def remove_surplus(newest: Path, config: TrainConfig, say: Callable[[str], None]) -> None:
+def gave_up(
+    step: int, theirs: Iterable[Sequence[int]], passed_over: Iterable[Sequence[int]]
+) -> bool:
+    """Whether a checkpoint is of a line of steps that its run gave up by going back.
+
+    Args:
+        step: the checkpoint's.
+        theirs: the (start, stop) of steps left out, counted from 0, as the checkpoint has them.
+        passed_over: the same, as the run has them now.
+    """
+    known = {tuple(part) for part in theirs}
+    return any(a < step <= b and (a, b) not in known for a, b in map(tuple, passed_over))
+
+
+def _given_up(path: Path, batch_size: int, passed_over: Sequence[Sequence[int]]) -> bool:
+    """`gave_up` of a file; no tensor is read, and nothing at all of one outside the ranges."""
+    step = images_of(path) // batch_size
+    if not gave_up(step, (), passed_over):
+        return False
+    try:
+        theirs = read_record(path)["state"].get("passed_over", [])
+    except CheckpointError:
+        theirs = []  # damaged: no use to the run that stands either
+    return gave_up(step, theirs, passed_over)
+
+
+def remove_surplus(
+    newest: Path,
+    config: TrainConfig,
+    say: Callable[[str], None],
+    passed_over: Sequence[Sequence[int]] = (),
+) -> None:
     """Remove what need not stay beside a checkpoint that is written and verified.
 
     One that cannot be removed is told, and ends nothing.
+
+    Args:
+        newest: the checkpoint; the others lie beside it.
+        config: of its run.
+        say: takes lines of news.
+        passed_over: (start, stop) of the steps that the run left out by going back, counted from 0.
+            What it had written in these before goes, and takes no place among those that stay.
     """
     found = list_checkpoints(newest.parent)
+    batch_size = config.batch_size
+    diverged = [p for p in found if p != newest and _given_up(p, batch_size, passed_over)]
     later, old = surplus(
-        {images_of(path) for path in found},
+        {images_of(path) for path in found if path not in diverged},
         images_of(newest),
         keep=config.keep_checkpoints,
         keep_every=config.keep_every_images,
         batch_size=config.batch_size,
     )
-    for path in found:
-        if images_of(path) not in (*later, *old):
+    aside = sorted(newest.parent.glob(".given-up-checkpoint-*"))
+    for path in (*aside, *found):
+        if path in aside:
+            pass  # told when it was set aside
+        elif path not in diverged and images_of(path) not in (*later, *old):
             continue
-        if images_of(path) in later:
+        elif path in diverged:
+            say(f"removing {path}: the run has gone back, and passes over its last steps")
+        elif images_of(path) in later:
             say(f"removing {path}, which the resumed run has not reached")
         try:
-            _remove(path)
+            _empty(path) if path in aside else _remove(path)
         except OSError as error:
             say(f"{path} cannot be removed ({error.strerror}): it stays")
 
 
 def remove_all(folder: Path) -> None:
     """Remove all checkpoints of a run that is begun anew."""
+    for path in folder.glob(".given-up-checkpoint-*"):
+        _empty(path)
     for path in list_checkpoints(folder):
         _remove(path)
 
@@ -128,6 +175,25 @@ def _remove(path: Path) -> None:
     hidden = path.with_name(f".{path.name}.old.tmp")
     path.rename(hidden)
     shutil.rmtree(hidden)
+
+
+def set_aside(folder: Path, images_seen: int, say: Callable[[str], None]) -> None:
+    """Hide the checkpoints from after a time at which a run goes on.
+
+    No later start takes them for the newest; they go once a new one is written.
+    """
+    for path in list_checkpoints(folder):
+        if images_of(path) > images_seen:
+            say(f"removing {path}, which the resumed run has not reached")
+            _empty(hidden := path.with_name(f".given-up-{path.name}"))
+            path.rename(hidden)
+
+
+def _empty(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_half_written(folder: Path) -> None:

@@ -7,8 +7,13 @@ The metrics are one JSON object a line:
 - {"event": "start", "config", "data", "parameters", "versions"}: once;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
   "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
-  over the finite steps since the line before; "noise_scale" too, where that is measured;
-- {"event": "skipped", "images_seen", and what `BadStep` has}: for each step that was not finite;
+  over the finite steps since the line before, null where there was none; also "terms", what the
+  loss is made of (name -> mean), where it has several, and "noise_scale", where that is measured;
+- {"event": "skipped", "images_seen", "step", "loss", "grad_norm", "images", "more_images",
+  "sigmas", "where"}: for each step that was not finite, see `BadStep`; loss and grad_norm are
+  words where they are no number ("nan", "inf");
+- {"event": "micro_batch", "step", "images_seen", "before", "now"}: the most images that a process
+  computes at once; before is null where "auto" has found it, else memory ran out;
 - {"event": "spike", "step", "images_seen", "loss", "median"}: for each loss far above the median
   of those before, see `SpikeWatch`;
 - {"event": "diverged", "step", "images_seen", "first_step", "reason"}: the run does not come back
@@ -42,6 +47,7 @@ from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
 from k_diffusion.training.lock import RunLock, refuse_busy
 from k_diffusion.training.metrics import METRICS, Log
+from k_diffusion.training.opening import micro_batch_line, opening_lines
 from k_diffusion.training.progress import Progress
 from k_diffusion.training.recovery import Recovery
 from k_diffusion.training.retention import (
@@ -52,9 +58,10 @@ from k_diffusion.training.retention import (
     remove_all,
     remove_half_written,
     remove_surplus,
+    set_aside,
 )
 from k_diffusion.training.signals import agreed, stop_signals
-from k_diffusion.training.snapshots import remove_snapshots_after, save_snapshot
+from k_diffusion.training.snapshots import remove_snapshots_after, save_snapshot, snapshot_files
 from k_diffusion.training.trainer import Trainer, TrainState
 from k_diffusion.training.writer import CheckpointWriter
 
@@ -118,8 +125,9 @@ def run_training(
             rate still takes the config's course. Weights that it leaves out stay as they are.
 
     Raises:
-        ConfigError: the folder holds a run that is neither resumed nor to be overwritten, or the
-            config does not fit the data or the machine.
+        ConfigError: the folder holds a run that is neither resumed nor to be overwritten (nor is
+            one resumed from elsewhere put into it), or the config does not fit the data or the
+            machine.
         CheckpointError: the checkpoint to resume from is damaged or of another run, or one cannot
             be written.
         DataError: the data cannot be used.
@@ -132,7 +140,7 @@ def run_training(
     tell = say or display.say
     refuse_busy(out)
     start = _start_point(out, resume, overwrite, tell)
-    found = list_checkpoints(out)
+    found, going_on = list_checkpoints(out), _lies_in(out, start)
     trainer = Trainer(
         config,
         resume=start,
@@ -154,15 +162,20 @@ def run_training(
             stack.callback(lock.release)
             if list_checkpoints(out) != found:
                 raise ConfigError(f"another run has written to out = {str(out)!r} meanwhile")
-            _make_room(out, start, overwrite)
-            remove_snapshots_after(out, trainer.images_seen, tell)
+            _make_room(out, going_on, overwrite)
+            if going_on:
+                set_aside(out, trainer.images_seen, tell)
+            remove_snapshots_after(out, trainer.images_seen if going_on else 0, tell)
         trainer.processes.wait()
-        log = Log(trainer, out / METRICS if main else None, resumed=start is not None, say=tell)
+        log = Log(trainer, out / METRICS if main else None, resumed=going_on, say=tell)
         stack.callback(log.close)
         stack.callback(display.close)
         for file, reason in trainer.source.bad_files.items():
             tell_once(f"skipping broken image {file}: {reason}")
         named = set(trainer.source.bad_files)
+        for line in opening_lines(trainer, start, looked=resume is not None):
+            tell_once(line)
+        micro_batch = trainer.micro_batch
 
         def to_go_back_to() -> list[Path]:
             writer.wait()
@@ -179,7 +192,9 @@ def run_training(
             path = checkpoint_path(out, trainer.images_seen, sharded)
             log.flush()
             all_stay = recovery.in_question
-            after = (lambda: None) if all_stay else partial(remove_surplus, path, config, tell)
+            passed_over = tuple(trainer.passed_over)
+            surplus = partial(remove_surplus, path, config, tell, passed_over)
+            after = (lambda: None) if all_stay else surplus
             if main:
                 lock.renew()
             if sharded:
@@ -193,6 +208,16 @@ def run_training(
             return path
 
         for state in trainer:
+            if state.micro_batch != micro_batch:
+                tell_once(micro_batch_line(micro_batch, state.micro_batch))
+                log.write(
+                    "micro_batch",
+                    step=state.step,
+                    images_seen=state.images_seen,
+                    before=micro_batch,
+                    now=state.micro_batch,
+                )
+                micro_batch = state.micro_batch
             log.add(state)
             if on_step is not None:
                 on_step(trainer, state)
@@ -268,23 +293,31 @@ def _start_point(
 ) -> Path | None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"out = {str(out)!r} is a file; give a folder")
-    if resume is None:
-        found = list_checkpoints(out)
-        if found and not overwrite:
-            raise ConfigError(
-                f"out = {str(out)!r} holds a run already ({found[-1].name}): resume it, overwrite "
-                "it, or give another folder"
-            )
-        return None
-    if str(resume) != "auto":
-        return Path(resume)
-    return latest_checkpoint(out, tell)
+    if str(resume) == "auto":
+        return latest_checkpoint(out, tell)
+    start = None if resume is None else Path(resume)
+    if start is not None and not start.exists():
+        return start  # which is refused with a better guess
+    found = list_checkpoints(out)
+    if start is not None:
+        found = [*snapshot_files(out), *found]
+    if found and not overwrite and not _lies_in(out, start):
+        raise ConfigError(
+            f"out = {str(out)!r} holds a run already ({found[-1].name}): resume it, overwrite "
+            "it, or give another folder"
+        )
+    return start
 
 
-def _make_room(out: Path, start: Path | None, overwrite: bool) -> None:
+def _lies_in(out: Path, start: Path | None) -> bool:
+    """Whether a run goes on in the folder where its checkpoint lies."""
+    return start is not None and start.resolve().parent == out.resolve()
+
+
+def _make_room(out: Path, going_on: bool, overwrite: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     remove_half_written(out)
-    if start is None and overwrite:
+    if not going_on and overwrite:
         remove_all(out)
 
 

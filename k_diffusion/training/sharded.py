@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
@@ -27,18 +28,22 @@ from torch import Tensor
 from k_diffusion.training.checkpoint import (
     FORMAT,
     MANIFEST,
+    OTHERS,
     SUFFIX,
     VERSION,
     CheckpointError,
     CheckpointInfo,
     _json,
     _seal,
+    check_record,
 )
 from k_diffusion.training.parallel import Processes
 from k_diffusion.training.shards import is_cut, local
+from k_diffusion.training.tensor_file import DTYPES
 
 RECORD = "record.json"
-_OTHERS = "use an earlier checkpoint or another copy"
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 Parts = dict[str, dict[str, Tensor]]
 
@@ -101,6 +106,7 @@ def save_sharded(
         _flush_folder(temporary)
         old = path.with_name(f".{path.name}.old.tmp")
         if path.exists():
+            shutil.rmtree(old, ignore_errors=True)  # of a run that was killed right here
             path.rename(old)
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
@@ -195,15 +201,16 @@ def read_sharded(
     manifest = _verified(path, processes)
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, _line(error)) from None
+    check_record(path, record)
+    shapes = _shapes(path, record.get("tensors"), manifest["files"])
     kept: Parts = {part: {} for part in parts}
     wanted: dict[str, Tensor] = {}
-    for name, (kind, shape) in record["tensors"].items():
+    for name, (dtype, shape) in shapes.items():
         part, _, rest = name.partition("/")
         if part in kept:
             model = _model_of(rest, cut_like or {}, shape)
-            dtype = getattr(torch, kind)
             wanted[name] = kept[part][rest] = (
                 torch.empty(shape, dtype=dtype)
                 if model is None
@@ -218,16 +225,56 @@ def read_sharded(
         step=record["step"],
         data=record["data"],
         state=record["state"],
-        tensors={name: tuple(shape) for name, (_, shape) in sorted(record["tensors"].items())},
+        tensors={name: shape for name, (_, shape) in sorted(shapes.items())},
         bytes=sum(file.stat().st_size for file in path.iterdir()),
     )
     return info, kept
 
 
-def _model_of(name: str, cut_like: Mapping[str, Tensor], shape: list[int]) -> Tensor | None:
+def read_sharded_record(path: Path) -> dict[str, Any]:
+    """A checkpoint's record, verified; no shard is read.
+
+    Raises:
+        CheckpointError: manifest or record is missing or damaged.
+    """
+    problem, manifest = _read_manifest(path)
+    problem = problem or _problem(path / RECORD, manifest["files"].get(RECORD, ""))
+    if problem:
+        raise _damaged(path, problem)
+    record: dict[str, Any] = json.loads((path / RECORD).read_text(encoding="utf-8"))
+    return record
+
+
+def _shapes(
+    path: Path, said: Any, files: Iterable[str]
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    """Name -> dtype and shape, of tensors that can all be in the files.
+
+    Raises:
+        CheckpointError: the record says of one what cannot be.
+    """
+    if not isinstance(said, dict):
+        raise _damaged(path, f"{RECORD} says nothing of its tensors")
+    found, left = {}, sum((path / name).stat().st_size for name in files)
+    for name, facts in said.items():
+        try:
+            kind, shape = facts
+            dtype = _DTYPES[kind]
+            whole = all(type(number) is int and 0 <= number < 2**60 for number in shape)
+        except (TypeError, ValueError, KeyError):
+            whole = False
+        left -= math.prod(shape) * dtype.itemsize if whole else 0
+        # Of an empty tensor torch multiplies the other sizes.
+        if not whole or left < 0 or math.prod(max(1, number) for number in shape) >= 2**60:
+            raise _damaged(path, f"{RECORD} says of tensor {name} what cannot be")
+        found[name] = dtype, tuple(shape)
+    return found
+
+
+def _model_of(name: str, cut_like: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor | None:
     """The weight that a tensor belongs to: of its name, or of the folder of its name."""
     model = cut_like.get(name, cut_like.get(name.rpartition("/")[0]))
-    return model if model is not None and is_cut(model) and list(model.shape) == shape else None
+    return model if model is not None and is_cut(model) and tuple(model.shape) == shape else None
 
 
 def _load(path: Path, wanted: dict[str, Tensor], alone: bool) -> None:
@@ -260,15 +307,19 @@ def _read_manifest(path: Path) -> tuple[str, dict[str, Any]]:
     """What is wrong with the manifest, and the manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        sealed = isinstance(manifest, dict) and manifest.get("sha256") == _seal(manifest)
         there = {file.name for file in path.iterdir()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing", {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{MANIFEST} cannot be read ({_line(error)})", {}
-    if not isinstance(manifest, dict) or manifest.get("sha256") != _seal(manifest):
+    if not sealed:
         return f"{MANIFEST} is not what was written", {}
-    if (manifest["format"], manifest["version"]) != (FORMAT, str(VERSION)):
-        return f"it is of format {manifest['format']} {manifest['version']}", {}
+    written = manifest.get("format"), manifest.get("version")
+    if written != (FORMAT, str(VERSION)):
+        return f"it is of format {written[0]} {written[1]}", {}
+    if not isinstance(manifest.get("files"), dict) or RECORD not in manifest["files"]:
+        return f"{MANIFEST} names no {RECORD} among its files", {}
     files = set(manifest["files"])
     if lost := sorted(files - there):
         return f"{lost[0]} is missing from it", {}
@@ -305,7 +356,7 @@ def _storage(kind: str) -> Any:
 
 
 def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is damaged: {reason}; {_OTHERS}")
+    return CheckpointError(f"checkpoint {path} is damaged: {reason}; {OTHERS}")
 
 
 def _reason(error: BaseException) -> str:

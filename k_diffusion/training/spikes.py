@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from k_diffusion.training.config import SpikesConfig
+    from k_diffusion.training.sections import SpikesConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from k_diffusion.training.config import OptimizerConfig
+from k_diffusion.training.sections import OptimizerConfig
 
 
 def weight_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

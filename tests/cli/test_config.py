@@ -147,6 +147,10 @@ def test_settings_are_joined_and_none_is_lost(tmp_path: Path, write_config: Any)
 
 
 def test_an_auto_batch_keeps_the_files_own_size(tmp_path: Path, write_config: Any) -> None:
-    given = Train(write_config(tmp_path), batch_size="auto")._overrides()
-    config = load_run(tmp_path / "tiny.toml", given)
-    assert (config.batch_size, config.micro_batch_size) == (8, "auto")
+    path = write_config(tmp_path)
+    for train in (Train(path, batch_size="auto"), Train(path, set=({"batch_size": "auto"},))):
+        config = load_run(tmp_path / "tiny.toml", train._overrides())
+        assert (config.batch_size, config.micro_batch_size) == (8, "auto")
+    given = Train(path, batch_size="auto", set=({"micro_batch_size": 4},))._overrides()
+    with pytest.raises(ValueError, match="batch_size = 'auto', but micro_batch_size = 4; give one"):
+        load_run(tmp_path / "tiny.toml", given)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from k_diffusion.cli import main
-from k_diffusion.cli.sample import draw
+from k_diffusion.cli.drawing import draw
 from k_diffusion.cli.signals import Terminated
 from k_diffusion.models import UNet
 from k_diffusion.sampling import KSampler

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from k_diffusion.cli import main
+from k_diffusion.cli.problems import Stopped
 from k_diffusion.cli.train import Train
-from k_diffusion.training import read_info
+from k_diffusion.training import ConfigError, read_info
 from k_diffusion.utils.images import save_png
 
 
@@ -258,3 +259,34 @@ def test_a_nan_in_the_data_names_the_file(
     last = last_line(capsys)
     assert "1 steps in a row were not finite" in last
     assert str(tmp_path / "pictures/0.png") in last
+
+
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [
+        (None, True),
+        (Stopped(signal.SIGTERM, "stopped"), True),
+        (ConfigError("of all processes alike"), True),
+        (RuntimeError("of this one alone"), False),
+    ],
+)
+def test_the_processes_part_at_the_end(tmp_path, write_config, monkeypatch, error, left) -> None:
+    """Left to the interpreter's end, a group of processes aborts it now and then."""
+    from torch import distributed
+
+    from k_diffusion import training
+
+    def joined(*args, **options) -> training.RunResult:
+        where = f"file://{tmp_path / 'group'}"
+        distributed.init_process_group("gloo", init_method=where, rank=0, world_size=1)
+        if error is not None:
+            raise error
+        return training.RunResult(tmp_path, "", tmp_path, 0, 0.0, 0.0, 0, {}, None, None)
+
+    monkeypatch.setattr(training, "run_training", joined)
+    try:
+        main(["train", "--config", str(write_config(tmp_path))])
+        assert distributed.is_initialized() is not left
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

@@ -17,9 +17,10 @@ from k_diffusion.cli import main
 from k_diffusion.cli.train import Train
 from k_diffusion.config.run import is_established, load_run, to_run
 from k_diffusion.training import load_denoiser, read_info
-from k_diffusion.training.config import ConfigError, LossConfig, OptimizerConfig, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import make_config
 from k_diffusion.training.loss import DENSITIES, make_density
+from k_diffusion.training.sections import LossConfig, OptimizerConfig
 from k_diffusion.training.trainer import Trainer
 from k_diffusion.utils.images import save_png
 
@@ -213,7 +214,7 @@ def test_the_loss_is_the_established_one(more: dict[str, Any], images: Path) -> 
     with torch.no_grad():
         for parameter in trainer.network.parameters():  # else it says zero, whatever it is told
             parameter.add_(torch.randn_like(parameter) * 0.1)
-    inputs = trainer._inputs(trainer.stream[0])
+    inputs = trainer.inputs.draw(trainer.stream[0], 0)
     whole = K.config.load_config(established({**V1, **more}))
     denoiser = K.config.make_denoiser_wrapper(whole)(trainer.network.inner_model)
     theirs = denoiser.loss(inputs.x0, inputs.noise, inputs.sigma.float())

@@ -83,6 +83,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> type[Tiny]:
     return Tiny
 
 
+@pytest.fixture(autouse=True)
+def opening_unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most tests look at the news of a run that has begun; test_opening has the others."""
+    monkeypatch.setattr("k_diffusion.training.run.opening_lines", lambda *a, **k: [])
+
+
 def config_of(**changes: Any) -> TrainConfig:
     data = {
         "model": {

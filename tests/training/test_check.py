@@ -65,6 +65,16 @@ def test_the_summary(make_run_config: Any) -> None:
     assert "weights 1.04 kB, gradient 1.03 kB, optimiser 2.08 kB" in lines["memory"]
 
 
+def test_every_average_and_an_optimiser_of_one_s_own_count(make_run_config: Any) -> None:
+    def sgd(network: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(network.parameters(), lr=0.1)
+
+    found = check_run(make_run_config(ema={"profiles": [0.05, 0.1]}), optimizer=sgd)
+    assert found.average_bytes == 3 * found.weight_bytes
+    assert found.optimizer_bytes == 0
+    assert found.checkpoint_bytes == 4 * found.weight_bytes
+
+
 def test_micro_batches_keep_less(make_run_config: Any) -> None:
     whole, cut = (check_run(make_run_config(micro_batch_size=m)) for m in (32, 8))
     assert whole.saved_bytes / cut.saved_bytes == pytest.approx(4, rel=0.01)
@@ -182,6 +192,26 @@ def test_what_is_not_finite_ends_the_check(make_run_config: Any) -> None:
         check_run(config, source=ArraySource(images), sample=3)
 
 
+def test_float16_may_begin_with_losses_that_are_scaled_too_much(
+    make_run_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = {"bad": 3}
+
+    class Scaled(Trainer):
+        scaler = object()  # type: ignore[assignment]
+
+        def train_step(self, batch: Any, lr: float) -> Any:
+            self.step += 1
+            return 0.5, 0.25, "too large" if self.step <= steps["bad"] else None
+
+    monkeypatch.setattr("k_diffusion.training.check.Trainer", Scaled)
+    found = check_run(make_run_config(max_skipped=4))
+    assert (found.loss, found.grad_norm) == (0.5, 0.25)
+    steps["bad"] = 4
+    with pytest.raises(TrainingError, match="the first 4 steps are not finite: too large"):
+        check_run(make_run_config(max_skipped=4))
+
+
 # ---------------------------------------------------------------- the folder
 
 
@@ -207,7 +237,7 @@ def test_a_folder_that_cannot_be_is_refused(make_run_config: Any, tmp_path: Path
         check_run(make_run_config(out=str(tmp_path / "file")))
 
 
-def test_by_the_command_line(tmp_path: Path, capsys: Any) -> None:
+def test_by_the_command_line(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = {
         "model": {"type": "tiny", "prediction": "edm", "sigma_data": "auto"},
         "data": {"source": "digits"},
@@ -222,6 +252,10 @@ def test_by_the_command_line(tmp_path: Path, capsys: Any) -> None:
     assert said.out.startswith("data:    1,438 images")
     assert "128 images in one part" in said.out
     assert not said.err
+    monkeypatch.setenv("RANK", "1")  # of two, the first says it
+    assert main(argv) == 0
+    assert not capsys.readouterr().out
+    monkeypatch.delenv("RANK")
     assert main([*argv, "--set", "model.num_classes=3"]) == 1
     assert "num_classes is 3, but the data has 10" in capsys.readouterr().err
     assert main([*argv, "--set", "model.numclasses=3"]) == 2

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from k_diffusion.training import load_denoiser
 from k_diffusion.training.checkpoint import read_checkpoint
 from k_diffusion.training.config import TrainConfig
+from k_diffusion.training.step_gradient import StepGradient
 from k_diffusion.training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
@@ -169,19 +170,17 @@ def test_after_step_reaches_the_compiled_weights(
 def test_the_search_for_a_micro_batch_compiles_nothing(
     make_run_config: MakeConfig, compiler: Compiler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from k_diffusion.training import trainer as module
-
     tried: list[int] = []
 
-    def limited(self: Trainer, inputs: Any, micro_batch: int, *more: Any) -> Tensor:
+    def limited(self: StepGradient, inputs: Any, micro_batch: int, *more: Any) -> Tensor:
         if compiling := not trainer.step and trainer.micro_batch is None:
             tried.append(len(inputs))
         if compiling and len(inputs) > 9:
             raise torch.OutOfMemoryError("out of memory")
         return add(self, inputs, micro_batch, *more)
 
-    add = Trainer._add_gradients
-    monkeypatch.setattr(module.Trainer, "_add_gradients", limited)
+    add = StepGradient._add_gradients
+    monkeypatch.setattr(StepGradient, "_add_gradients", limited)
     config = make_run_config(model=TINY, micro_batch_size="auto", compile=True, total_images=64)
     trainer = Trainer(config)
     list(trainer)

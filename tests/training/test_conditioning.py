@@ -41,11 +41,9 @@ UNET = {
 
 def told(trainer: Trainer, steps: int = 1) -> list[dict[str, Tensor]]:
     """What the network is told in each of the first steps."""
-    seen = []
-    for step in range(steps):
-        trainer.step = step
-        seen.append(dict(trainer._inputs(trainer.stream[step]).condition))
-    return seen
+    return [
+        dict(trainer.inputs.draw(trainer.stream[step], step).condition) for step in range(steps)
+    ]
 
 
 def test_a_network_that_knows_classes_is_told_them(make_run_config: Any) -> None:

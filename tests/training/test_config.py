@@ -10,8 +10,8 @@ import pytest
 from pydantic import BaseModel
 
 from k_diffusion.models import MODELS
-from k_diffusion.training import config as kinds_of_config
-from k_diffusion.training.config import ConfigError
+from k_diffusion.training import sections
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import load_config, make_config, override
 
 GOOD: dict[str, Any] = {
@@ -130,9 +130,10 @@ def test_every_key_is_described() -> None:
         for name, field in kind.model_fields.items():
             assert field.description, f"{kind.__name__}.{name}"
 
-    kinds = ("TrainConfig", "DigitsConfig", "FolderConfig", "LossConfig", "EmaConfig")
+    keys(TrainConfig)
+    kinds = ("DigitsConfig", "FolderConfig", "LossConfig", "EmaConfig", "SpikesConfig")
     for kind in (*kinds, "OptimizerConfig"):
-        keys(getattr(kinds_of_config, kind))
+        keys(getattr(sections, kind))
 
 
 TOML = """

@@ -310,7 +310,8 @@ def test_a_run_goes_on_from_the_one_before(
     said: list[str] = []
     result = run_training(config, resume="auto", progress=False, say=said.append)
     assert result.resumed_from == before
-    assert len(said) == 1
+    assert len(said) == 2  # and that it is given up
+    assert newest.name in said[1]
     assert said[0].startswith(f"passing over checkpoint {newest} ")
     assert read_info(newest).sha256 == result.sha256
     ours, theirs = tensors_of(newest.read_bytes())[0], tensors_of(run_bytes[1])[0]

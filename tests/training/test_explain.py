@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, create_model
 from torch import nn
 
 from k_diffusion.models import CONDITIONERS, MODELS, PRESETS
-from k_diffusion.training.config import TrainConfig, _Config
+from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.config_file import make_config
 from k_diffusion.training.config_text import as_json, as_toml, in_full, template
 from k_diffusion.training.explain import (
@@ -26,6 +26,7 @@ from k_diffusion.training.explain import (
     narrowed,
 )
 from k_diffusion.training.loss import DENSITIES, WEIGHTINGS
+from k_diffusion.training.sections import StrictConfig
 from k_diffusion.training.words import takes, toml, toml_tables
 from k_diffusion.utils.scheduler import SCHEDULERS, Spacing
 
@@ -53,7 +54,7 @@ def tables(kind: type[BaseModel]) -> list[type[BaseModel]]:
 def test_every_key_of_every_table_is_said_with_its_description(sections: Any) -> None:
     """Found by the classes themselves, not by the walk that is tested."""
     said = {entry.key: entry for section in sections.values() for entry in section.entries}
-    fields = [(kind, n) for kind in tables(_Config)[1:] for n in kind.model_fields]
+    fields = [(kind, n) for kind in tables(StrictConfig)[1:] for n in kind.model_fields]
     fields = [(k, n) for k, n in fields if k.__module__.startswith("k_diffusion.")]
     assert len(fields) > 40
     for kind, name in fields:

@@ -15,6 +15,7 @@ from k_diffusion.training.checkpoint import read_checkpoint
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.extra_losses import _RAWS, LOSSES, ExtraLoss
 from k_diffusion.training.loss import denoising_loss, make_weighting
+from k_diffusion.training.resume import go_on_from
 
 MakeConfig = Callable[..., TrainConfig]
 FLOW = {"type": "tiny", "num_classes": 10, "prediction": "flow", "time_convention": "unit"}
@@ -58,7 +59,7 @@ def losses() -> Iterator[list[Outcome]]:
 
 
 def step_inputs(trainer: Trainer) -> Any:
-    return trainer._inputs(trainer.stream[0])
+    return trainer.inputs.draw(trainer.stream[0], 0)
 
 
 def forward(trainer: Trainer) -> Tensor:
@@ -180,7 +181,7 @@ def test_a_modules_weights_are_frozen_unless_it_says_otherwise(
     with torch.no_grad():
         for p in trainer.objective.extra_modules.parameters():
             p.zero_()
-    trainer._resume(path)
+    go_on_from(path, trainer)
     _, parts = read_checkpoint(path, ["loss"])
     assert set(parts["loss"]) == set(own)
     now = trainer.objective.own_tensors()

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from k_diffusion.training import Trainer, TrainingError
 from k_diffusion.training.checkpoint import read_checkpoint
 from k_diffusion.training.config import TrainConfig
+from k_diffusion.training.dataset import Purpose
 from k_diffusion.training.gradient import (
     OutOfMemory,
     even_parts,
     is_out_of_memory,
     largest_that_fits,
 )
+from k_diffusion.utils.maths import fold_seed
 
 MakeConfig = Callable[..., TrainConfig]
 FLOW = {"type": "tiny", "num_classes": 10, "prediction": "flow", "time_convention": "unit"}
@@ -71,14 +73,35 @@ def test_micro_batches_add_up_to_the_same_gradient(
     for size in (None, micro):
         config = make_run_config(model=FLOW, micro_batch_size=size)
         trainer = Trainer(config, network=limited(tiny))
-        inputs = trainer._inputs(trainer.stream[0])
-        trainer.micro_batch = trainer.micro_batch or 32
-        losses, _ = trainer._gradient(inputs)
-        norms[size] = [losses, *(p.grad for p in trainer._parameters)]
+        inputs = trainer.inputs.draw(trainer.stream[0], 0)
+        trainer.gradient.micro_batch = trainer.micro_batch or 32
+        losses, _ = trainer.gradient.compute(inputs)
+        norms[size] = [losses, *(p.grad for p in trainer.gradient.parameters)]
         assert max(trainer.network.sizes) <= (size or 32)
         assert sum(trainer.network.sizes) == 32
     for whole, parts in zip(norms[None], norms[micro], strict=True):
         assert float((whole - parts).abs().max()) <= 5e-6 * float(whole.abs().max())
+
+
+class Drawing(Limited):
+    """Keeps what it draws in each call."""
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        self.drawn = [*getattr(self, "drawn", []), torch.rand(3)]
+        return super().forward(x, t, **condition)
+
+
+def test_what_the_network_draws_is_a_function_of_step_and_place(
+    make_run_config: MakeConfig, tiny: Any
+) -> None:
+    config = make_run_config(model=FLOW, micro_batch_size=11, total_images=96, seed=3)
+    network = Drawing(tiny(**{k: v for k, v in FLOW.items() if k != "type"}))
+    list(Trainer(config, network=network))
+    places = [(step, first) for step in range(3) for first in (0, 10, 21)]
+    assert len(network.drawn) == len(places)
+    for drawn, (step, first) in zip(network.drawn, places, strict=True):
+        torch.manual_seed(fold_seed(3, Purpose.NETWORK, step, first))
+        assert torch.equal(drawn, torch.rand(3)), (step, first)
 
 
 def test_a_run_in_micro_batches_is_the_same_run(make_run_config: MakeConfig, tiny: Any) -> None:
@@ -185,6 +208,28 @@ def test_auto_is_kept_over_a_resume(make_run_config: MakeConfig, tiny: Any, tmp_
     list(second)
     assert torch.equal(flat_weights(whole), flat_weights(second))
     assert read_checkpoint(tmp_path / "a.safetensors")[0].state["micro_batch"] == 9
+
+
+def test_a_resume_takes_the_size_asked_for_unless_memory_refused_it(
+    make_run_config: MakeConfig, tiny: Any, tmp_path: Path
+) -> None:
+    def after(asked: int | None, limit: int, **more: Any) -> Trainer:
+        network = limited(tiny)
+        network.limit = limit
+        config = make_run_config(model=FLOW, micro_batch_size=asked)
+        trainer = Trainer(config, network=network, **more)
+        if not more:
+            next(iter(trainer))
+            trainer.save(tmp_path / "a.safetensors")
+        return trainer
+
+    def resumed(asked: int | None) -> int | None:
+        return after(asked, 32, resume=tmp_path / "a.safetensors").micro_batch
+
+    assert after(4, limit=32).micro_batch == 4
+    assert [resumed(asked) for asked in (16, 2, None)] == [16, 2, 32]
+    assert after(16, limit=9).micro_batch == 8
+    assert [resumed(asked) for asked in (16, 2, None)] == [8, 2, 8]
 
 
 def test_one_image_that_does_not_fit_ends_the_run(make_run_config: MakeConfig, tiny: Any) -> None:

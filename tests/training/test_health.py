@@ -21,6 +21,7 @@ from k_diffusion.training.health import BadStep, examine, first_bad_module
 from k_diffusion.training.inputs import Inputs
 from k_diffusion.training.parallel import Processes
 from k_diffusion.training.run import RunResult, run_training
+from k_diffusion.training.step_gradient import Totals
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
@@ -103,8 +104,7 @@ def test_the_data_is_found(make_run_config: MakeConfig) -> None:
     bad = int(trainer.stream[4].indices[7])
     report = first_report(config, source=poisoned(bad))
     assert (report.step, report.images, report.more_images) == (5, (f"image {bad}",), 0)
-    trainer.step = 4
-    sigma = float(trainer._inputs(trainer.stream[4]).sigma[7])
+    sigma = float(trainer.inputs.draw(trainer.stream[4], 4).sigma[7])
     assert report.sigmas == (sigma, sigma)
     assert report.where == "the data"
     assert str(report) == (
@@ -124,7 +124,7 @@ def test_a_poisoned_weight_in_a_middle_layer(make_run_config: MakeConfig) -> Non
     assert report.more_images == 24
     trainer = Trainer(make_run_config(model=FLOW))
     assert report.images == tuple(f"image {i}" for i in trainer.stream[0].indices[:8].tolist())
-    sigma = trainer._inputs(trainer.stream[0]).sigma
+    sigma = trainer.inputs.draw(trainer.stream[0], 0).sigma
     assert report.sigmas == (float(sigma.min()), float(sigma.max()))
     assert " and 24 more, at sigma " in str(report)
 
@@ -246,7 +246,8 @@ def test_a_run_is_bitwise_the_same_with_and_without_looking(
 
         def forward(self, x: Tensor) -> Tensor:
             self.seen += 1
-            return x * (math.inf if self.seen % 5 == 0 else 1.0)
+            chance = float(x.detach().double().abs().sum()) * 1000 % 1
+            return x * (math.inf if chance < 0.3 else 1.0)
 
     def train(name: str) -> tuple[list[bool], list[Tensor]]:
         torch.manual_seed(1)
@@ -259,8 +260,8 @@ def test_a_run_is_bitwise_the_same_with_and_without_looking(
         trainer.save(tmp_path / name)
         return skipped, drawn
 
-    def dont_look(self: Trainer, inputs: Any, losses: Any, loss: float, norm: float) -> BadStep:
-        return BadStep(self.step + 1, loss, norm, (), 0, (0.0, 0.0), "")
+    def dont_look(self: Trainer, inputs: Any, losses: Any, found: Totals) -> BadStep:
+        return BadStep(self.step + 1, found.loss, found.grad_norm, (), 0, (0.0, 0.0), "")
 
     skipped, drawn = train("a.safetensors")
     assert 3 < sum(skipped) < 17

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from k_diffusion.training.config import COURSE_OPTIONS, ConfigError, OptimizerConfig, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.learning_rate import COURSES, learning_rate
+from k_diffusion.training.sections import COURSE_OPTIONS, OptimizerConfig
 from k_diffusion.training.trainer import Trainer
 from k_diffusion.utils import ConstantLRWithWarmup, ExponentialLR, InverseLR
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from k_diffusion.training import lock
+from k_diffusion.training.check import check_run
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.lock import LOCK, RunLock, refuse_busy
 from k_diffusion.training.retention import list_checkpoints
@@ -82,6 +83,8 @@ def test_a_run_in_the_same_process_and_its_children(make_run_config: MakeConfig)
         if state.step == 2:
             with pytest.raises(ConfigError, match=f"process {os.getpid()}, which is this one"):
                 run_training(config, overwrite=True, progress=False)
+            with pytest.raises(ConfigError, match=f"process {os.getpid()}, which is this one"):
+                check_run(config, overwrite=True)
             with pytest.raises(ConfigError, match=f"process {os.getpid()}, which is this one"):
                 RunLock(Path(config.out), again.append)
             code = "import sys, pathlib, k_diffusion.training.lock as l; "

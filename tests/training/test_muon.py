@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.models import make_model
-from k_diffusion.training.config import ConfigError, OptimizerConfig
+from k_diffusion.training.config import ConfigError
 from k_diffusion.training.muon import COEFFICIENTS, STEPS, Muon, hidden_weights, orthogonalize
 from k_diffusion.training.optimizer import make_optimizer
+from k_diffusion.training.sections import OptimizerConfig
 
 
 def polynomial(s: Tensor) -> Tensor:
@@ -244,6 +245,37 @@ def test_a_network_may_say_otherwise() -> None:
     network.hidden_weights = ("one", "bias")  # type: ignore[assignment]
     with pytest.raises(ValueError, match="Mixed.hidden_weights has 'bias', which is no weight of"):
         make_optimizer(network, config)
+
+
+class Grouped(nn.Module):
+    """Of which some weights learn at another rate, and decay otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.middle, self.mapping, self.leave = (nn.Linear(4, 4) for _ in range(4))
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        usual = [*self.enter.parameters(), *self.middle.parameters(), *self.leave.parameters()]
+        slow = {"params": [*self.mapping.parameters()], "lr": lr / 4, "weight_decay": 0.25}
+        return [{"params": usual}, slow]
+
+
+def test_a_network_s_own_groups_hold_for_both_kinds_of_weights() -> None:
+    network = Grouped()
+    config = OptimizerConfig(type="muon", lr=0.5, weight_decay=0.125)
+    groups = make_optimizer(network, config).param_groups
+    names = {id(p): name for name, p in network.named_parameters()}
+    found = [
+        ([names[id(p)] for p in g["params"]], g["lr_scale"], g["weight_decay"], "momentum" in g)
+        for g in groups
+    ]
+    enter, leave = (["enter.weight", "enter.bias"], ["leave.weight", "leave.bias"])
+    assert found == [
+        (["middle.weight"], 1.0, 0.125, True),
+        (["mapping.weight"], 0.25, 0.25, True),
+        ([*enter, "middle.bias", *leave], 1.0, 0.125, False),
+        (["mapping.bias"], 0.25, 0.25, False),
+    ]
 
 
 def test_a_network_without_hidden_weights_is_refused() -> None:

@@ -49,7 +49,7 @@ def contents(path: Path) -> dict[str, Tensor]:
 
 
 def step_inputs(trainer: Trainer) -> Any:
-    return trainer._inputs(trainer.stream[0])
+    return trainer.inputs.draw(trainer.stream[0], 0)
 
 
 # ---------------------------------------------------------------- plain
@@ -58,9 +58,9 @@ def step_inputs(trainer: Trainer) -> Any:
 def test_without_more_it_is_the_denoising_loss(make_run_config: MakeConfig) -> None:
     trainer = Trainer(make_run_config())
     inputs = step_inputs(trainer)
-    trainer._seed_part(inputs)
+    trainer.gradient.seed_part(inputs)
     got = trainer.objective(inputs.x0, inputs.sigma, inputs.noise, **inputs.condition)
-    trainer._seed_part(inputs)
+    trainer.gradient.seed_part(inputs)
     given = (trainer.denoiser, inputs.x0, inputs.sigma, inputs.noise, "edm")
     assert torch.equal(got, denoising_loss(*given, **inputs.condition))
     assert trainer.objective.terms() == {}
@@ -83,7 +83,7 @@ def test_sigma_data_of_the_density_is_the_denoisers(make_run_config: MakeConfig)
     u = torch.tensor([0.2, 0.7], dtype=torch.float64)
     std = trainer.denoiser.sigma_data  # type: ignore[attr-defined]
     assert abs(std - 1) > 0.05
-    assert torch.equal(trainer._density(u), make_density("v_diffusion", sigma_data=std)(u))
+    assert torch.equal(trainer.inputs.density(u), make_density("v_diffusion", sigma_data=std)(u))
     given = {"density": "v_diffusion", "density_options": {"sigma_data": 2.0}}
     other = density_of(make_run_config(loss=given), trainer.denoiser)
     assert torch.equal(other(u), make_density("v_diffusion", sigma_data=2.0)(u))
@@ -188,7 +188,7 @@ def test_own_weights_are_clipped_and_moved_by_the_runs_optimizer(
     config = make_run_config(loss={"uncertainty": True}, optimizer={"lr": 0.01})
     trainer = Trainer(config)
     head = trainer.objective.own_parameters["uncertainty.head.layer.weight"]
-    assert any(head is p for p in trainer._parameters)
+    assert any(head is p for p in trainer.gradient.parameters)
     held = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
     assert held.count(id(head)) == 1
     before = head.detach().clone()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint
-from k_diffusion.training.config import ConfigError, OptimizerConfig, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.muon import Muon
 from k_diffusion.training.optimizer import (
     group_values,
@@ -22,6 +22,7 @@ from k_diffusion.training.optimizer import (
     plain_state,
 )
 from k_diffusion.training.run import run_training
+from k_diffusion.training.sections import OptimizerConfig
 from k_diffusion.training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]

@@ -21,6 +21,7 @@ from k_diffusion.models import MODELS
 from k_diffusion.training.checkpoint import read_checkpoint, read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits
+from k_diffusion.training.devices import leave_processes
 from k_diffusion.training.health import ONLY_NORM, BadStep, joined
 from k_diffusion.training.inputs import Inputs
 from k_diffusion.training.parallel import Processes, blocks_of, check_processes
@@ -53,13 +54,16 @@ class Recorded(Trainer):
 
     def __init__(self, config: TrainConfig, **options: Any) -> None:
         super().__init__(config, **options)
-        self.inputs: list[dict[str, Tensor]] = []
+        self.learned: list[dict[str, Tensor]] = []
         self.seen: list[list[float]] = []
+        compute = self.gradient.compute
 
-    def _gradient(self, inputs: Inputs) -> Any:
-        facts = {name: getattr(inputs, name) for name in RECORDED[:-1]} | dict(inputs.condition)
-        self.inputs.append({name: value.clone() for name, value in facts.items()})
-        return super()._gradient(inputs)
+        def noted(inputs: Inputs) -> Any:
+            facts = {name: getattr(inputs, name) for name in RECORDED[:-1]} | dict(inputs.condition)
+            self.learned.append({name: value.clone() for name, value in facts.items()})
+            return compute(inputs)
+
+        self.gradient.compute = noted  # type: ignore[method-assign]
 
     def run(self, steps: int | None = None) -> Recorded:
         for state in self:
@@ -70,7 +74,7 @@ class Recorded(Trainer):
 
     def recorded(self) -> dict[str, Tensor]:
         """Each of `RECORDED`, of all steps: shape (steps, B, ...)."""
-        return {name: torch.stack([step[name] for step in self.inputs]) for name in RECORDED}
+        return {name: torch.stack([step[name] for step in self.learned]) for name in RECORDED}
 
 
 def contents(path: Path) -> dict[str, Tensor]:
@@ -413,3 +417,4 @@ def test_reports_of_several_processes_are_one() -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](Path(sys.argv[2]))
+    leave_processes()

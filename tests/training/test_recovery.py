@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,7 +266,43 @@ def test_speed_counts_what_was_computed(
     make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = iter(range(10**6))
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+    clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+    monkeypatch.setattr("k_diffusion.training.state.time", clock)
     trainer = Trainer(make_run_config())
     trainer.passed_over = [(3, 12)]
     assert {state.images_per_second for state in trainer} == {32.0}
+
+
+FREQUENT = {"checkpoint_every_images": 64, "keep_checkpoints": 2, "background_checkpoints": False}
+
+
+def test_what_diverged_takes_no_place_among_those_that_stay(make_run_config: MakeConfig) -> None:
+    """One after every second step; that of step 10 is of the line that was given up at 12."""
+    for every in (None, 320):
+        config = make_run_config(**{**WATCHED, **FREQUENT, "keep_every_images": every})
+        there: list[list[int]] = []
+
+        def look(trainer: Trainer, state: TrainState, there: list[list[int]] = there) -> None:
+            there.append([read_info(path).step for path in list_checkpoints(trainer.config.out)])
+
+        _, said = run(config, source=planted([10, 11, 12]), on_step=look, overwrite=True)
+        # 1 to 12, then 9, 13, 14 and, with the checkpoint of 14 there, 15; the end sees [18, 20].
+        assert there[12:16] == [[6, 8, 10], [6, 8, 10], [6, 8, 10], [8, 14]]
+        assert there[-1] == [16, 18]
+        removed = [line for line in said if line.startswith("removing ")]
+        assert len(removed) == 1
+        assert "000000000320.safetensors: the run has gone back" in removed[0]
+
+
+def test_a_second_way_back_leads_not_into_what_diverged(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    config = make_run_config(**{**WATCHED, **FREQUENT})
+    result, said = run(config, source=planted(range(10, 16)))
+    ways = [line.split("checkpoint-")[1] for line in said if line.startswith("diverged")]
+    assert ways == [
+        f"{8 * 32:012d}.safetensors, and passing over steps {first} to {last}"
+        for first, last in ((10, 12), (13, 15))
+    ]
+    assert read_info(result.checkpoint).state["passed_over"] == [[9, 12], [12, 15]]
+    assert_bitwise(result.checkpoint, passing_over(config, tmp_path, (10, 12), (13, 15)))

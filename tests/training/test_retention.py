@@ -19,6 +19,7 @@ from k_diffusion.training.retention import (
     remove_surplus,
     surplus,
 )
+from k_diffusion.training.trainer import Trainer
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -100,6 +101,33 @@ def test_the_old_one_goes_after_the_new_one_stands(
     assert [images_of(path) for path in list_checkpoints(config.out)] == [640]
 
 
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+@pytest.mark.filterwarnings("ignore")  # torch's, of the storage of shards
+def test_what_the_run_gave_up_goes(
+    make_run_config: MakeConfig, tmp_path: Path, suffix: str
+) -> None:
+    """Steps 2 and 3 are passed over: a checkpoint there that does not know it is of before."""
+    trainer, said = Trainer(make_run_config()), list[str]()
+    for trainer.step, trainer.passed_over in (
+        (1, []), (2, []), (3, [(1, 3)]), (4, []), (5, [(1, 3)]), (6, [(1, 3)])
+    ):  # fmt: skip
+        trainer.save(checkpoint_path(tmp_path, trainer.images_seen, not suffix))
+    newest = list_checkpoints(tmp_path)[-1]
+    config = make_run_config(keep_checkpoints=9, keep_every_images=32)
+    remove_surplus(newest, config, said.append)
+    assert len(list_checkpoints(tmp_path)) == 6
+    remove_surplus(newest, config, said.append, [(1, 3)])
+    assert [images_of(p) // 32 for p in list_checkpoints(tmp_path)] == [1, 3, 4, 5, 6]
+    assert len(said) == 1
+    files = list(newest.parent.glob("checkpoint-000000000096*/record.json"))
+    for file in files:
+        file.write_text(file.read_text() + " ")
+    if not files:
+        checkpoint_path(tmp_path, 96).write_bytes(b"")
+    remove_surplus(newest, config, said.append, [(1, 3)])  # damaged: it cannot say that it knows
+    assert [images_of(p) // 32 for p in list_checkpoints(tmp_path)] == [1, 4, 5, 6]
+
+
 def test_a_folder_of_shards_goes_as_a_file_does(
     make_run_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -139,3 +167,15 @@ def test_half_written_files_go_and_others_stay(tmp_path: Path) -> None:
         path.touch()
     retention.remove_half_written(tmp_path)
     assert list(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of the storage of shards
+def test_what_a_kill_left_of_shards_is_in_nobodys_way(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    trainer = Trainer(make_run_config())
+    trainer.save(tmp_path / "x")
+    (tmp_path / ".x.old.tmp").mkdir()
+    (tmp_path / ".x.old.tmp" / "shard").touch()
+    trainer.save(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]

@@ -209,8 +209,8 @@ def test_resume_auto_passes_over_damaged_checkpoints(make_run_config: MakeConfig
     result.checkpoint.write_bytes(data)
     again, said = run(config, resume="auto")
     assert again.resumed_from == Path(config.out) / "checkpoint-000000000320.safetensors"
-    assert len(said) == 1
     assert said[0].startswith(f"passing over checkpoint {result.checkpoint} is damaged")
+    assert said[1:] == [f"removing {result.checkpoint}, which the resumed run has not reached"]
     assert again.sha256 == result.sha256
     for path in list_checkpoints(config.out):
         path.write_bytes(b"")
@@ -237,6 +237,74 @@ def test_resume_from_an_earlier_checkpoint_gives_up_the_later(make_run_config: M
     assert list_checkpoints(config.out)[-1] == stopped.checkpoint
     assert f"removing {late}, which the resumed run has not reached" in said
     assert max(line["images_seen"] for line in train_lines(stopped)) == 192
+
+
+def test_a_kill_before_the_first_checkpoint_of_a_resumed_run(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """A resume from step 4 of one that had come to 17 gives up what lies after, once and for all:
+    killed at 6, it goes on from 4 again, and leaves what a run that was never stopped does."""
+    options = {
+        "ema": {"profiles": [0.05, 0.1], "snapshot_every_images": 64},
+        "checkpoint_every_images": 128,
+        "keep_checkpoints": 99,
+        "log_every_images": 32,
+    }
+    config = make_run_config(**options)
+    whole, _ = run(make_run_config(**options, out=str(tmp_path / "whole")))
+
+    class Kill(BaseException):
+        pass
+
+    def kill(at: int) -> Callable[[Trainer, TrainState], None]:
+        def on_step(trainer: Trainer, state: TrainState) -> None:
+            if state.step == at:
+                raise Kill
+
+        return on_step
+
+    with pytest.raises(Kill):
+        run(config, on_step=kill(17))
+    early = list_checkpoints(config.out)[0]
+    with pytest.raises(Kill):
+        run(config, on_step=kill(6), resume=early)
+    assert list_checkpoints(config.out) == [early]
+    ended, _ = run(config, resume="auto")
+    assert ended.resumed_from == early
+    assert train_lines(ended) == train_lines(whole)
+    for pattern in ("ema/*", ".*", "*"):
+        left, right = (
+            sorted(p.name for p in Path(folder).glob(pattern))
+            for folder in (config.out, tmp_path / "whole")
+        )
+        assert left == right
+
+
+def test_a_run_from_elsewhere_is_not_put_into_another(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    other = {"ema": {"profiles": [0.05], "snapshot_every_images": 64}, "seed": 4}
+    first, _ = run(make_run_config(total_images=128, out=str(tmp_path / "first")))
+    second, _ = run(make_run_config(**other, out=str(tmp_path / "second")))
+    before = second.metrics.read_text()
+    config = make_run_config(total_images=256, out=str(tmp_path / "second"))
+    for found in ("checkpoint-000000000640", "snapshot-000000000640"):
+        with pytest.raises(ConfigError, match=rf"second' holds a run already \({found}"):
+            run(config, resume=first.checkpoint)
+        assert second.metrics.read_text() == before
+        if found.startswith("checkpoint"):
+            second.checkpoint.rename(tmp_path / "kept.safetensors")
+    (tmp_path / "kept.safetensors").rename(second.checkpoint)
+    third, _ = run(config, resume=first.checkpoint, overwrite=True)
+    assert third.resumed_from == first.checkpoint
+    assert list_checkpoints(config.out) == [third.checkpoint]
+    assert not list(Path(config.out).glob("ema/*"))
+    assert lines(third)[0]["config"]["seed"] == 3
+    assert train_lines(third)[0]["images_seen"] > 128
+    # A folder by another name is the same one.
+    (tmp_path / "link").symlink_to(tmp_path / "second")
+    again, _ = run(config, resume=tmp_path / "link" / third.checkpoint.name)
+    assert train_lines(again) == train_lines(third)
 
 
 def test_a_run_is_not_overwritten_unasked(make_run_config: MakeConfig) -> None:

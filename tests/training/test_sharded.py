@@ -18,6 +18,8 @@ from k_diffusion.models import MODELS
 from k_diffusion.training import load_denoiser, sharded
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint, read_info
 from k_diffusion.training.config import TrainConfig
+from k_diffusion.training.devices import leave_processes
+from k_diffusion.training.resume import check_agreed
 from k_diffusion.training.run import latest_checkpoint, list_checkpoints, run_training
 from k_diffusion.training.trainer import Trainer, TrainState
 
@@ -92,7 +94,7 @@ def written(folder: Path) -> None:
         assert trainer.save(folder / "again") == read_info(folder / "again").sha256
     trainer.step = 2 if trainer.processes.main else 3
     with pytest.raises(CheckpointError, match="would go on from steps 2, 3: the checkpoints must"):
-        trainer._check_agreed()
+        check_agreed(trainer.processes, trainer.step)
 
 
 def resumed(folder: Path) -> None:
@@ -223,3 +225,4 @@ def damages(shards: Path, run: Path) -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[1]](Path(sys.argv[2]))
+    leave_processes()

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from k_diffusion.training.config import ConfigError, SpikesConfig, TrainConfig
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import make_config
+from k_diffusion.training.sections import SpikesConfig
 from k_diffusion.training.spikes import Divergence, SpikeWatch, Verdict, times, without
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,12 +223,12 @@ def test_a_step_depends_on_seed_and_step_alone(make_run_config: MakeConfig) -> N
 
 def test_processes_cut_the_step_of_one(make_run_config: MakeConfig) -> None:
     trainer = Trainer(make_run_config())
-    whole = trainer._inputs(trainer.stream[3])
+    whole = trainer.inputs.draw(trainer.stream[3], 3)
     parts = []
     for rank in range(2):
         part = Trainer(make_run_config())
         part.stream.rank, part.stream.world = rank, 2
-        parts.append(part._inputs(part.stream[3]))
+        parts.append(part.inputs.draw(part.stream[3], 3))
     for part in ("x0", "sigma", "noise", "indices"):
         joined = torch.cat([getattr(p, part) for p in parts])
         assert torch.equal(joined, getattr(whole, part))
@@ -255,7 +256,9 @@ def test_time_left_counts_this_sessions_images(
     path = tmp_path / "a.safetensors"
     train(make_run_config(), path, 10)
     seconds = iter(range(10**6))
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+    # Of this module alone: other threads of the process look at the clock, too.
+    clock = SimpleNamespace(perf_counter=lambda: float(next(seconds)))
+    monkeypatch.setattr("k_diffusion.training.state.time", clock)
     state = next(iter(Trainer(make_run_config(), resume=path)))
     assert (state.images_per_second, state.seconds_left) == (32, 9)
 

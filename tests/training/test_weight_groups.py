@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from k_diffusion.training.config import OptimizerConfig
+from k_diffusion.training.sections import OptimizerConfig
 from k_diffusion.training.weight_groups import weight_groups
 
 CONFIG = OptimizerConfig(lr=0.01, weight_decay=0.3)

@@ -1,0 +1,216 @@
+"""What a checkpoint of a run holds, and how a run goes on from one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from k_diffusion.training.checkpoint import (
+    OTHERS,
+    CheckpointError,
+    CheckpointInfo,
+    read_checkpoint,
+)
+from k_diffusion.training.compare import differences, filled, flat
+from k_diffusion.training.ema import load_averages
+from k_diffusion.training.named_tensors import named_tensors
+from k_diffusion.training.optimizer import load_moments, moments, plain_state
+from k_diffusion.training.parallel import Processes
+from k_diffusion.training.restore import load_into
+from k_diffusion.training.sharded import read_sharded
+
+if TYPE_CHECKING:
+    from k_diffusion.training.trainer import Trainer
+
+FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner", "optimizer.type")
+"""What a resumed run must share with the one it continues: else its steps would be others."""
+
+
+def tensors_of(trainer: Trainer) -> dict[str, Mapping[str, Tensor]]:
+    """Part of a checkpoint -> its tensors by name, which are live."""
+    return {
+        "model": named_tensors(trainer.network),
+        **{name: average.state_dict() for name, average in trainer.averages.items()},
+        "optimizer": moments(trainer.optimizer, trainer.named),
+        "loss": trainer.objective.own_tensors(),
+    }
+
+
+def facts_of(trainer: Trainer) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors, as JSON data."""
+    noise_scale, scaler, conditioner = trainer.noise_scale, trainer.scaler, trainer.conditioner
+    return {
+        "config": trainer.config.to_json(),
+        "images_seen": trainer.images_seen,
+        "step": trainer.step,
+        "data": trainer.source.facts(),
+        "state": {
+            "ema_updates": trainer.ema.updates,
+            "skipped_steps": trainer.skipped_steps,
+            "skipped_in_a_row": trainer.skipped_in_a_row,
+            "micro_batch": trainer.gradient.allowed_by_memory,
+            "passed_over": [list(part) for part in trainer.passed_over],
+            "noise_scale": noise_scale.state_dict() if noise_scale else None,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "optimizer": plain_state(trainer.optimizer, trainer.named, trainer.group_start),
+            "extra": trainer.extra,
+            "network": type(trainer.network).__name__,
+            "conditioner": None if conditioner is None else type(conditioner).__name__,
+        },
+    }
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What `facts_of` has as "state", as far as a resume takes it up.
+
+    Attributes:
+        micro_batch: what memory allows; None: it has refused nothing.
+        passed_over: (start, stop) of steps that are left out.
+        scaler, optimizer, extra, noise_scale: as JSON data; None: the run had none.
+    """
+
+    ema_updates: int
+    skipped_steps: int
+    skipped_in_a_row: int
+    micro_batch: int | None
+    passed_over: list[tuple[int, int]]
+    noise_scale: dict[str, float] | None
+    scaler: dict[str, float] | None
+    optimizer: dict[str, Any] | None
+    extra: dict[str, Any]
+
+
+def state_of(info: CheckpointInfo) -> RunState:
+    """The state in a checkpoint, of which nothing is taken up before all of it is as it must be.
+
+    Raises:
+        CheckpointError: it is not as this library writes it.
+    """
+    state = info.state
+    try:
+        return RunState(
+            ema_updates=_count(state["ema_updates"]),
+            skipped_steps=_count(state["skipped_steps"]),
+            skipped_in_a_row=_count(state["skipped_in_a_row"]),
+            micro_batch=None if (m := state.get("micro_batch")) is None else _count(m, 1),
+            passed_over=[
+                (_count(start), _count(stop, start)) for start, stop in state.get("passed_over", [])
+            ],
+            noise_scale=_numbers(state.get("noise_scale"), ("updates", "square", "variance")),
+            scaler=_numbers(state["scaler"] or None, _SCALER),
+            optimizer=_plain_optimizer(state.get("optimizer")),
+            extra=dict(state["extra"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(
+            f"checkpoint {info.path} is whole, but its state is not one that k_diffusion writes "
+            f"({reason}): {OTHERS}"
+        ) from None
+
+
+_SCALER = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if type(value) is not int or not least <= value < 2**63:
+        raise ValueError(f"{value!r} is no whole number of at least {least}")
+    return value
+
+
+def _numbers(given: Any, needed: tuple[str, ...]) -> dict[str, float] | None:
+    if given is None:
+        return None
+    if not (isinstance(given, dict) and set(needed) <= set(given)):
+        raise ValueError(f"{given!r} is no table of {', '.join(needed)}")
+    for key, value in given.items():
+        if type(value) not in (int, float):
+            raise ValueError(f"{key} = {value!r} is no number")
+    return given
+
+
+def _plain_optimizer(given: Any) -> dict[str, Any] | None:
+    """What `plain_state` gave."""
+    if given is None:
+        return None
+    tables = [*given["weights"].values(), *given["groups"], given["weights"]]
+    whole = isinstance(given["class"], str) and all(isinstance(table, dict) for table in tables)
+    if not whole or any("params" in group for group in given["groups"]):
+        raise ValueError("what it has of the optimizer is no table of its values")
+    return dict(given)
+
+
+def go_on_from(path: Path, trainer: Trainer) -> None:
+    """Bring a trainer of the same run to where a checkpoint was.
+
+    Raises:
+        CheckpointError: it is damaged, of another run, or for sampling only.
+    """
+    if str(path) == "auto" and not path.exists():
+        raise CheckpointError(
+            "resume = 'auto' is for run_training, which knows the run's folder: give a checkpoint, "
+            "such as latest_checkpoint(config.out)"
+        )
+    wanted = ["model", *trainer.averages, "optimizer", "loss"]
+    if trainer.is_sharded and path.is_dir():
+        weights = dict(trainer.named.named_parameters())
+        info, parts = read_sharded(path, wanted, trainer.processes, cut_like=weights)
+    else:
+        info, parts = read_checkpoint(path, wanted)
+    check_same_run(info, trainer)
+    if not parts["model"]:
+        raise CheckpointError(
+            f"checkpoint {path} holds weights for sampling only: it cannot be resumed"
+        )
+    state = state_of(info)
+    load_into(trainer.network, parts["model"], info)
+    try:
+        load_averages(trainer.averages, parts, state.ema_updates)
+        trainer.objective.load_own_tensors(parts["loss"])
+        load_moments(trainer.optimizer, trainer.named, parts["optimizer"], state.optimizer)
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be resumed: {error}") from None
+    trainer.averages_left_out = sorted(set(info.averages) - set(trainer.averages))
+    if trainer.scaler is not None and state.scaler is not None:
+        trainer.scaler.load_state_dict(state.scaler)
+    trainer.step = info.step
+    trainer.skipped_steps = state.skipped_steps
+    trainer.skipped_in_a_row = state.skipped_in_a_row
+    # What memory once refused it would refuse again.
+    known = [m for m in (trainer.micro_batch, state.micro_batch) if m is not None]
+    trainer.gradient.micro_batch = min(known, default=None)
+    trainer.passed_over = state.passed_over
+    if trainer.noise_scale is not None and state.noise_scale is not None:
+        trainer.noise_scale.load_state_dict(state.noise_scale)
+    trainer.extra = state.extra
+
+
+def check_same_run(info: CheckpointInfo, trainer: Trainer) -> None:
+    """Refuse a checkpoint of a run whose steps would be others."""
+    theirs, ours = flat(filled(info.config)), flat(filled(trainer.config.to_json()))
+    theirs["data.images"], ours["data.images"] = info.data.get("images"), len(trainer.source)
+    theirs.setdefault("optimizer.type", "adamw")
+    theirs, ours = (
+        {k: v for k, v in both.items() if {k, k.split(".")[0]} & set(FIXED) and k != "data.path"}
+        for both in (theirs, ours)
+    )
+    if differing := differences(theirs, ours):
+        raise CheckpointError(
+            f"checkpoint {info.path} is of a run with {'; '.join(differing)}: resume with the "
+            "same, or begin a new run"
+        )
+
+
+def check_agreed(processes: Processes, step: int) -> None:
+    """Refuse to begin where processes do not go on from the same place."""
+    steps = processes.gather(step)
+    if len(set(steps)) > 1:
+        raise CheckpointError(
+            f"the processes would go on from steps {', '.join(map(str, steps))}: the "
+            "checkpoints must lie on a disk that all of them see"
+        )
