@@ -251,6 +251,7 @@ class KSampler:
         if trajectory and (adaptive or make_auto(steps) is not None):
             what = self.solver.name if adaptive else 'steps="auto"'
             raise ValueError(f"{what} has no steps in common for a trajectory: use callback")
+        keywords = self._keywords(condition, len(start))
         self._advise(start, steps)
         watchers = Watchers(callback, preview, trajectory, cancel)
 
@@ -269,7 +270,7 @@ class KSampler:
 
         seeds_used = tuple(start.seeds)
         passes = Passes(make_walk, watchers, progress, on_nan)
-        drawn = passes.draw(start, steps, self._keywords(condition, len(start)))
+        drawn = passes.draw(start, steps, keywords)
         if isinstance(enhance, Enhance):
             start = enhance.start(start, with_known(drawn.x, start.init, start.mask))
             told = condition if enhance.condition is None else enhance.condition
@@ -300,7 +301,8 @@ class KSampler:
             self.denoiser,
             self.solver,
             self.levels(steps),
-            steps=steps,
+            scheduler=self.scheduler,
+            calls=lambda: self.plan(steps).evaluations,
             init=start.init,
             whole=start.init is None,
         )
