@@ -108,8 +108,8 @@ def _steps(solver: Any, steps: int, calls: Callable[[], int] | None) -> str:
     if calls is not None and calls() > steps:
         return ""
     return (
-        f"{steps} step{'s are' if steps > 1 else ' is'} too few for {solver.name}, which is of order "
-        f"{solver.order} only with {solver.order} or more: take more steps, or euler"
+        f"{steps} step{'s are' if steps > 1 else ' is'} too few for {solver.name}, which is of "
+        f"order {solver.order} only with {solver.order} or more: take more steps, or euler"
     )
 
 
