@@ -86,7 +86,7 @@ class Many:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        return self._drawn(self.indices)
+        return self.draw(self.indices)
 
     def collect(self) -> Tensor:
         """The samples of this process in one tensor on the CPU, shape (len, C, ...)."""
@@ -94,6 +94,17 @@ class Many:
         if not samples:
             raise ValueError(f"process {self.rank} of {self.world} has none of {self._n} samples")
         return torch.stack(samples)
+
+    def draw(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Some of this process's samples, in the order given: those that are missing, say.
+
+        Raises:
+            ValueError: a number that is none of this process's.
+        """
+        for i in indices:
+            if i not in self.indices:
+                raise ValueError(f"sample {i} is none of process {self.rank}'s {self.indices}")
+        return self._draw_each(indices)
 
     def save(
         self,
@@ -134,7 +145,7 @@ class Many:
                 left.unlink(missing_ok=True)
         there = {entry.name for entry in os.scandir(folder)}
         missing = [i for i, path in paths.items() if path.name not in there]
-        for i, sample in self._drawn(missing):
+        for i, sample in self.draw(missing):
             if write is None:
                 _save(paths[i], sample, {"index": str(i), "seed": str(self._seed_of(i))}, png)
             else:
@@ -144,7 +155,7 @@ class Many:
     def _seed_of(self, i: int) -> int:
         return self._seed + i if isinstance(self._seed, int) else self._seed[i]
 
-    def _drawn(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    def _draw_each(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         bar = None
         if self._progress:
             from tqdm import tqdm

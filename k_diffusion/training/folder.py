@@ -32,6 +32,7 @@ SUFFIXES = {
 }
 FORMATS = sorted(set(SUFFIXES.values()))
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+MAX_PIXELS = 89_478_485
 
 
 class Folder(Source):
@@ -64,7 +65,7 @@ class Folder(Source):
         crop: str = "center",
         flip: bool = False,
         classes: str = "auto",
-        max_pixels: int = 89_478_485,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         super().__init__()
         self.root = Path(path)
@@ -139,23 +140,10 @@ class Folder(Source):
     def _from(self, first: int) -> Iterator[int]:
         return ((first + i) % len(self.files) for i in range(len(self.files)))
 
-    def _open(self, file: Path) -> Image:
-        from PIL import Image
-
-        # Only these decoders: Pillow has others, which start programs or follow links.
-        picture = Image.open(file, formats=FORMATS)
-        if picture.width * picture.height > self.max_pixels:
-            picture.close()
-            raise DataError(
-                f"{picture.width} x {picture.height} pixels are more than max_pixels "
-                f"{self.max_pixels}"
-            )
-        return picture
-
     def _quick_look(self, file: Path) -> str:
         """What the header or, for PNG, the checksums say is wrong; "" where nothing is."""
         try:
-            with self._open(file) as picture:
+            with _open(file, self.max_pixels) as picture:
                 picture.verify()
         except Exception as error:
             return _reason(error)
@@ -164,30 +152,65 @@ class Folder(Source):
     def _image(self, file: Path, draws: Sequence[float] | None) -> Any:
         """One image, an array of uint8 (H, W, C) that is not to be written to; `draws` are numbers
         in [0, 1) for top, left and flip."""
-        import numpy as np
-        from PIL import Image, ImageOps
-
-        # Pillow copies in each step that has nothing to do: these are passed over.
-        with self._open(file) as opened:
-            ImageOps.exif_transpose(opened, in_place=True)
-            picture = _in_mode(opened, self.channels)
-        height, width = self.size
-        scale = max(height / picture.height, width / picture.width)
-        covering = (
-            max(width, round(picture.width * scale)),
-            max(height, round(picture.height * scale)),
-        )
-        if covering != picture.size:
-            picture = picture.resize(covering, Image.Resampling.BICUBIC)
         top, left, mirror = draws if draws is not None else (None, None, 1.0)
         if self.crop == "center":
             top = left = None
-        y = _start(picture.height - height, top)
-        x = _start(picture.width - width, left)
-        if picture.size != (width, height):
-            picture = picture.crop((x, y, x + width, y + height))
-        image = np.asarray(picture).reshape(height, width, self.channels)
+        image = read_image(file, self.size, self.channels, (top, left), self.max_pixels)
         return image[:, ::-1] if self.flip and mirror < 0.5 else image
+
+
+def read_image(
+    file: Path,
+    size: tuple[int, int],
+    channels: int,
+    place: tuple[float | None, float | None] = (None, None),
+    max_pixels: int = MAX_PIXELS,
+) -> Any:
+    """One image file, scaled until it covers a size, then cropped.
+
+    Args:
+        file: of one of `FORMATS`.
+        size: height and width.
+        channels: 1 (grey), 3 (RGB; transparent parts become white) or 4 (RGB and alpha).
+        place: where the crop begins, top and left, from 0 to 1; None: in the middle.
+        max_pixels: larger files are refused, unread.
+
+    Returns:
+        An array of uint8, shape (height, width, channels), that is not to be written to.
+    """
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    # Pillow copies in each step that has nothing to do: these are passed over.
+    with _open(file, max_pixels) as opened:
+        ImageOps.exif_transpose(opened, in_place=True)
+        picture = _in_mode(opened, channels)
+    height, width = size
+    scale = max(height / picture.height, width / picture.width)
+    covering = (
+        max(width, round(picture.width * scale)),
+        max(height, round(picture.height * scale)),
+    )
+    if covering != picture.size:
+        picture = picture.resize(covering, Image.Resampling.BICUBIC)
+    y = _start(picture.height - height, place[0])
+    x = _start(picture.width - width, place[1])
+    if picture.size != (width, height):
+        picture = picture.crop((x, y, x + width, y + height))
+    return np.asarray(picture).reshape(height, width, channels)
+
+
+def _open(file: Path, max_pixels: int) -> Image:
+    from PIL import Image
+
+    # Only these decoders: Pillow has others, which start programs or follow links.
+    picture = Image.open(file, formats=FORMATS)
+    if picture.width * picture.height > max_pixels:
+        picture.close()
+        raise DataError(
+            f"{picture.width} x {picture.height} pixels are more than max_pixels {max_pixels}"
+        )
+    return picture
 
 
 def _start(slack: int, draw: float | None) -> int:

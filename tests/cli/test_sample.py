@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from k_diffusion.cli import main
-from k_diffusion.cli.drawing import draw
 from k_diffusion.cli.signals import Terminated
 from k_diffusion.models import UNet
 from k_diffusion.sampling import KSampler
+from k_diffusion.sampling.many import Many
 from k_diffusion.training import read_info
 from k_diffusion.utils.images import load_png
 
@@ -131,8 +131,10 @@ def test_an_image_depends_on_its_seed_and_class_alone(solver) -> None:
     sampler = KSampler(model.eval(), "karras", solver)
 
     def images(seeds, labels, batch_size, steps=6):
-        made = draw(sampler, (1, 8, 8), seeds, labels, steps=steps, batch_size=batch_size)
-        return torch.cat([part for _, part in made])
+        return sampler.sample_many(
+            len(seeds), steps=steps, shape=(1, 8, 8), condition=torch.tensor(labels), seed=seeds,
+            batch_size=batch_size,
+        ).collect()  # fmt: skip
 
     seeds, labels = [7, 8, 9, 10, 11], [3, 5, 3, 5, 3]
     together = images(seeds, labels, 64)
@@ -144,20 +146,6 @@ def test_an_image_depends_on_its_seed_and_class_alone(solver) -> None:
     assert 0.1 < together.abs().max() < 10
     assert (together[0] - together[2]).abs().max() > 1e-2
     assert (images([7], [5], 1) - together[0]).abs().max() > 1e-3
-
-
-def test_draw_says_where_each_batch_begins_and_ticks_at_each_call() -> None:
-    ticks: list[int] = []
-    sampler = KSampler(lambda x, sigma: 0 * x, "karras", "heun")
-    parts = list(
-        draw(sampler, (2, 4, 6), range(5), steps=3, batch_size=2, tick=lambda: ticks.append(1))
-    )
-    assert [(first, tuple(part.shape)) for first, part in parts] == [
-        (0, (2, 2, 4, 6)),
-        (2, (2, 2, 4, 6)),
-        (4, (1, 2, 4, 6)),
-    ]
-    assert len(ticks) == 3 * 5
 
 
 def test_classes_are_taken_in_turn(trained, tmp_path) -> None:
@@ -258,7 +246,7 @@ def test_an_end_half_way_leaves_whole_files_only(
 
 
 def test_images_that_are_not_finite_are_no_files(trained, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(KSampler, "sample", lambda *_, **__: torch.full((2, 1, 8, 8), torch.nan))
+    monkeypatch.setattr(Many, "_draw", lambda *_: torch.full((2, 1, 8, 8), torch.nan))
     argv = ["sample", str(trained), "--steps", "2", "-n", "2", "--out", str(tmp_path)]
     assert main(argv) == 1
     assert "values that are not finite" in one_line(capsys)
