@@ -171,7 +171,7 @@ class Sample:
         there = gallery.open(self.overwrite)
         try:
             with plain_warnings("k-diffusion sample"):
-                self._draw(sampler, gallery, there, info, labels, condition, start)
+                kept = self._draw(sampler, gallery, there, info, labels, condition, start)
         except (KeyboardInterrupt, Terminated) as end:
             number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
             raise Stopped(
@@ -186,7 +186,7 @@ class Sample:
         scale = max(1, 64 // images.shape[-1])  # small images are shown larger
         grid = image_grid(images, columns_named=columns, scale=scale)
         save_png(self.out / GRID, grid, gallery.text(None))
-        already = f"; {len(there)} of them were there" if there else ""
+        already = f"; {kept} of them were there" if kept else ""
         print(f"{self.number} images and {GRID} are in {self.out}{already}")
 
     def _draw(
@@ -198,8 +198,8 @@ class Sample:
         labels: list[int],
         condition: Mapping[str, torch.Tensor],
         start: Mapping[str, Any],
-    ) -> None:
-        """Draw what is missing of this process's share, and write it."""
+    ) -> int:
+        """Draw what is missing of this process's share, and write it; how many were not."""
         import torch
         from tqdm import tqdm
 
@@ -235,6 +235,7 @@ class Sample:
                 bar.total = sampler.plan(self.steps).evaluations * batches
             for index, image in many.draw(missing):
                 gallery.write(index, image)
+        return len(many) - len(missing)
 
     def _columns(self, labels: list[int], class_names: list[str]) -> list[str]:
         """The classes over the grid's columns, where the images take a few of them in turn."""
