@@ -1,6 +1,7 @@
 """`k-diffusion sample` with guidance, from an image, into a part of one, in steps auto."""
 
 import shlex
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from k_diffusion.cli import main
+from k_diffusion.cli.problems import plain_warnings
 from k_diffusion.guidance import apg, autoguidance, cfg, cfg_zero_star, perturbed_attention
-from k_diffusion.sampling import KSampler
+from k_diffusion.sampling import KSampler, SamplingAdvice
 from k_diffusion.training import load_denoiser, read_info
 from k_diffusion.utils.images import load_png, save_png, to_float, to_uint8
 
@@ -280,6 +282,19 @@ def test_advice_is_one_line_and_the_images_are_drawn(trained, tmp_path, capsys) 
     assert "guidance of scale 30 saturates" in lines[1]
     assert main(draw(trained, tmp_path / "well", "--guidance", "3")) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_a_warning_is_one_line_of_the_first_process(monkeypatch, capsys) -> None:
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        with plain_warnings("k-diffusion sample"):
+            for _ in range(2):
+                warnings.warn("two\nlines", SamplingAdvice, stacklevel=1)
+        said = "k-diffusion sample: warning: two lines\n" if rank == 0 else ""
+        assert capsys.readouterr().err == said
+    with pytest.warns(SamplingAdvice, match="elsewhere"):
+        warnings.warn("elsewhere", SamplingAdvice, stacklevel=1)
+    assert not capsys.readouterr().err
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch) -> None:
