@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from k_diffusion.denoiser import Call, call_of, make_denoiser, mark_call
+from k_diffusion.denoiser import call_of, make_denoiser, mark_call
 from k_diffusion.guidance.base import Interval, Wrapper, along, noise_to_signal
 from k_diffusion.utils.levels import Path
 from k_diffusion.utils.maths import is_number
@@ -116,7 +117,8 @@ class OnPath(Wrapper):
         own = self.denoiser.path.sigma(snr)
         inner = own if getattr(self.denoiser, "float64_sigma", False) else own.to(sigma.dtype)
         if (call := call_of(sigma)) is not None and math.isfinite(call.level.half_log_snr):
-            mark_call(inner, Call(call.k, self.denoiser.path.at(call.level.half_log_snr)))
+            level = self.denoiser.path.at(call.level.half_log_snr)
+            mark_call(inner, replace(call, level=level))
         return self.denoiser(x * along(own / wide, x), inner, **condition)
 
 
