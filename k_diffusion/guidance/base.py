@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,8 +19,22 @@ Scale = float | Tensor | Callable[[Tensor], Tensor]
 signal ratios sigma / alpha, shape (B,), that gives one for each, shape (B,)."""
 
 
+TOLD = frozenset({
+    "process", "prediction", "sigma_data", "time_convention", "network", "inner_model", "training",
+    "sigmas", "log_sigmas", "sigma_min", "sigma_max", "get_sigmas", "sigma_to_t", "t_to_sigma",
+})  # fmt: skip
+"""What a denoiser tells of itself, which a Wrapper tells of the one inside."""
+SETS = frozenset({
+    "to", "cpu", "cuda", "half", "bfloat16", "float", "double", "train", "eval", "requires_grad_",
+})  # fmt: skip
+"""What sets the denoisers inside; the guidance stays around them."""
+
+
 class Wrapper:
     """A Denoiser around another, in the same coordinates; abstract: a kind writes `__call__`.
+
+    It is no `nn.Module`, but `to`, `eval`, `train`, `half` and their kin (see `SETS`) do to the
+    models inside what they do to a module, and return the guided denoiser.
 
     Args:
         denoiser: a Denoiser, or whatever `make_denoiser` takes.
@@ -54,15 +69,40 @@ class Wrapper:
         if check is not None:
             check(batch, **condition)
 
+    def models(self) -> tuple[Any, ...]:
+        """The denoisers inside, which are moved, cast and set together."""
+        return (self.denoiser,)
+
     def __getattr__(self, name: str) -> Any:
-        # What else a denoiser tells of itself: its process, its prediction, its sigma_data.
         if name.startswith("_") or name == "denoiser":
             raise AttributeError(name)
-        return getattr(self.denoiser, name)
+        if name in TOLD:
+            return getattr(self.denoiser, name)
+        if name in SETS:
+            return functools.partial(self._set, [_setter(m, name) for m in self.models()])
+        raise AttributeError(
+            f"{type(self).__name__} has no {name!r}; the denoiser inside, without this guidance, "
+            "is its .denoiser"
+        )
+
+    def _set(self, setters: Iterable[Callable[..., Any]], *args: Any, **options: Any) -> Any:
+        for setter in setters:
+            setter(*args, **options)
+        return self
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
         """The guided estimate of x0, shape of x (B, ...), at noise standard deviations (B,)."""
         raise NotImplementedError
+
+
+def _setter(model: Any, name: str) -> Callable[..., Any]:
+    """A denoiser's `to` or its kin; of a function in coordinates of its own, the function's."""
+    for owner in (model, getattr(model, "function", None)):
+        if callable(setter := getattr(owner, name, None)):
+            return setter
+    raise AttributeError(
+        f"{type(model).__name__} has no {name!r}: do that to the model before it is guided"
+    )
 
 
 def along(factor: Any, x: Tensor) -> Any:

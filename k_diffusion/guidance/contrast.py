@@ -82,6 +82,11 @@ class Contrast(Wrapper):
         self.interval = Interval(*(interval or ()))
         self.pair = pair
 
+    def models(self) -> tuple[Any, ...]:
+        """The denoiser, and the one that the second estimate is made with, if it is another."""
+        other = getattr(self.second, "denoiser", None)
+        return (self.denoiser,) if other is None else (self.denoiser, other)
+
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
         """The guided estimate of x0, or a pair; see above."""
         inside = self.interval.holds(call_of(sigma))

@@ -63,6 +63,10 @@ class SwitchAt(Wrapper):
         """Whether either wants sigma in float64."""
         return any(getattr(d, "float64_sigma", False) for d in (self.denoiser, self.refiner))
 
+    def models(self) -> tuple[Any, ...]:
+        """Both."""
+        return (self.denoiser, self.refiner)
+
     def check_condition(self, batch: int, **condition: Any) -> None:
         """Refuses by name what either cannot take."""
         super().check_condition(batch, **condition)
