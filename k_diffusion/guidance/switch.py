@@ -12,6 +12,7 @@ from torch import Tensor
 
 from k_diffusion.denoiser import call_of, make_denoiser, mark_call
 from k_diffusion.guidance.base import Interval, Wrapper, along, noise_to_signal
+from k_diffusion.guidance.held import keywords_of, without
 from k_diffusion.utils.levels import Path
 from k_diffusion.utils.maths import is_number
 
@@ -74,22 +75,30 @@ class SwitchAt(Wrapper):
         if check is not None:
             check(batch, **self._refined(condition))
 
+    def inside(self) -> tuple[Any, ...]:
+        """See `Holder`."""
+        return (self.denoiser, self.refiner)
+
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
         """The estimate of x0, shape of x (B, ...), of the model whose level it is."""
         noisy = self._noisy.holds(call_of(sigma))
+        told = self.passed(condition, self.denoiser)
         if noisy:
-            return self.denoiser(x, sigma, **condition)
+            return self.denoiser(x, sigma, **told)
         refined = self.refiner(x, sigma, **self._refined(condition))
         if noisy is False:
             return refined
-        d = self.denoiser(x, sigma, **condition)
+        d = self.denoiser(x, sigma, **told)
         inside = self._noisy.inside(noise_to_signal(self, sigma))
         if isinstance(d, (tuple, list)):
             return tuple(_either(inside, a, b) for a, b in zip(d, refined, strict=True))
         return _either(inside, d, refined)
 
     def _refined(self, condition: dict[str, Any]) -> dict[str, Any]:
-        return condition if self._told is None else dict(self._told(condition))
+        if self._told is None:
+            return self.passed(condition, self.refiner)
+        own = {k: v for k, v in condition.items() if k in keywords_of(self.refiner)}
+        return {**self._told(without(condition, keywords_of(self))), **own}
 
 
 class OnPath(Wrapper):
