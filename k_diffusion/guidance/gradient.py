@@ -137,7 +137,8 @@ def _named(score: Callable[..., Any]) -> frozenset[str] | None:
     """The keywords that a score can be told, beside the estimate and sigma; None: any."""
     try:
         # What a module is called with is told by its forward.
-        called = score.forward if isinstance(score, nn.Module) else score
+        bare = getattr(score, "_orig_mod", score)  # of a compiled one
+        called = bare.forward if isinstance(bare, nn.Module) else score
         _, _, *more = inspect.signature(called).parameters.values()
     except ValueError:  # no signature, or fewer than two parameters
         return frozenset()

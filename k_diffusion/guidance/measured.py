@@ -190,10 +190,14 @@ def _residual(operator: Operator, x0: Tensor, measured: Tensor) -> Tensor:
             f"operator must keep the batch of {x0.shape[0]} samples, but gave {shape} of "
             f"{tuple(x0.shape)}"
         )
-    if made.shape[1:] != measured.shape[1:] or measured.shape[0] not in (1, x0.shape[0]):
+    same = made.shape[1:] == measured.shape[1:]
+    if not same or measured.shape[0] not in (1, x0.shape[0]):
+        way_out = (
+            ": where a run's samples are another number each time, give the name of a keyword "
+            "instead, and what was measured in the run's condition"
+        )
         raise ValueError(
             f"measured has shape {tuple(measured.shape)}, but the operator gives "
-            f"{tuple(made.shape)}: where a run's samples are another number each time, give the "
-            "name of a keyword instead, and what was measured in the run's condition"
+            f"{tuple(made.shape)}{way_out if same else ''}"
         )
     return measured.to(made.device, made.dtype) - made

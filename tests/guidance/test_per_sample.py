@@ -198,6 +198,15 @@ def test_what_a_score_is_told() -> None:
         Guided(inner, all_of_it, alone="target")
 
 
+def test_a_mask_of_one_sample_is_not_taken_for_one_value_a_sample() -> None:
+    """Two values a sample, and two samples."""
+    for how in ("adaptive", "auto"):
+        guided = Composed(Mixture(), [Part({}, 2.0, MASKS[0]), Part({}, 0.5)], null=NONE)
+        together = draw(guided, how, [0, 1])
+        for i in (0, 1):
+            assert float((draw(guided, how, [i]) - together[i]).abs().max()) < 1e-4
+
+
 def test_guidance_may_be_changed_between_runs() -> None:
     guided = cfg(Mixture(), SCALES, null=NONE)
     draw(guided, "adaptive", [0, 1, 2, 3])
@@ -258,3 +267,21 @@ def test_what_does_not_fit_says_the_way_out() -> None:
         cfg(Mixture(), "3 x")
     with pytest.raises(TypeError, match="scale must be a number, .* got list"):
         cfg(Mixture(), "w", null=NONE)(x, sigma, class_label=label, w=[2.0] * 4)
+
+
+def test_a_compiled_score_is_told_what_the_module_names() -> None:
+    class Forward(nn.Module):
+        def forward(self, x0: Tensor, sigma: Tensor) -> Tensor:
+            return -x0.square().sum(1)
+
+    class Compiled(nn.Module):  # as torch.compile makes it, which is slow to import
+        def __init__(self) -> None:
+            super().__init__()
+            self._orig_mod = Forward()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self._orig_mod(*args, **kwargs)
+
+    x, sigma, label = given(VE)
+    told = Guided(Mixture(), Compiled())(x, sigma, class_label=label)
+    assert torch.equal(told, Guided(Mixture(), Forward())(x, sigma, class_label=label))
