@@ -16,7 +16,7 @@ from k_diffusion.sampling.advice import SamplingAdvice, advice
 from k_diffusion.sampling.auto_steps import make_auto
 from k_diffusion.sampling.enhance import Enhance, make_enhance
 from k_diffusion.sampling.finish import Normalise, make_finish, with_known
-from k_diffusion.sampling.many import Many, described
+from k_diffusion.sampling.many import Many, as_keywords, described
 from k_diffusion.sampling.masks import Resample, make_resample, make_stages
 from k_diffusion.sampling.passes import Passes
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
@@ -377,18 +377,7 @@ class KSampler:
         }
 
     def _keywords(self, condition: Any, batch: int) -> dict[str, Any]:
-        if condition is None:
-            keywords: dict[str, Any] = {}
-        elif isinstance(condition, Mapping):
-            keywords = dict(condition)
-        elif isinstance(condition, Tensor):
-            name = "embedding" if condition.is_floating_point() else "class_label"
-            keywords = {name: condition}
-        else:
-            raise TypeError(
-                "condition must be class labels (an integer tensor), an embedding (a float tensor) "
-                f"or a mapping of keyword arguments, got {type(condition).__name__}"
-            )
+        keywords = as_keywords(condition)
         check = getattr(self.denoiser, "check_condition", None)
         if check is not None:
             check(batch, **keywords)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k_diffusion.guidance.held import bound_rows, check_bound
 from k_diffusion.sampling.start import whole
 from k_diffusion.utils.images import save_png, write_whole
 from k_diffusion.utils.memory import is_out_of_memory, release_memory
@@ -74,6 +75,10 @@ class Many:
         self._sampler = sampler
         self._steps = steps
         self._condition = condition
+        batch = (n, *self.shape)
+        check_bound(sampler.denoiser, batch)
+        # What the guidance itself holds of each sample goes with the samples as a condition does.
+        self._bound = bound_rows(sampler.denoiser, batch)
         self._seed = whole(seed)
         if isinstance(self._seed, bool) or not isinstance(self._seed, (int, Sequence)):
             raise TypeError(f"seed must be a whole number or one per sample, got {seed!r}")
@@ -200,6 +205,8 @@ class Many:
             condition = self._condition(chosen)
         else:
             condition = _rows(self._condition, chosen, self._n)
+        if self._bound:
+            condition = {**_rows(self._bound, chosen, self._n), **as_keywords(condition)}
         options = dict(self._options)
         for name in _PER_SAMPLE:
             if name in options:
@@ -239,6 +246,24 @@ class Many:
                     f"{folder} holds samples with {name} = {before!r}, and this run has {now!r}: "
                     "give another folder"
                 )
+
+
+def as_keywords(condition: Any) -> dict[str, Any]:
+    """A condition as keyword arguments; see `KSampler.sample`.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if condition is None:
+        return {}
+    if isinstance(condition, Mapping):
+        return dict(condition)
+    if isinstance(condition, Tensor):
+        return {"embedding" if condition.is_floating_point() else "class_label": condition}
+    raise TypeError(
+        "condition must be class labels (an integer tensor), an embedding (a float tensor) "
+        f"or a mapping of keyword arguments, got {type(condition).__name__}"
+    )
 
 
 def _write_json(path: Path, data: Any) -> None:
