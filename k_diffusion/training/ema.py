@@ -146,9 +146,7 @@ class Ema:
         reached: the update at which the average has last moved.
     """
 
-    def __init__(
-        self, network: nn.Module, profile: Profile | None = None, every: int = 1
-    ) -> None:
+    def __init__(self, network: nn.Module, profile: Profile | None = None, every: int = 1) -> None:
         self.profile = WarmUp() if profile is None else profile
         self.every = every
         self.updates = 0
