@@ -332,23 +332,51 @@ class Stream:
 
         Broken images met on the way are reported to the source in this process.
         """
+        packs = workers > 0 and not pin_memory  # only tensors are pinned
         loader: Any = torch.utils.data.DataLoader(
             self,  # type: ignore[arg-type]
             batch_size=None,
             sampler=range(first, last),
             num_workers=workers,
-            collate_fn=_as_is,  # type: ignore[arg-type]
+            collate_fn=_packed if packs else _as_is,  # type: ignore[arg-type]
             pin_memory=pin_memory,
             worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # else it would draw from the global one
         )
-        for batch in loader:
+        for batch in map(_unpacked, loader) if packs else loader:
             self.source.report(batch.bad)
             yield batch
 
 
 def _as_is(batch: Batch) -> Batch:
     return batch
+
+
+PACKED = 2**16
+"""Bytes of the largest tensor that goes through the pipe itself."""
+
+_TENSORS = ("images", "labels", "indices")
+
+
+def _packed(batch: Batch) -> Batch:
+    """A batch with its small tensors as numpy arrays, which go through the pipe to the main process
+    as they are; a tensor is a file in shared memory, made, handed over and mapped, which costs the
+    step more than a copy of a few kilobytes."""
+    tensors = {name: getattr(batch, name) for name in _TENSORS}
+    return batch._replace(**{n: t.numpy() for n, t in tensors.items() if _is_small(t)})
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether an array may take its place: none is of bfloat16, or keeps the strides."""
+    plain = tensor.new_empty(tensor.shape).stride() == tensor.stride()
+    return plain and tensor.dtype != torch.bfloat16 and tensor.nbytes <= PACKED
+
+
+def _unpacked(batch: Batch) -> Batch:
+    """The batch that `_packed` was given, bit for bit and stride for stride."""
+    values = {name: getattr(batch, name) for name in _TENSORS}
+    arrays = {n: value for n, value in values.items() if not isinstance(value, Tensor)}
+    return batch._replace(**{n: torch.from_numpy(value) for n, value in arrays.items()})
 
 
 def _leave_signals(worker: int) -> None:

@@ -50,6 +50,7 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
         "data": trainer.source.facts(),
         "state": {
             "ema_updates": trainer.ema.updates,
+            "ema_reached": trainer.ema.reached,
             "skipped_steps": trainer.skipped_steps,
             "skipped_in_a_row": trainer.skipped_in_a_row,
             "micro_batch": trainer.gradient.allowed_by_memory,
@@ -69,12 +70,14 @@ class RunState:
     """What `facts_of` has as "state", as far as a resume takes it up.
 
     Attributes:
+        ema_updates, ema_reached: of the averages, see `Ema`.
         micro_batch: what memory allows; None: it has refused nothing.
         passed_over: (start, stop) of steps that are left out.
         scaler, optimizer, extra, noise_scale: as JSON data; None: the run had none.
     """
 
     ema_updates: int
+    ema_reached: int
     skipped_steps: int
     skipped_in_a_row: int
     micro_batch: int | None
@@ -95,6 +98,7 @@ def state_of(info: CheckpointInfo) -> RunState:
     try:
         return RunState(
             ema_updates=_count(state["ema_updates"]),
+            ema_reached=_reached(state),
             skipped_steps=_count(state["skipped_steps"]),
             skipped_in_a_row=_count(state["skipped_in_a_row"]),
             micro_batch=None if (m := state.get("micro_batch")) is None else _count(m, 1),
@@ -121,6 +125,15 @@ def _count(value: Any, least: int = 0) -> int:
     if type(value) is not int or not least <= value < 2**63:
         raise ValueError(f"{value!r} is no whole number of at least {least}")
     return value
+
+
+def _reached(state: dict[str, Any]) -> int:
+    """Checkpoints of a time when each update moved the averages do not say it."""
+    updates = _count(state["ema_updates"])
+    reached = _count(state.get("ema_reached", updates))
+    if reached > updates:
+        raise ValueError(f"averages that moved at update {reached} of {updates}")
+    return reached
 
 
 def _numbers(given: Any, needed: tuple[str, ...]) -> dict[str, float] | None:
@@ -170,7 +183,7 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
     state = state_of(info)
     load_into(trainer.network, parts["model"], info)
     try:
-        load_averages(trainer.averages, parts, state.ema_updates)
+        load_averages(trainer.averages, parts, state.ema_updates, state.ema_reached)
         trainer.objective.load_own_tensors(parts["loss"])
         load_moments(trainer.optimizer, trainer.named, parts["optimizer"], state.optimizer)
     except (ValueError, KeyError) as error:

@@ -252,6 +252,12 @@ class EmaConfig(StrictConfig):
     inv_gamma: Positive = Field(
         default=1.0, description="Stretches the warm-up: n is updates / inv_gamma."
     )
+    update_every_steps: Count = Field(
+        default=1,
+        description="Steps between updates of all averages, skipped ones not counted; one keeps "
+        "what the updates of all steps since the last would have kept. Between two, in checkpoints "
+        "and at the run's end too, the averages are as the last one left them.",
+    )
     profiles: Annotated[tuple[float, ...], BeforeValidator(_from_list)] = Field(
         default=(),
         description="Further averages, of power-function shape: the relative length sigma_rel of "
