@@ -86,8 +86,11 @@ def resumed(folder: Path) -> None:
         other, their_facts = everything(theirs, folder / "other.safetensors")
         assert [n for n in one if not torch.equal(one[n], other[n])] == [], way
         assert facts == their_facts, way
+        # Where each process holds a share, noise is told from gradient by two micro-batches a step.
         counts = [int(one[f"{part}/calls"]) for part in ("model", "ema")]
-        assert way == "sharded" or counts == [6, 6], (way, counts)
+        assert counts == ([12, 12] if way == "sharded" else [6, 6]), (way, counts)
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            assert torch.equal(one[f"model/norm.{name}"], one[f"ema/norm.{name}"]), (way, name)
         means = trainer.processes.gather(float(trainer.network.norm.running_mean))  # type: ignore[union-attr, arg-type]
         assert len(set(means)) == (3 if way == "overlapped" else 1), means
 
