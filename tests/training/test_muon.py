@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -285,48 +283,40 @@ def test_a_network_without_hidden_weights_is_refused() -> None:
 
 # ---------------------------------------------------------------- sharded
 
-SHARDED = """
-import sys
-import torch
-from torch import distributed as dist, nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
-from k_diffusion.training.muon import Muon
+def sharded(folder: Path) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-shapes = [(5, 4), (5, 4), (7, 3, 3, 3), (6, 6)]  # 5 and 7 rows: the processes' parts are unequal
-whole = [nn.Parameter(torch.randn(s)) for s in shapes]
-places = [[Shard(0)], [Shard(1)], [Shard(0)], [Replicate()]]
-parts = [nn.Parameter(distribute_tensor(p.data, mesh, at)) for p, at in zip(whole, places)]
-biases = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-optimizers = [Muon(w, [b], lr=0.1, weight_decay=0.1) for w, b in zip((whole, parts), biases)]
-for step in range(3):
-    for p, q, at in zip(whole, parts, places):
-        p.grad = torch.randn(p.shape)
-        q.grad = distribute_tensor(p.grad, mesh, at)
-    for bias in biases:
-        bias.grad = torch.ones(3)
-    for optimizer in optimizers:
-        optimizer.step()
-    for p, q, at in zip(whole, parts, places):
-        assert list(q.placements) == at
-        assert (p - q.full_tensor()).abs().max() < 1e-6, (p.shape, at)
-        average = optimizers[1].state[q]["momentum"]
-        assert list(average.placements) == at
-dist.destroy_process_group()
-"""
-
-
-def test_sharded_weights_move_as_whole_ones(tmp_path: Path) -> None:
-    meeting = f"file://{tmp_path / 'meeting'}"
-    command = [sys.executable, "-W", "ignore", "-c", SHARDED, meeting]
-    processes = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    shapes = [(5, 4), (5, 4), (7, 3, 3, 3), (6, 6)]  # 5 and 7 rows: processes' parts are unequal
+    whole = [nn.Parameter(torch.randn(s)) for s in shapes]
+    places: list[Any] = [[Shard(0)], [Shard(1)], [Shard(0)], [Replicate()]]
+    parts: list[Any] = [
+        nn.Parameter(distribute_tensor(p.data, mesh, at))
+        for p, at in zip(whole, places, strict=True)
     ]
-    words = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], words
+    biases = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [
+        Muon(weights, [bias], lr=0.1, weight_decay=0.1)
+        for weights, bias in zip((whole, parts), biases, strict=True)
+    ]
+    for _ in range(3):
+        for p, q, at in zip(whole, parts, places, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = distribute_tensor(p.grad, mesh, at)
+        for bias in biases:
+            bias.grad = torch.ones(3)
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q, at in zip(whole, parts, places, strict=True):
+            assert list(q.placements) == at
+            assert (p - q.full_tensor()).abs().max() < 1e-6, (p.shape, at)
+            average = optimizers[1].state[q]["momentum"]
+            assert list(average.placements) == at
+
+
+def test_sharded_weights_move_as_whole_ones(launch: Callable[..., list[str]]) -> None:
+    launch(__file__, "sharded")
 
 
 def test_a_group_that_comes_later_is_of_the_rest() -> None:

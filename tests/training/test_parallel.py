@@ -21,7 +21,6 @@ from k_diffusion.models import MODELS
 from k_diffusion.training.checkpoint import read_checkpoint, read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits
-from k_diffusion.training.devices import leave_processes
 from k_diffusion.training.health import ONLY_NORM, BadStep, joined
 from k_diffusion.training.inputs import Inputs
 from k_diffusion.training.parallel import Processes, blocks_of, check_processes
@@ -413,8 +412,3 @@ def test_reports_of_several_processes_are_one() -> None:
     norm = joined([report((), 0, 1.0, ONLY_NORM), report((), 0, 3.0, "the gradient of a")])
     assert (norm.sigmas, norm.where) == ((1.0, 6.0), "the gradient of a")
     assert joined([report((), 0, 1.0, ONLY_NORM)]).where == ONLY_NORM
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
-    leave_processes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from k_diffusion.models import MODELS
 from k_diffusion.training.checkpoint import read_checkpoint
 from k_diffusion.training.config import TrainConfig
-from k_diffusion.training.devices import leave_processes
 from k_diffusion.training.trainer import Trainer
 
 Launch = Callable[..., list[str]]
@@ -146,8 +144,3 @@ def uneven(folder: Path) -> None:
 
 def test_weights_that_not_every_process_uses(launch: Launch) -> None:
     launch(__file__, "uneven", processes=3)
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
-    leave_processes()
