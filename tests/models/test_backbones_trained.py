@@ -153,11 +153,7 @@ COMPILED = [
 
 @pytest.mark.parametrize(("name", "which", "is_told"), COMPILED)
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the compiler's own
-def test_it_compiles_as_one_graph(
-    name: str, which: int, is_told: bool, request: pytest.FixtureRequest
-) -> None:
-    if (which or is_told) and "slow" not in request.config.option.markexpr:
-        pytest.skip("one of each backbone is enough for every day: run pytest -m slow")
+def test_it_compiles_as_one_graph(name: str, which: int, is_told: bool) -> None:
     options = told(name) if is_told else {}
     network = build(name, **{**options, **BACKBONES[name].compiled[which]}).eval()
     x, t = inputs(name, network)
