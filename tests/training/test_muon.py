@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.models import make_model
-from k_diffusion.training.config import ConfigError
+from k_diffusion.models import MODELS, make_model
+from k_diffusion.training.checkpoint import read_checkpoint
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.muon import COEFFICIENTS, STEPS, Muon, hidden_weights, orthogonalize
 from k_diffusion.training.optimizer import make_optimizer
 from k_diffusion.training.sections import OptimizerConfig
+from k_diffusion.training.shards import is_cut
+from k_diffusion.training.trainer import Trainer
 
 
 def polynomial(s: Tensor) -> Tensor:
@@ -283,6 +287,7 @@ def test_a_network_without_hidden_weights_is_refused() -> None:
 
 # ---------------------------------------------------------------- sharded
 
+
 def sharded(folder: Path) -> None:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
@@ -314,9 +319,66 @@ def sharded(folder: Path) -> None:
             average = optimizers[1].state[q]["momentum"]
             assert list(average.placements) == at
 
+    trained_in_shards(folder)
 
-def test_sharded_weights_move_as_whole_ones(launch: Callable[..., list[str]]) -> None:
+
+def turned(base: Any, make_config: Callable[..., TrainConfig], parallel: str) -> TrainConfig:
+    """The config of a network with hidden weights of 8 and of 11 rows: unequal parts for two."""
+
+    class Turned(base):  # type: ignore[misc]
+        hidden_weights = ("enter.weight", "classes.weight")
+
+    MODELS["turned"] = Turned
+    model = {"type": "turned", "num_classes": 10, "prediction": "edm", "sigma_data": "auto"}
+    return make_config(
+        model={**model, "time_convention": "log_sigma"},
+        total_images=6 * 32,
+        parallel=parallel,
+        optimizer={"type": "muon", "lr": 1e-2, "weight_decay": 0.1},
+    )
+
+
+def trained_in_shards(folder: Path) -> None:
+    """A run to its end, and one that goes on from shards and from a file of its middle."""
+    import conftest
+
+    config = turned(conftest.Blocks, conftest.config_of, "fsdp")
+    for state in (trainer := Trainer(config)):
+        if state.step == 3:
+            trainer.save(folder / "half")
+            trainer.save(folder / "half.safetensors")
+    trainer.save(folder / "whole.safetensors")
+    assert is_cut(trainer.optimizer.state[trainer.network.classes.weight]["momentum"])
+    for half in ("half", "half.safetensors"):
+        resumed = Trainer(config, resume=folder / half)
+        assert [state.step for state in resumed] == [4, 5, 6]
+        resumed.save(folder / f"from-{half}.safetensors")
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    _, parts = read_checkpoint(path, ["model", "ema", "optimizer"])
+    return {f"{part}/{n}": t for part, named in parts.items() for n, t in named.items()}
+
+
+def test_sharded_weights_move_as_whole_ones(
+    launch: Callable[..., list[str]],
+    make_run_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     launch(__file__, "sharded")
+    whole = contents(tmp_path / "whole.safetensors")
+    assert {"optimizer/enter.weight/momentum", "optimizer/classes.weight/momentum"} <= set(whole)
+    for half in ("half", "half.safetensors"):
+        resumed = contents(tmp_path / f"from-{half}.safetensors")
+        assert [n for n in whole if not torch.equal(whole[n], resumed[n])] == [], half
+    monkeypatch.setitem(MODELS, "turned", None)  # so that it goes again
+    trainer = Trainer(turned(MODELS["blocks"], make_run_config, "ddp"))
+    list(trainer)
+    trainer.save(tmp_path / "alone.safetensors")
+    for name, tensor in contents(tmp_path / "alone.safetensors").items():
+        if not name.endswith("calls"):
+            assert (tensor - whole[name]).abs().max() < 1e-5, name
 
 
 def test_a_group_that_comes_later_is_of_the_rest() -> None:

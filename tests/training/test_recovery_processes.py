@@ -34,9 +34,7 @@ def goes_back(folder: Path) -> None:
     passing.save(folder / "passing.safetensors")
 
 
-def test_two_processes_go_back_together(
-    launch: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_two_processes_go_back_together(launch: Callable[..., list[str]], tmp_path: Path) -> None:
     said = launch(__file__, "goes_back")
     newest = tmp_path / "back/checkpoint-000000000640.safetensors"
     assert read_info(newest).state["passed_over"] == [[9, 12]]
