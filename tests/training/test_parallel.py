@@ -266,11 +266,11 @@ def test_out_of_memory_with_a_number_ends_the_run(launch: Launch) -> None:
 
 
 PROGRAM = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
     "accelerate": [
         *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no"),
-        "--main_process_port",
+        *("--main_process_port", "0"),  # one that is free
     ],
 }
 
@@ -302,8 +302,7 @@ def test_launched_stopped_and_resumed(launch: Launch, tmp_path: Path) -> None:
     arguments = ["-m", "k_diffusion.cli", "train", "--config", str(config), "--out", str(out)]
 
     def start(program: str, *options: str) -> subprocess.Popen[str]:
-        port = str(20000 + os.getpid() % 20000)
-        command = [sys.executable, *PROGRAM[program], port, *arguments, *options]
+        command = [sys.executable, *PROGRAM[program], *arguments, *options]
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
