@@ -207,11 +207,6 @@ class TrainConfig(StrictConfig):
             raise ValueError(
                 "compile = true does not go with parallel = 'fsdp': leave one of them out"
             )
-        if self.parallel == "fsdp" and self.optimizer.type == "muon":
-            raise ValueError(
-                "optimizer.type = 'muon' does not go with parallel = 'fsdp': take 'adamw', or "
-                "parallel = 'ddp'"
-            )
         return self
 
     @property

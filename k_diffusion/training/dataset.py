@@ -232,7 +232,7 @@ class Digits(ArraySource):
                 f"the digits come with scikit-learn, which cannot be imported ({error}): "
                 "pip install 'k-diffusion[train]'"
             ) from None
-        raw = load_digits()
+        raw = _once(load_digits)
         images = torch.from_numpy(raw.images).float().unsqueeze(1) / 8 - 1
         labels = torch.from_numpy(raw.target).long()
         if split != "all":
@@ -240,6 +240,12 @@ class Digits(ArraySource):
             chosen = held_out if split == "test" else ~held_out
             images, labels = images[chosen], labels[chosen]
         super().__init__(images, labels, [str(digit) for digit in range(10)])
+
+
+@functools.cache
+def _once(load: Callable[[], Any]) -> Any:
+    """What it gives, which is read from text: once in a process's life."""
+    return load()
 
 
 def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
