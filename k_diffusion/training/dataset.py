@@ -381,8 +381,12 @@ def _is_small(tensor: Tensor) -> bool:
 def _unpacked(batch: Batch) -> Batch:
     """The batch that `_packed` was given, bit for bit and stride for stride."""
     values = {name: getattr(batch, name) for name in _TENSORS}
-    arrays = {n: value for n, value in values.items() if not isinstance(value, Tensor)}
-    return batch._replace(**{n: torch.from_numpy(value) for n, value in arrays.items()})
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(value)
+        for name, value in values.items()
+        if not isinstance(value, Tensor)
+    }
+    return batch._replace(**tensors)
 
 
 def _leave_signals(worker: int) -> None:
