@@ -8,7 +8,7 @@ each process also holds only its share of weights, average and optimiser).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -98,10 +98,14 @@ class Processes:
 
     def copy_from_main(self, network: nn.Module) -> None:
         """Give every process the main one's weights and buffers."""
+        self.send_from_main([*network.parameters(), *network.buffers()])
+
+    def send_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Put the main process's values into every one's tensors."""
         if self.count == 1:
             return
         with torch.no_grad():
-            for tensor in [*network.parameters(), *network.buffers()]:
+            for tensor in tensors:
                 torch.distributed.broadcast(tensor.data, src=0)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from k_diffusion.training.checkpoint import (
+    CONDITIONER,
     OTHERS,
     CheckpointError,
     CheckpointInfo,
@@ -17,7 +18,7 @@ from k_diffusion.training.checkpoint import (
 )
 from k_diffusion.training.compare import differences, filled, flat
 from k_diffusion.training.ema import load_averages
-from k_diffusion.training.named_tensors import named_tensors
+from k_diffusion.training.named_tensors import copy_tensors, named_tensors, own_tensors
 from k_diffusion.training.optimizer import load_moments, moments, plain_state
 from k_diffusion.training.parallel import Processes
 from k_diffusion.training.restore import load_into
@@ -37,6 +38,7 @@ def tensors_of(trainer: Trainer) -> dict[str, Mapping[str, Tensor]]:
         **{name: average.state_dict() for name, average in trainer.averages.items()},
         "optimizer": moments(trainer.optimizer, trainer.named),
         "loss": trainer.objective.own_tensors(),
+        CONDITIONER: own_tensors(trainer.conditioner),
     }
 
 
@@ -169,7 +171,7 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
             "resume = 'auto' is for run_training, which knows the run's folder: give a checkpoint, "
             "such as latest_checkpoint(config.out)"
         )
-    wanted = ["model", *trainer.averages, "optimizer", "loss"]
+    wanted = ["model", *trainer.averages, "optimizer", "loss", CONDITIONER]
     if trainer.is_sharded and path.is_dir():
         weights = dict(trainer.named.named_parameters())
         info, parts = read_sharded(path, wanted, trainer.processes, cut_like=weights)
@@ -183,6 +185,8 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
     state = state_of(info)
     load_into(trainer.network, parts["model"], info)
     try:
+        if parts[CONDITIONER]:
+            copy_tensors(parts[CONDITIONER], own_tensors(trainer.conditioner))
         load_averages(trainer.averages, parts, state.ema_updates, state.ema_reached)
         trainer.objective.load_own_tensors(parts["loss"])
         load_moments(trainer.optimizer, trainer.named, parts["optimizer"], state.optimizer)

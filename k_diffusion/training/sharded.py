@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from k_diffusion.training.checkpoint import (
+    CONDITIONER,
     FORMAT,
     MANIFEST,
     OTHERS,
@@ -210,7 +211,8 @@ def read_sharded(
     for name, (dtype, shape) in shapes.items():
         part, _, rest = name.partition("/")
         if part in kept:
-            model = _model_of(rest, cut_like or {}, shape)
+            cut = cut_like if cut_like is not None and part != CONDITIONER else {}
+            model = _model_of(rest, cut, shape)
             wanted[name] = kept[part][rest] = (
                 torch.empty(shape, dtype=dtype)
                 if model is None

@@ -35,6 +35,7 @@ from k_diffusion.training.fit import check_classes, check_shape, settle
 from k_diffusion.training.health import BadStep, examine
 from k_diffusion.training.inputs import Inputs
 from k_diffusion.training.learning_rate import learning_rate
+from k_diffusion.training.named_tensors import own_tensors
 from k_diffusion.training.noise_scale import NoiseScale
 from k_diffusion.training.objective import Objective, density_of, make_objective
 from k_diffusion.training.optimizer import adopt, group_values, make_optimizer
@@ -91,6 +92,7 @@ class Trainer:
         self.source = make_source(**options) if source is None else source
         self.config = config = settle(config, self.source, conditioner)
         if conditioner is None and config.conditioner is not None:
+            torch.manual_seed(fold_seed(config.seed, Purpose.CONDITIONER))
             conditioner = make_conditioner(config.conditioner)
         self.stream = Stream(
             self.source,
@@ -107,6 +109,7 @@ class Trainer:
             check_classes(self.num_classes, self.source)
             conditioner = ClassConditioner(num_classes=self.num_classes)
         self.conditioner = None if conditioner is None else conditioner.to(self.device)
+        self.processes.send_from_main(own_tensors(self.conditioner).values())
         conditioning = Conditioning(config, self.conditioner, network, self.source, self.device)
         example = conditioning.example()
         if given is None:
