@@ -7,7 +7,8 @@ The metrics are one JSON object a line:
 - {"event": "start", "config", "data", "parameters", "versions"}: once;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
   "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
-  over the finite steps since the line before, null where there was none; also "terms", what the
+  over the finite steps since the line before, null where there was none; images_per_second is null
+  where the run ends on steps that it passes over; also "terms", what the
   loss is made of (name -> mean), where it has several, and "noise_scale", where that is measured;
 - {"event": "skipped", "images_seen", "step", "loss", "grad_norm", "images", "more_images",
   "sigmas", "where"}: for each step that was not finite, see `BadStep`; loss and grad_norm are
@@ -152,7 +153,7 @@ def run_training(
     main = trainer.accelerator.is_main_process
     tell_once = tell if main else lambda line: None  # what all processes know alike
     config = trainer.config
-    began, state, written = time.perf_counter(), None, -1
+    began, written = time.perf_counter(), trainer.step if start is not None else -1
     checkpoint = start
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
@@ -254,7 +255,10 @@ def run_training(
                 break
         else:
             stopped = None
-            if state is not None and written != trainer.step:  # the last steps were passed over
+            if written != trainer.step:  # the last steps were passed over
+                log.passed_over_the_end()
+                if config.ema.snapshot_every_images:
+                    save_snapshot(trainer)
                 checkpoint = save(True)
         sha256 = writer.wait()
         trainer.accelerator.wait_for_everyone()
