@@ -77,8 +77,12 @@ def save_sharded(
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {f"{p}/{n}": t.detach() for p, named in parts.items() for n, t in named.items()}
 
+    old = path.with_name(f".{path.name}.old.tmp")
+
     def begin() -> None:
         if processes.main:
+            if old.exists() and not path.exists():  # of a run that was killed between two renames
+                old.rename(path)
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed in a write
             temporary.mkdir(parents=True)
 
@@ -105,7 +109,6 @@ def save_sharded(
         manifest["sha256"] = _seal(manifest)
         _write(temporary / MANIFEST, _json(manifest))
         _flush_folder(temporary)
-        old = path.with_name(f".{path.name}.old.tmp")
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)  # of a run that was killed right here
             path.rename(old)
