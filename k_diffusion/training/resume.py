@@ -164,15 +164,22 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
     """Bring a trainer of the same run to where a checkpoint was.
 
     Raises:
-        CheckpointError: it is damaged, of another run, or for sampling only.
+        CheckpointError: it is damaged, of another run, or for sampling only; on every process,
+            whichever of them met it.
     """
+    # Shards are read together: not where one process alone would begin to.
+    together = trainer.is_sharded and all(trainer.processes.gather(path.is_dir()))
+    trainer.processes.together(lambda: _go_on_from(path, trainer, together), CheckpointError)
+
+
+def _go_on_from(path: Path, trainer: Trainer, together: bool) -> None:
     if str(path) == "auto" and not path.exists():
         raise CheckpointError(
             "resume = 'auto' is for run_training, which knows the run's folder: give a checkpoint, "
             "such as latest_checkpoint(config.out)"
         )
     wanted = ["model", *trainer.averages, "optimizer", "loss", CONDITIONER]
-    if trainer.is_sharded and path.is_dir():
+    if together:
         weights = dict(trainer.named.named_parameters())
         info, parts = read_sharded(path, wanted, trainer.processes, cut_like=weights)
     else:

@@ -56,6 +56,7 @@ from k_diffusion.training.retention import (
     latest_checkpoint,
     list_checkpoints,
     passed,
+    put_back,
     remove_all,
     remove_half_written,
     remove_surplus,
@@ -140,6 +141,7 @@ def run_training(
     display = Progress(shown=progress)
     tell = say or display.say
     refuse_busy(out)
+    put_back(out)
     start = _start_point(out, resume, overwrite, tell)
     found, going_on = list_checkpoints(out), _lies_in(out, start)
     trainer = Trainer(
@@ -157,7 +159,11 @@ def run_training(
     checkpoint = start
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
-        if main:
+
+        lock: RunLock | None = None  # of the main process
+
+        def take_folder() -> None:
+            nonlocal lock
             out.mkdir(parents=True, exist_ok=True)
             lock = RunLock(out, tell)
             stack.callback(lock.release)
@@ -167,7 +173,8 @@ def run_training(
             if going_on:
                 set_aside(out, trainer.images_seen, tell)
             remove_snapshots_after(out, trainer.images_seen if going_on else 0, tell)
-        trainer.processes.wait()
+
+        trainer.processes.on_main(take_folder)
         log = Log(trainer, out / METRICS if main else None, resumed=going_on, say=tell)
         stack.callback(log.close)
         stack.callback(display.close)
@@ -196,7 +203,7 @@ def run_training(
             passed_over = tuple(trainer.passed_over)
             surplus = partial(remove_surplus, path, config, tell, passed_over)
             after = (lambda: None) if all_stay else surplus
-            if main:
+            if lock is not None:
                 lock.renew()
             if sharded:
                 trainer.save(path)

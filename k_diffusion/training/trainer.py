@@ -23,7 +23,7 @@ from k_diffusion.training.checkpoint import SUFFIX, Contents, make_contents, wri
 from k_diffusion.training.compare import full_model
 from k_diffusion.training.conditioning import Conditioning
 from k_diffusion.training.config import TrainConfig
-from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, make_source
+from k_diffusion.training.dataset import Batch, DataError, Purpose, Source, Stream, make_source
 from k_diffusion.training.devices import (
     compiled,
     keep_freed_memory,
@@ -89,7 +89,9 @@ class Trainer:
         self.processes = Processes(self.accelerator)
         check_processes(config, self.processes.count)
         options = config.data.model_dump()
-        self.source = make_source(**options) if source is None else source
+        if source is None:
+            source = self.processes.together(lambda: make_source(**options), DataError)
+        self.source = source
         self.config = config = settle(config, self.source, conditioner)
         if conditioner is None and config.conditioner is not None:
             torch.manual_seed(fold_seed(config.seed, Purpose.CONDITIONER))
