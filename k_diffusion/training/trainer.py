@@ -25,6 +25,7 @@ from k_diffusion.training.conditioning import Conditioning
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import Batch, DataError, Purpose, Source, Stream, make_source
 from k_diffusion.training.devices import (
+    check_launcher,
     compiled,
     keep_freed_memory,
     make_accelerator,
@@ -82,6 +83,7 @@ class Trainer:
         conditioner: Conditioner | None = None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     ) -> None:
+        check_launcher(config.precision, config.compile)
         self.accelerator = make_accelerator(config.precision)
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cpu":
