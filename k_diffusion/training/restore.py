@@ -227,10 +227,13 @@ def _chosen(
     part = _weights_part(ema)
     chosen = weights[part]
     if not chosen or (isinstance(ema, str) and part not in info.averages):
-        there = sorted({name.partition("/")[0] for name in info.tensors})
+        there = [
+            *info.averages,
+            *(["model"] if any(n.startswith("model/") for n in info.tensors) else []),
+        ]
         averages = info.averages
         way = nearest(part, averages) or (averages[0] if averages else "model")
-        asked = {"ema": "ema=True", "model": "ema=False"}.get(way, f"ema={way!r}")
+        asked = "the last weights, model" if way == "model" else f"the average {way}"
         raise CheckpointError(
             f"checkpoint {info.path} holds no "
             f"{f'average {part}' if isinstance(ema, str) else f'{part} weights'}, only "
