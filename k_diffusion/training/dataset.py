@@ -40,6 +40,7 @@ class Purpose(enum.IntEnum):
     NETWORK = 7
     SPLIT = 8
     CONDITION = 9
+    CONDITIONER = 10
 
 
 class Batch(NamedTuple):

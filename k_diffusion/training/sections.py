@@ -200,7 +200,7 @@ class OptimizerConfig(StrictConfig):
         default=None, description="How long the fall takes, for inverse_sqrt, inverse, exponential."
     )
     power: Positive = Field(default=1.0, description="Exponent of the fall, for inverse.")
-    decay: Positive = Field(
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="Factor of the fall in decay_images, for exponential."
     )
     min_lr: NotNegative = Field(
@@ -232,6 +232,11 @@ class OptimizerConfig(StrictConfig):
                 )
         if "decay_images" in taken and self.decay_images is None:
             raise ValueError(f"decay_images is missing, which schedule = {self.schedule!r} needs")
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"min_lr = {self.min_lr} is above lr = {self.lr}, so that nothing would fall: "
+                "give at most lr"
+            )
         if self.warmup_decay and self.warmup_images:
             raise ValueError(
                 f"warmup_decay = {self.warmup_decay} takes the place of warmup_images = "
