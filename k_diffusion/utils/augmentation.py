@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from k_diffusion.utils.levels import Level
 from k_diffusion.utils.hashing import fold_seeds
+from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import unknown
 
 Randomness = torch.Generator | Sequence[int]
