@@ -266,7 +266,17 @@ def _folder(**options: Any) -> Source:
     return Folder(**options)
 
 
-SOURCES: dict[str, Callable[..., Source]] = {"digits": Digits, "folder": _folder}
+def _archive(**options: Any) -> Source:
+    from k_diffusion.training.archived import Archived
+
+    return Archived(**options)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "archive": _archive,
+    "digits": Digits,
+    "folder": _folder,
+}
 
 
 def make_source(source: str, **options: Any) -> Source:

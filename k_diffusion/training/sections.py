@@ -68,11 +68,12 @@ def _pair(value: Any) -> Any:
     return (value, value) if one else _from_list(value)
 
 
-class FolderConfig(StrictConfig):
-    """A folder of images, or of one folder a class."""
+class _PicturesConfig(StrictConfig):
+    """What picture files have in common."""
 
-    source: Literal["folder"] = Field(default="folder", description="Which kind of data this is.")
-    path: str = Field(description="The folder.")
+    # First, as in every kind of data: it tells them apart.
+    source: str = Field(default="", description="Which kind of data this is.")
+    path: str = Field(description="The folder; or the zip or tar, or a folder of these.")
     size: Annotated[tuple[Count, Count], BeforeValidator(_pair)] = Field(
         description="Height and width in pixels that training sees; one number: a square."
     )
@@ -90,7 +91,19 @@ class FolderConfig(StrictConfig):
     )
 
 
-DataConfig = Annotated[DigitsConfig | FolderConfig, Field(discriminator="source")]
+class FolderConfig(_PicturesConfig):
+    """A folder of images, or of one folder a class."""
+
+    source: Literal["folder"] = Field(default="folder", description="Which kind of data this is.")
+
+
+class ArchiveConfig(_PicturesConfig):
+    """Images in a zip or an uncompressed tar, read where they lie; or a folder of such shards."""
+
+    source: Literal["archive"] = Field(default="archive", description="Which kind of data this is.")
+
+
+DataConfig = Annotated[DigitsConfig | FolderConfig | ArchiveConfig, Field(discriminator="source")]
 
 
 def is_number(value: Any) -> bool:
