@@ -276,6 +276,10 @@ class Sharded(Alone):
     Every micro-batch's gradient is averaged at once, into shards: to keep them whole until the
     last would take the memory that sharding spares. The arithmetic's precision is autocast's as
     everywhere, so that the numbers are those of one process; weights are gathered in float32.
+
+    A part of the batch, for the noise scale, is what is averaged at once: a micro-batch of every
+    process. Weights of a single number, which are averaged at the end, count there by each
+    process's own micro-batch.
     """
 
     retries = False

@@ -57,24 +57,29 @@ def as_two(folder: Path) -> None:
         torch.save(recorded(config), folder / f"{way}.pt")
 
 
-def squares(config: TrainConfig, sizes: list[int]) -> dict[int, list[float]]:
-    """Size of a part -> mean squared norm of the parts' mean gradients, of each step."""
+def squares(config: TrainConfig) -> dict[str, list[float]]:
+    """Mean squared norms of parts' mean gradients, of each step: of 32 images, of 16 one after the
+    other, and of the 16 that two processes reduce at a time, 8 of each."""
     trainer = Trainer(config)
     weights = [p for p in trainer.objective.parameters() if p.requires_grad]
-    found: dict[int, list[float]] = {size: [] for size in sizes}
+    found: dict[str, list[float]] = {"whole": [], "halves": [], "sharded": []}
     for step, batch in enumerate(trainer.stream.batches(0, STEPS, 0)):
         whole = trainer.inputs.draw(batch, step)
         losses = trainer.objective(whole.x0, whole.sigma, whole.noise, **whole.keywords)
-        for size in sizes:
-            norms = []
-            for part in losses.split(size):
-                gradients = torch.autograd.grad(
-                    part.mean(), weights, retain_graph=True, allow_unused=True
-                )
-                norms.append(
-                    sum(float(g.double().square().sum()) for g in gradients if g is not None)
-                )
-            found[size].append(sum(norms) / len(norms))
+        quarters = losses.split(8)
+
+        def norm(*parts: torch.Tensor, numbers: bool | None = None) -> float:
+            mean = torch.cat(parts).mean()
+            gradients = torch.autograd.grad(mean, weights, retain_graph=True, allow_unused=True)
+            kept = [g for g in gradients if g is not None and numbers in (None, not g.ndim)]
+            return sum(float(g.double().square().sum()) for g in kept)
+
+        found["whole"].append(norm(losses))
+        found["halves"].append((norm(*quarters[:2]) + norm(*quarters[2:])) / 2)
+        pairs = [(quarters[0], quarters[2]), (quarters[1], quarters[3])]
+        # Single numbers are not cut: each process counts its own 8.
+        cut = sum(norm(*pair, numbers=False) for pair in pairs) / 2
+        found["sharded"].append(cut + sum(norm(part, numbers=True) for part in quarters) / 4)
         trainer.train_step(batch, config.optimizer.lr)
     return found
 
@@ -83,15 +88,15 @@ def test_it_is_told_the_norms_of_the_parts(
     make_run_config: Callable[..., TrainConfig], launch: Launch, tmp_path: Path
 ) -> None:
     launch(__file__, "as_two")
-    expected = squares(make_run_config(model=MODEL), [16, 32])
+    expected = squares(make_run_config(model=MODEL))
     for way in WAYS:
         told = torch.load(tmp_path / f"{way}.pt")
         assert len(told) == STEPS
         for step, (small_square, large_square, small, large) in enumerate(told):
             assert (small, large) == (16, 32), way
-            if way != "sharded":  # whose parts are of other samples
-                assert small_square == pytest.approx(expected[16][step], rel=1e-4), way
-            assert large_square == pytest.approx(expected[32][step], rel=1e-4), way
+            parts = expected["sharded" if way == "sharded" else "halves"][step]
+            assert small_square == pytest.approx(parts, rel=1e-5), way
+            assert large_square == pytest.approx(expected["whole"][step], rel=1e-5), way
 
 
 if __name__ == "__main__":
