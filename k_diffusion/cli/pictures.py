@@ -29,7 +29,7 @@ def read_picture(option: str, path: str, shape: Sequence[int]) -> tuple[torch.Te
     """
     import torch
 
-    from k_diffusion.training.folder import read_image
+    from k_diffusion.training.pictures import read_image
     from k_diffusion.utils.images import to_float
 
     channels, height, width = shape
