@@ -307,3 +307,15 @@ def test_no_condition_leaves_alone_what_is_for_guidance_inside() -> None:
     inner.denoiser.network = Network()
     assert null_condition(None, inner, told, x) == {"strength": SCALES}
     assert seen == [{"class_label"}, {"class_label"}]
+
+
+def test_a_refiner_is_not_told_what_is_for_the_guidance_of_the_base() -> None:
+    x, sigma, label = given(VE)
+    base = cfg(Mixture(), "strength", null=NONE)
+    plain = Mixture()(x, sigma, class_label=label)
+    for told in (
+        None,
+        lambda condition: {"class_label": condition.pop("class_label"), **condition},
+    ):
+        switched = SwitchAt(base, Mixture(), 1.0, told=told)
+        assert torch.equal(switched(x, sigma, class_label=label, strength=3.0), plain)
