@@ -263,7 +263,7 @@ def test_what_does_not_fit_says_the_way_out() -> None:
         posterior(MEASURED[:3])(x, sigma)
     with pytest.raises(TypeError, match="mask must be a tensor or a keyword's name, got 3"):
         Part({}, 1.0, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="scale must be a number, .* got '3 x'"):
+    with pytest.raises(TypeError, match="scale must be a number, .* got str '3 x'"):
         cfg(Mixture(), "3 x")
     with pytest.raises(TypeError, match="scale must be a number, .* got list"):
         cfg(Mixture(), "w", null=NONE)(x, sigma, class_label=label, w=[2.0] * 4)

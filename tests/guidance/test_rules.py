@@ -228,8 +228,10 @@ def test_wrong_input_is_refused_by_name() -> None:
         Composed(model, [Part({}, 1.0, torch.ones(3))])(x, sigma)
     with pytest.raises(ValueError, match="at least one Part"):
         Composed(model, [])
-    with pytest.raises(TypeError, match="weight must be a number or one a sample, got 'a'"):
-        Part({}, "a")  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match="weight must be a number, one a sample or a keyword's name, got 'a b'"
+    ):
+        Part({}, "a b")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="low must be below high"):
         Clamp(model, 1.0, -1.0)
     with pytest.raises(ValueError, match=r"quantile must lie in \(0, 1\], got 99.5"):
