@@ -20,7 +20,7 @@ from torch import Tensor
 from k_diffusion.guidance.held import bound_rows, check_bound
 from k_diffusion.sampling.settings import described, digest_rows
 from k_diffusion.sampling.start import whole
-from k_diffusion.utils.images import save_png, write_whole
+from k_diffusion.utils.images import clear_unfinished, save_png, write_whole
 from k_diffusion.utils.memory import is_out_of_memory, release_memory
 
 AUTO_BATCH = 64
@@ -155,11 +155,8 @@ class Many:
         folder.mkdir(parents=True, exist_ok=True)
         paths = {i: folder / f"{i:06d}{suffix}" for i in self.indices}
         self._check_settings(folder, suffix)
+        clear_unfinished(folder, {path.name for path in paths.values()})
         there = {entry.name for entry in os.scandir(folder)}
-        ours = {path.name for path in paths.values()}
-        for name in there:  # of a process that was killed while it wrote
-            if name.endswith(".tmp") and name[1:].removesuffix(".tmp").rpartition(".")[0] in ours:
-                (folder / name).unlink(missing_ok=True)
         missing = [i for i, path in paths.items() if path.name not in there]
         for i, sample in self.draw(missing):
             if write is None:
