@@ -214,9 +214,9 @@ class KSampler:
                 function of samples. What a mask keeps stays as it is.
             to: "uint8": the result's [-1, 1] as 0..255.
             on_nan: the result is read once, at its end. If it is not finite, the run is done again,
-                callback included, to find the first call and module that were not. "raise": FloatingPointError says
-                so. "report": a RuntimeWarning does, and the result is returned; from an adaptive
-                solver there is none.
+                callback included, to find the first call and module that were not. "raise":
+                FloatingPointError says so. "report": a RuntimeWarning does, and the result is
+                returned; from an adaptive solver there is none.
 
         Returns:
             Samples, shape (B, C, ...), in the scale of the data that the model was trained on; or a
