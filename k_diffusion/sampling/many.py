@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from k_diffusion.guidance.held import bound_rows, check_bound
+from k_diffusion.sampling.masks import wide_shape
 from k_diffusion.sampling.settings import described, digest_rows
 from k_diffusion.sampling.start import whole
 from k_diffusion.utils.images import clear_unfinished, save_png, write_whole
@@ -89,7 +90,7 @@ class Many:
         self._options = dict(options)
         mask = options.get("mask")
         if isinstance(mask, Tensor) and mask.ndim <= len(self.shape):  # (H, W), say: for all
-            wide = (1,) * (len(self.shape) + 1 - mask.ndim) + tuple(mask.shape)
+            wide = wide_shape(tuple(mask.shape), len(self.shape) + 1)
             self._options["mask"] = mask.reshape(wide)
         for name in _PER_SAMPLE:
             _check_rows(self._options.get(name), n, name)
