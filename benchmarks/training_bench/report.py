@@ -119,7 +119,7 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def _defaults(rows: Sequence[Row]) -> str:
-    """What unequal defaults give: ours, which is the first row, beside theirs, which is the last."""
+    """What unequal defaults give: ours, in the first row, beside theirs, in the last."""
     ours, theirs = rows[0], rows[-1]
     share = ours["outside, ms"] / theirs["outside, ms"]
     return (
