@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.gradient import OutOfMemory
 from k_diffusion.training.shards import local
+from k_diffusion.utils.words import reason_of
 
 T = TypeVar("T")
 BUCKET = 32 * 2**20
@@ -86,7 +87,7 @@ class Processes:
             result = work()
         except Exception as error:
             own = error
-        reasons = self.gather(None if own is None else " ".join(str(own).split()) or repr(own))
+        reasons = self.gather(None if own is None else reason_of(own))
         found = [(index, reason) for index, reason in enumerate(reasons) if reason is not None]
         if not found:
             return cast(T, result)

@@ -30,6 +30,7 @@ from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.named_tensors import copy_tensors, named_tensors, own_tensors
 from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
+from k_diffusion.utils.words import reason_of
 
 
 def load_denoiser(
@@ -63,7 +64,7 @@ def load_denoiser(
         denoiser = make_denoiser(network, scheduler)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"checkpoint {path} holds a network that cannot be built here ({_line(error)})"
+            f"checkpoint {path} holds a network that cannot be built here ({reason_of(error)})"
         ) from None
     load_into(network, chosen, info)
     return denoiser.to(device).eval().requires_grad_(False), info
@@ -97,7 +98,8 @@ def load_conditioner(
         ).to(device)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"checkpoint {info.path} has a conditioner that cannot be made here ({_line(error)})"
+            f"checkpoint {info.path} has a conditioner that cannot be made here "
+            f"({reason_of(error)})"
         ) from None
 
 
@@ -189,7 +191,7 @@ def _check_rebuildable(info: CheckpointInfo, weights: Mapping[str, Tensor]) -> N
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"checkpoint {info.path} holds a network or conditioner that is not known here "
-            f"({_line(error)})"
+            f"({reason_of(error)})"
         ) from None
     trained = state.get("network", type(network).__name__)
     if trained != type(network).__name__:
@@ -240,7 +242,3 @@ def _chosen(
             f"{', '.join(there) or 'nothing'}: ask for {asked}"
         )
     return chosen
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
