@@ -32,10 +32,13 @@ from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
 from k_diffusion.utils.words import reason_of
 
+LAST = "last"
+"""The weights after the last step, in files the part \"model\"."""
+
 
 def load_denoiser(
     path: str | Path,
-    ema: bool | str = True,
+    weights: str = "ema",
     device: str | torch.device = "cpu",
     network: nn.Module | None = None,
 ) -> tuple[Any, CheckpointInfo]:
@@ -43,7 +46,7 @@ def load_denoiser(
 
     Args:
         path: a checkpoint, or what `save_inference` wrote.
-        ema: True: the averaged weights; False: the last ones; a name: that average, one of the
+        weights: "ema": the averaged ones; "last": those after the last step; or another of the
             info's `averages`, such as "ema_0.05".
         device: where to put it.
         network: takes the weights instead of one built from the config: for a network of your own.
@@ -54,8 +57,8 @@ def load_denoiser(
     Raises:
         CheckpointError: missing, damaged, not a checkpoint, or it does not fit the network.
     """
-    info, weights = read_checkpoint(path, [_weights_part(ema)])
-    chosen = _chosen(info, weights, ema)
+    info, parts = read_checkpoint(path, [_part(weights)])
+    chosen = _chosen(info, parts, weights)
     try:
         process = info.config.get("process")
         scheduler = make_scheduler(**process) if process else None
@@ -127,7 +130,7 @@ def save_inference(
     source: str | Path,
     path: str | Path,
     *,
-    ema: bool | str = True,
+    weights: str = "ema",
     dtype: torch.dtype | None = None,
     licence: str = "",
     note: str = "",
@@ -137,7 +140,7 @@ def save_inference(
     Args:
         source: a checkpoint.
         path: the file to write.
-        ema: which weights are taken, see `load_denoiser`; in the new file they are "ema".
+        weights: which are taken, see `load_denoiser`; in the new file they are "ema".
         dtype: what they are stored as; None: as they are. Those that are no floats stay.
         licence, note: for the card, see `model_card`.
 
@@ -148,28 +151,28 @@ def save_inference(
         CheckpointError: the source is damaged, has no such weights, or has a network or conditioner
             that nobody could rebuild from the file; or a weight is beyond the dtype.
     """
-    info, weights = read_checkpoint(source, [_weights_part(ema), CONDITIONER])
-    chosen = _chosen(info, weights, ema)
+    info, parts = read_checkpoint(source, [_part(weights), CONDITIONER])
+    chosen = _chosen(info, parts, weights)
     _check_rebuildable(info, chosen)
     if dtype is not None:
         chosen = {name: _stored(info, name, t, dtype) for name, t in chosen.items()}
     floats = {_name(t.dtype) for t in chosen.values() if t.is_floating_point()}
     card = model_card(
         info,
-        weights=info.state.get("weights", _weights_part(ema)),
+        weights=info.state.get("weights", weights),
         dtype=" and ".join(sorted(floats)),
         licence=licence,
         note=note,
     )
     return save_checkpoint(
         path,
-        {"ema": chosen, CONDITIONER: weights[CONDITIONER]},
+        {"ema": chosen, CONDITIONER: parts[CONDITIONER]},
         config=info.config,
         images_seen=info.images_seen,
         step=info.step,
         data=info.data,
         state={key: info.state.get(key) for key in ("network", "conditioner")}
-        | {"weights": info.state.get("weights", _weights_part(ema))},
+        | {"weights": info.state.get("weights", weights)},
         card=card,
     )
 
@@ -219,26 +222,19 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _weights_part(ema: bool | str) -> str:
-    return ema if isinstance(ema, str) else "ema" if ema else "model"
+def _part(weights: str) -> str:
+    return "model" if weights == LAST else weights
 
 
 def _chosen(
-    info: CheckpointInfo, weights: Mapping[str, dict[str, Tensor]], ema: bool | str
+    info: CheckpointInfo, parts: Mapping[str, dict[str, Tensor]], weights: str
 ) -> dict[str, Tensor]:
-    part = _weights_part(ema)
-    chosen = weights[part]
-    if not chosen or (isinstance(ema, str) and part not in info.averages):
-        there = [
-            *info.averages,
-            *(["model"] if any(n.startswith("model/") for n in info.tensors) else []),
-        ]
-        averages = info.averages
-        way = nearest(part, averages) or (averages[0] if averages else "model")
-        asked = "the last weights, model" if way == "model" else f"the average {way}"
+    chosen = parts[_part(weights)]
+    there = [*info.averages, *([LAST] if any(n.startswith("model/") for n in info.tensors) else [])]
+    if not chosen or weights not in there:
+        way = nearest(weights, there) or next(iter(there), "")
         raise CheckpointError(
-            f"checkpoint {info.path} holds no "
-            f"{f'average {part}' if isinstance(ema, str) else f'{part} weights'}, only "
-            f"{', '.join(there) or 'nothing'}: ask for {asked}"
+            f"checkpoint {info.path} holds no weights {weights!r}, only "
+            f"{', '.join(there) or 'nothing'}" + (f": ask for {way!r}" if way else "")
         )
     return chosen

@@ -81,7 +81,8 @@ def test_the_command_in_the_text_makes_the_image_again(trained, tmp_path, noise)
         "eta=0.7",
         "--scheduler-options",
         "sigma_max=20",
-        "--no-ema",
+        "--weights",
+        "last",
         *noise,
     ]
     assert main(["sample", str(trained), *argv, "--out", str(first)]) == 0
