@@ -46,6 +46,8 @@ from k_diffusion.utils.words import reason_of
 FORMAT = "k_diffusion"
 VERSION = 1
 SUFFIX = ".safetensors"
+LAST = "last"
+"""The weights after the last step; in files they are the part "model"."""
 MANIFEST = "manifest.json"
 """In a folder: it is a checkpoint of several processes, see `sharded`."""
 
@@ -101,6 +103,12 @@ class CheckpointInfo:
         """The names of the averaged weights in it: "ema" and such as "ema_0.05"."""
         kinds = {n.partition("/")[0] for n in self.tensors}
         return sorted(kind for kind in kinds if kind == "ema" or kind.startswith("ema_"))
+
+    @property
+    def weights(self) -> list[str]:
+        """What may be asked for: the averages, and `LAST` where it has the last step's."""
+        last = any(name.startswith("model/") for name in self.tensors)
+        return [*self.averages, *[LAST] * last]
 
 
 # ---------------------------------------------------------------- writing

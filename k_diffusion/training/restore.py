@@ -21,6 +21,7 @@ from k_diffusion.models.registry import model_trait
 from k_diffusion.training.card import model_card
 from k_diffusion.training.checkpoint import (
     CONDITIONER,
+    LAST,
     CheckpointError,
     CheckpointInfo,
     read_checkpoint,
@@ -31,9 +32,6 @@ from k_diffusion.training.named_tensors import copy_tensors, named_tensors, own_
 from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
 from k_diffusion.utils.words import reason_of
-
-LAST = "last"
-"""The weights after the last step, in files the part \"model\"."""
 
 
 def load_denoiser(
@@ -230,11 +228,10 @@ def _chosen(
     info: CheckpointInfo, parts: Mapping[str, dict[str, Tensor]], weights: str
 ) -> dict[str, Tensor]:
     chosen = parts[_part(weights)]
-    there = [*info.averages, *([LAST] if any(n.startswith("model/") for n in info.tensors) else [])]
-    if not chosen or weights not in there:
-        way = nearest(weights, there) or next(iter(there), "")
+    if not chosen or weights not in info.weights:
+        way = nearest(weights, info.weights) or next(iter(info.weights), "")
         raise CheckpointError(
             f"checkpoint {info.path} holds no weights {weights!r}, only "
-            f"{', '.join(there) or 'nothing'}" + (f": ask for {way!r}" if way else "")
+            f"{', '.join(info.weights) or 'nothing'}" + (f": ask for {way!r}" if way else "")
         )
     return chosen

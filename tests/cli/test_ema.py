@@ -116,4 +116,4 @@ def test_an_average_is_chosen_by_name(folder, tmp_path, capsys) -> None:
     assert main([*argv, "--overwrite", "--weights", "ema_0.2"]) == 1
     assert "holds no weights 'ema_0.2'" in capsys.readouterr().err
     assert main(["info", str(folder)]) == 0
-    assert "averages:       ema, ema_0.05, ema_0.1\n" in capsys.readouterr().out
+    assert "weights:        ema, ema_0.05, ema_0.1, last\n" in capsys.readouterr().out

@@ -316,7 +316,8 @@ def test_info(trained, capsys) -> None:
     assert facts["sha256"] == info.sha256
     assert facts["images seen"] == 32
     assert (facts["model"], facts["prediction"]) == ("unet", "edm")
-    assert facts["weights"] == ["ema", "model", "optimizer"]
+    assert facts["weights"] == ["ema", "last"]
+    assert facts["parts"] == ["ema", "model", "optimizer"]
     assert facts["parameters"] == info.parameters > 1000
     assert facts["config"] == info.config
     assert main(["info", str(trained)]) == 0
