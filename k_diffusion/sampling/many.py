@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.guidance.held import bound_rows, check_bound
-from k_diffusion.sampling.masks import wide_shape
+from k_diffusion.guidance.held import bound_rows, check_bound, wide_shape
 from k_diffusion.sampling.settings import described, digest_rows
 from k_diffusion.sampling.start import whole
 from k_diffusion.utils.images import clear_unfinished, save_png, write_whole

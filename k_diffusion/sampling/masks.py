@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from k_diffusion.guidance.base import Wrapper
+from k_diffusion.guidance.held import wide_shape
 from k_diffusion.utils.levels import Level, Levels
 
 # Keywords that carry the known part to the wrapper: an adaptive solver takes the rows of each.
@@ -76,20 +77,6 @@ def check_mask(mask: Any, init: Tensor) -> Tensor:
             "mask must hold values from 0 (keep) to 1 (repaint): divide an 8-bit mask by 255"
         )
     return mask.reshape(wide).to(init.dtype)
-
-
-def wide_shape(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """The shape of a mask in so many dimensions.
-
-    Raises:
-        ValueError: it lacks one alone, and that may be the batch's or the channels'.
-    """
-    if len(shape) == ndim - 1 >= 2 and shape[0] != 1:
-        raise ValueError(
-            f"mask has shape {shape}, which may be one for each sample or one for each channel: "
-            f"give {(shape[0], 1, *shape[1:])} or {(1, *shape)}"
-        )
-    return (1,) * (ndim - len(shape)) + shape
 
 
 @dataclass(frozen=True)
