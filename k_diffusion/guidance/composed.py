@@ -80,7 +80,7 @@ class Composed(Wrapper):
         inside = self.interval.holds(call_of(sigma))
         weights = [_weight(part, x, condition) for part in self.parts]
         # Outside, what is known to be no weighted mean's is not asked for.
-        asked = [inside is not False or not _void(weight) for weight in weights]
+        asked = [inside is not False or not _void(part, condition) for part in self.parts]
         alone = inside is False and self._everywhere
         told = [self._told(condition, part) for part in self.parts]
         null = null_condition(Held(self, "null").of(condition), self.denoiser, told[0], x)
@@ -152,8 +152,9 @@ def _weight(part: Part, x: Tensor, condition: Keywords) -> Any:
     return weight * placed(mask, x.device, x.dtype).reshape(shape)
 
 
-def _void(weight: Any) -> bool:
+def _void(part: Part, condition: Keywords) -> bool:
     """Whether a part is known to have no share of a weighted mean."""
+    weight = Held(part, "weight").of(condition)
     return not isinstance(weight, Tensor) and weight <= 0
 
 

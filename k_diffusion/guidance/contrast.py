@@ -18,7 +18,6 @@ from k_diffusion.guidance.base import (
     Interval,
     Scale,
     Wrapper,
-    along,
     check_scale,
     noise_to_signal,
     per_sample_scale,
@@ -201,7 +200,8 @@ class Weaker(Holder):
                 return d, d
         u = lesser(x, sigma, **without(condition, first - second))
         if lesser is not self.denoiser and call_of(sigma) is None:
-            u = torch.where(along(lesser.own(sigma).isfinite(), x), u, d)
+            reached = lesser.own(sigma).isfinite().reshape(-1, *[1] * (x.ndim - 1))
+            u = torch.where(reached, u, d)
         return d, u
 
 
