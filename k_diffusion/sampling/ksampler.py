@@ -369,10 +369,11 @@ class KSampler:
         """Where the model is; the CPU for one without parameters."""
         return model_device(self.model) or torch.device("cpu")
 
-    def settings(self) -> dict[str, str]:
-        """What a sample depends on beside the weights, by name, as text."""
+    def settings(self, each: Sequence[Tensor] = ()) -> dict[str, str]:
+        """What a sample depends on beside the weights, by name, as text; each: see
+        `described_model`."""
         return {
-            "model": described_model(self.model),
+            "model": described_model(self.model, each),
             "scheduler": described(self.scheduler),
             "solver": self.solver.name,
             "options": str(dict(sorted(self.options.items()))),
