@@ -92,6 +92,10 @@ class Resample:
     functions) once, 0.21 with 4 times and 0.12 with 10; with 10 times over parts of 5 steps by
     0.21; and 60 steps 4 times by 0.21 (benchmarks/inpainting.py).
 
+    Each walk over a part begins anew, without the history of a multistep method: such a one
+    (dpmpp_2m say) is DDIM in parts of one step, and has its order only within longer ones. heun and
+    its kin have theirs within a step.
+
     Source: Lugmayr et al. 2022, arXiv:2201.09865, section 4.2 and appendix (r and j there).
 
     Attributes:
