@@ -26,7 +26,7 @@ class Cached(Wrapper):
     that differ within a batch) no call is spared.
 
     The decision is the batch's: its worst sample decides. So a sample alone may be spared other
-    calls than among others, and differ by about the threshold: of all guidance this alone does not
+    calls than among others, and differ by what those are off: of all guidance this alone does not
     draw each sample as if alone. To know what the last call showed the host waits for that call,
     once for each call made.
 

@@ -267,7 +267,7 @@ def test_a_multistep_method_is_ddim_where_each_step_is_walked_anew(solver):
         )  # fmt: skip
 
     assert (run(solver, 1) - run("ddim", 1)).abs().max() < 1e-6
-    assert (run(solver, 2) - run("ddim", 2)).abs().max() > 0.1
+    assert (run(solver, 2) - run("ddim", 2)).abs().max() > 0.03
 
 
 @pytest.mark.parametrize("on_cpu", [False, True])
