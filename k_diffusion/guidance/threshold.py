@@ -83,11 +83,14 @@ def dynamic_threshold(
         x0: shape (B, ...).
         quantile, bound, largest: see `DynamicThreshold`.
     """
-    size = x0.flatten(1).abs()
-    size = size.to(torch.promote_types(size.dtype, torch.float32))
-    # The quantile by counting, without interpolation: torch.quantile refuses large samples.
-    place = min(size.shape[1], max(1, -int(-quantile * size.shape[1] // 1)))
-    s = size.kthvalue(place, dim=1).values.clamp(bound, largest)
+    size = x0.flatten(1).abs().float()
+    # The quantile between two values, as usual; by counting: torch.quantile refuses large samples.
+    place, last = quantile * (size.shape[1] - 1), size.shape[1] - 1
+    below = int(place)
+    s = size.kthvalue(below + 1, dim=1).values
+    if place > below:
+        s = torch.lerp(s, size.kthvalue(min(below + 1, last) + 1, dim=1).values, place - below)
+    s = s.clamp(bound, largest)
     s = along(s, x0)
     return x0.clamp(-s, s) * (bound / s)
 
