@@ -58,7 +58,7 @@ class Sheet:
 
 
 def find_comparable(name: str) -> Solver | AdaptiveSolver:
-    """A registered solver that a model of one estimate can be drawn from with.
+    """A registered solver that draws from a model of one estimate.
 
     Raises:
         ValueError: an unknown name, or a solver of two estimates.
@@ -66,8 +66,8 @@ def find_comparable(name: str) -> Solver | AdaptiveSolver:
     solver = find_solver(name)
     if isinstance(solver, Solver) and solver.outputs > 1:
         raise ValueError(
-            f"{solver.name} needs a model that gives two estimates, the guided and the "
-            "unconditional one, and is compared with none that gives one: leave it out"
+            f"{solver.name} goes by two estimates, the guided and the unconditional one, and a model "
+            "that gives one is compared: take a sampler without cfg_pp"
         )
     return solver
 

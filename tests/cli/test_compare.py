@@ -79,7 +79,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_drawn() -> None:
         )
 
     for name in ("euler_cfg_pp", "dpmpp_2m_cfg_pp"):
-        with pytest.raises(ValueError, match=f"{name} needs a model that gives two estimates"):
+        with pytest.raises(ValueError, match=f"{name} goes by two estimates"):
             compare("euler", name)
     with pytest.raises(ValueError, match="pure noise"):  # of a variance-exploding model
         compare("euler", schedulers=("karras", "zero_terminal_snr"))
@@ -222,7 +222,7 @@ def test_of_a_checkpoint(trained: Path, tmp_path: Path, capsys: Any) -> None:
         (["--samplers", "eulerr"], "did you mean 'euler'"),
         (
             ["--samplers", "euler,euler_cfg_pp"],
-            "euler_cfg_pp needs a model that gives two estimates",
+            "euler_cfg_pp goes by two estimates",
         ),
         (["--schedules", "karas"], "did you mean 'karras'"),
         (["--steps", "5,0"], "--steps holds 0; give numbers of at least 1"),

@@ -116,6 +116,24 @@ def test_calls_after_the_first_copy_nothing_to_the_device(kind: str) -> None:
     assert counts[1:] == [0, 0]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_after_the_first_do_not_wait_for_a_gpu(kind: str) -> None:
+    """Under the debug mode that raises at any wait."""
+    guided = KINDS[kind]()
+    condition = {name: make() for name, make in NAMED.get(kind, {}).items()}
+    condition["class_label"] = torch.zeros(4, dtype=torch.int64, device="cuda")
+    if hasattr(getattr(guided, "second", None), "null"):
+        guided.second.null = None
+    run = Run(KSampler(guided, "karras", "euler").plan(3), torch.randn(SHAPE, device="cuda"))
+    try:
+        while not run.done:
+            run.advance(guided(run.x, run.sigma, **condition))
+            torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_what_is_written_into_is_placed_anew() -> None:
     value = torch.ones(3)
     there = torch.device("meta")
