@@ -66,8 +66,8 @@ def find_comparable(name: str) -> Solver | AdaptiveSolver:
     solver = find_solver(name)
     if isinstance(solver, Solver) and solver.outputs > 1:
         raise ValueError(
-            f"{solver.name} goes by two estimates, the guided and the unconditional one, and a model "
-            "that gives one is compared: take a sampler without cfg_pp"
+            f"{solver.name} goes by two estimates, the guided and the unconditional one, but a "
+            "model that gives one is compared: take a sampler without cfg_pp"
         )
     return solver
 
