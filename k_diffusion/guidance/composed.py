@@ -78,29 +78,30 @@ class Composed(Wrapper):
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """The composed estimate of x0."""
         inside = self.interval.holds(call_of(sigma))
-        weights = [_weight(part, x, condition) for part in self.parts]
-        # Outside, what is known to be no weighted mean's is not asked for.
-        asked = [inside is not False or not _void(part, condition) for part in self.parts]
-        alone = inside is False and self._everywhere
-        told = [self._told(condition, part) for part in self.parts]
-        null = null_condition(Held(self, "null").of(condition), self.denoiser, told[0], x)
-        conditions = [
-            one for one, yes in zip([null, *told], [not alone, *asked], strict=True) if yes
-        ]
-        estimates = batched_call(self.denoiser, x, sigma, conditions, self.batched)
-        u = estimates[0]  # of the null condition, or of the first part where that is not asked for
-        each = estimates if alone else estimates[1:]
-        weights = [weight for weight, yes in zip(weights, asked, strict=True) if yes]
+        # Outside, what is known to be no weighted mean's is not asked for. It comes last, as does
+        # the null condition: what is asked at all levels keeps its place (see `RunMemory`).
+        void = {k for k, part in enumerate(self.parts) if _void(part, condition)}
+        parts = [part for k, part in enumerate(self.parts) if k not in void]
+        told, asked = [self._told(condition, part) for part in parts], len(parts)
+        if not (alone := inside is False and self._everywhere):
+            null, first = Held(self, "null").of(condition), self._told(condition, self.parts[0])
+            told.append(null_condition(null, self.denoiser, first, x))
+        if inside is not False:
+            parts += [self.parts[k] for k in sorted(void)]
+            told += [self._told(condition, part) for part in parts[asked:]]
+        estimates = batched_call(self.denoiser, x, sigma, told, self.batched)
+        u = estimates[0] if alone else estimates.pop(asked)
+        weights = [_weight(part, x, condition) for part in parts]
         guided = u
         if inside is not False:
-            for d, weight in zip(each, weights, strict=True):
+            for d, weight in zip(estimates, weights, strict=True):
                 guided = guided + weight * (d - u)
             if inside:
                 return guided
         shares = [w.clamp_min(0) if isinstance(w, Tensor) else max(w, 0.0) for w in weights]
         total = sum(w.expand_as(x) if isinstance(w, Tensor) else w for w in shares)
         plain = u
-        for d, share in zip(each, shares, strict=True):
+        for d, share in zip(estimates, shares, strict=True):
             plain = plain + share / _nonzero(total) * (d - u)
         if inside is False:
             return plain
@@ -155,6 +156,7 @@ def _weight(part: Part, x: Tensor, condition: Keywords) -> Any:
 def _void(part: Part, condition: Keywords) -> bool:
     """Whether a part is known to have no share of a weighted mean."""
     weight = Held(part, "weight").of(condition)
+    _check_weight(weight)
     return not isinstance(weight, Tensor) and weight <= 0
 
 
