@@ -126,7 +126,7 @@ svg {{ display: block; }}
 </head>
 <body>
 <h1>Samplers compared</h1>
-<table class="facts">{facts}</table>
+<table>{facts}</table>
 <h2>Distance to {sheet.reference_steps} steps</h2>
 <p>Root mean square difference in data units, over {len(sheet.seeds)} samples, against calls of the
 model. Deterministic methods are compared with heun, stochastic ones with themselves on the same
