@@ -58,16 +58,15 @@ class Compare:
         self._check()
         import torch
 
-        from k_diffusion.evaluation.sheet import REFERENCE, compare_samplers
+        from k_diffusion.evaluation.sheet import REFERENCE, compare_samplers, find_comparable
         from k_diffusion.models.registry import known_classes
-        from k_diffusion.sampling import find_solver
         from k_diffusion.training.restore import load_denoiser
         from k_diffusion.utils.scheduler import make_scheduler
 
         load_plugins(self.plugin)
         with as_usage():
             for name in self.samplers:
-                find_solver(name)
+                find_comparable(name)
             for name in self.schedules:
                 make_scheduler(name)
         device = pick_device(self.device)
@@ -147,7 +146,7 @@ class Compare:
         figures = {**said, "reference steps": sheet.reference_steps, "cells": [
             {"sampler": c.sampler, "scheduler": c.scheduler, "steps": c.steps, "calls": c.calls,
              "distance": c.distance} for c in sheet.cells
-        ]}  # fmt: skip
+        ], "on no Brownian path": list(sheet.off_path)}  # fmt: skip
         write_whole(
             self.out / "sheet.json", lambda p: _text(p, json.dumps(figures, indent=1) + "\n")
         )
