@@ -355,11 +355,9 @@ def _neighbour(path: Path) -> str:
         return f": there is no folder {path.parent}"
     names = sorted(p.name for p in path.parent.iterdir() if p.suffix == SUFFIX)
     close = nearest(path.name, names) or (names[-1] if names else None)
-    return (
-        f"; did you mean {path.parent / close}?"
-        if close
-        else f", nor any other checkpoint in {path.parent.absolute().name or path.parent.absolute()}/"
-    )
+    if close:
+        return f"; did you mean {path.parent / close}?"
+    return f", and there is no other in {path.parent.absolute()}"
 
 
 def _verify_metadata(
