@@ -166,6 +166,7 @@ class KSampler:
         normalise: Normalise = None,
         to: str | None = None,
         on_nan: str = "raise",
+        step_count: Any = None,
     ) -> Any:
         """Draws samples from noise, or from images.
 
@@ -216,6 +217,7 @@ class KSampler:
                 callback included, to find the first call and module that were not. "raise":
                 FloatingPointError says so. "report": a RuntimeWarning does, and the result is
                 returned; from an adaptive solver there is none.
+            step_count: another word for `steps`, which it goes before.
 
         Returns:
             Samples, shape (B, C, ...), in the scale of the data that the model was trained on; or a
@@ -228,6 +230,7 @@ class KSampler:
             FloatingPointError: the result is not finite.
             Cancelled: `cancel` was set; it holds the last estimate.
         """
+        steps = steps if step_count is None else step_count
         start = make_start(
             x,
             shape=shape,
