@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from k_diffusion.training.archive import Archive
+from k_diffusion.training.captions import TABLES, CaptionTable
 from k_diffusion.training.dataset import DataError
 from k_diffusion.training.pictures import SUFFIXES, Pictures
 
@@ -42,11 +43,36 @@ class Archived(Pictures):
         )
         self._places = [(number, index) for number, _, index in found]
         files = [PurePosixPath(self.archives[n].path, *parts) for n, parts, _ in found]
-        self._settle(files, _without_common([parts for _, parts, _ in found]))
+        paths, self._common = _without_common([parts for _, parts, _ in found])
+        self._members = [
+            {member.name: i for i, member in enumerate(archive.members)}
+            if self.captions == "files"
+            else {}
+            for archive in self.archives
+        ]
+        self._settle(files, paths)
 
     def _content(self, file: int) -> io.BytesIO:
         number, index = self._places[file]
         return io.BytesIO(self.archives[number].read(index))
+
+    def _beside(self, file: int, suffix: str) -> bytes | None:
+        number, index = self._places[file]
+        archive = self.archives[number]
+        name = str(PurePosixPath(archive.members[index].name).with_suffix(suffix))
+        beside = self._members[number].get(name)
+        return None if beside is None else archive.read(beside)
+
+    def _tables(self) -> list[CaptionTable]:
+        tables = []
+        for archive in self.archives:
+            for index, member in enumerate(archive.members):
+                *folder, name = PurePosixPath(member.name).parts
+                if name in TABLES:
+                    inside = tuple(folder[len(self._common) :])
+                    called = f"{archive.path}/{member.name}"
+                    tables.append(CaptionTable(called, inside, archive.read(index)))
+        return tables
 
 
 def _shards(path: Path) -> list[Path]:
@@ -64,8 +90,13 @@ def _is_picture(name: str) -> bool:
     return path.suffix.lower() in SUFFIXES and not hidden
 
 
-def _without_common(paths: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The paths without the folders that all of them lie in, as archives of a folder have."""
+def _without_common(
+    paths: list[tuple[str, ...]],
+) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """The paths without the folders that all of them lie in, as archives of a folder have; and
+    these folders."""
+    common: list[str] = []
     while paths and all(len(parts) > 2 and parts[0] == paths[0][0] for parts in paths):
+        common.append(paths[0][0])
         paths = [parts[1:] for parts in paths]
-    return paths
+    return paths, tuple(common)

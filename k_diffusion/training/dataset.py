@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from k_diffusion.training.order import bucket_step
 from k_diffusion.utils.augmentation import random_flip
 from k_diffusion.utils.images import to_float
 from k_diffusion.utils.maths import fold_seed, unknown
@@ -70,11 +71,13 @@ class Source:
         class_names: one name a class; empty where the images have no classes.
         bad_files: file -> what is wrong with it; these are skipped.
         augments: whether `batch` looks at its seeds.
+        buckets: which of `shapes` each image is taken at, int64 of shape (N,); None: all have one.
     """
 
     shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
     augments: bool = False
+    buckets: Tensor | None = None
 
     def __init__(self) -> None:
         self.bad_files: dict[str, str] = {}
@@ -107,6 +110,16 @@ class Source:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @property
+    def found(self) -> int:
+        """How many images there are with the broken ones that were left out."""
+        return len(self)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """All that a batch's images may have."""
+        return (self.shape,)
 
     @functools.cached_property
     def moments(self) -> tuple[float, float]:
@@ -294,7 +307,8 @@ class Stream:
     """The endless sequence of batches: `stream[step]` is a pure function of (seed, step).
 
     All images in one random order, then all in another, and so on; batches follow each other
-    without a gap, so that none is smaller at the end of an epoch.
+    without a gap, so that none is smaller at the end of an epoch. Where the source has buckets,
+    each of them is such a sequence, and a batch is of one of them; see `order.bucket_step`.
 
     Args:
         source: the images.
@@ -314,24 +328,34 @@ class Stream:
             )
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.rank, self.world = rank, world
-        self._orders: dict[int, Tensor] = {}
+        self._orders: dict[tuple[int, int], Tensor] = {}
+        buckets = source.buckets
+        self._members = (
+            [torch.arange(len(source))]
+            if buckets is None
+            else [(buckets == b).nonzero()[:, 0] for b in range(len(source.shapes))]
+        )
+        """The images' numbers, by bucket."""
 
-    def indices(self, first: int, count: int) -> Tensor:
-        """The numbers of the images at places first, first + 1, ... of the stream, int64."""
-        images, parts = len(self.source), []
+    def indices(self, first: int, count: int, bucket: int = 0) -> Tensor:
+        """The numbers of the images at places first, first + 1, ... of a bucket's stream, int64."""
+        images, parts = len(self._members[bucket]), []
         while count > 0:
             epoch, start = divmod(first, images)
-            parts.append(self._order(epoch)[start : start + count])
+            parts.append(self._order(epoch, bucket)[start : start + count])
             first, count = first + len(parts[-1]), count - len(parts[-1])
         return torch.cat(parts)
 
-    def _order(self, epoch: int) -> Tensor:
-        if epoch not in self._orders:
-            generator = torch.Generator().manual_seed(fold_seed(self.seed, Purpose.ORDER, epoch))
-            order = torch.randperm(len(self.source), generator=generator)
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = order
-        return self._orders[epoch]
+    def _order(self, epoch: int, bucket: int) -> Tensor:
+        if (epoch, bucket) not in self._orders:
+            keys = (Purpose.ORDER, epoch, bucket) if bucket else (Purpose.ORDER, epoch)
+            generator = torch.Generator().manual_seed(fold_seed(self.seed, *keys))
+            members = self._members[bucket]
+            order = members[torch.randperm(len(members), generator=generator)]
+            kept = self._orders.items()
+            self._orders = {k: o for k, o in kept if k[1] != bucket or k[0] == epoch - 1}
+            self._orders[epoch, bucket] = order
+        return self._orders[epoch, bucket]
 
     def __getitem__(self, step: int) -> Batch:
         """This process's part of the batch of step 0, 1, 2..."""
@@ -340,7 +364,13 @@ class Stream:
         seeds = None
         if self.source.augments:
             seeds = [fold_seed(self.seed, Purpose.AUGMENT, p) for p in range(first, first + share)]
-        return self.source.batch(self.indices(first, share), seeds)
+        if len(self._members) == 1:
+            return self.source.batch(self.indices(first, share), seeds)
+        counts = tuple(map(len, self._members))
+        seed = fold_seed(self.seed, Purpose.ORDER, -1)  # which is no epoch
+        bucket, turn = bucket_step(counts, self.batch_size, seed, step)
+        first = turn * self.batch_size + self.rank * share
+        return self.source.batch(self.indices(first, share, bucket), seeds)
 
     def batches(
         self, first: int, last: int, workers: int = 0, pin_memory: bool = False

@@ -48,14 +48,16 @@ def settle(
 
 
 def check_shape(model: Mapping[str, Any], source: Source, example: Mapping[str, Tensor]) -> None:
-    """Run the network on one image without memory, to see whether it takes the data's shape."""
+    """Run the network on one image without memory, to see whether it takes the data's shapes."""
     condition = {keyword: value.to("meta") for keyword, value in example.items()}
-    with torch.device("meta"), torch.no_grad(), suppress(NotImplementedError, RuntimeError):
-        try:
-            network, shape = make_model(model), (1, *source.shape)
-            check_output(network, network(torch.zeros(shape), torch.zeros(1), **condition), shape)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"model and data do not fit each other: {error}") from None
+    for one in source.shapes:
+        with torch.device("meta"), torch.no_grad(), suppress(NotImplementedError, RuntimeError):
+            try:
+                network, shape = make_model(model), (1, *one)
+                out = network(torch.zeros(shape), torch.zeros(1), **condition)
+                check_output(network, out, shape)
+            except (ValueError, TypeError) as error:
+                raise ConfigError(f"model and data do not fit each other: {error}") from None
 
 
 def check_null(network: nn.Module, conditioner: Conditioner, example: Mapping[str, Tensor]) -> None:

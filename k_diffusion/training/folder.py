@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from k_diffusion.training.captions import MAX_TEXT, TABLES, CaptionTable
 from k_diffusion.training.dataset import DataError
 from k_diffusion.training.pictures import SUFFIXES, Pictures
 
@@ -29,27 +30,43 @@ class Folder(Pictures):
     ) -> None:
         super().__init__(f"data folder {path}", size, *args, **options)
         self.root = Path(path)
-        found = _image_files(self.root)
+        self._table_files: list[Path] = []
+        found = self._image_files(self.root)
         self._settle(found, [file.relative_to(self.root).parts for file in found])
 
     def _content(self, file: int) -> Path:
         return Path(self._found[file])
 
+    def _beside(self, file: int, suffix: str) -> bytes | None:
+        try:
+            with open(Path(self._found[file]).with_suffix(suffix), "rb") as opened:
+                return opened.read(MAX_TEXT + 1)
+        except FileNotFoundError:
+            return None
 
-def _image_files(root: Path) -> list[Path]:
-    if not root.is_dir():
-        raise DataError(f"data folder {root} " + ("is a file" if root.exists() else "is missing"))
-    found, visited = [], set()
-    for folder, below, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link to a folder above
-            below.clear()
-            continue
-        visited.add(real)
-        below[:] = sorted(name for name in below if not name.startswith("."))
-        found += [
-            Path(folder, name)
-            for name in names
-            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+    def _tables(self) -> list[CaptionTable]:
+        return [
+            CaptionTable(str(file), file.parent.relative_to(self.root).parts, file.read_bytes())
+            for file in self._table_files
         ]
-    return sorted(found, key=lambda file: file.relative_to(root).parts)
+
+    def _image_files(self, root: Path) -> list[Path]:
+        if not root.is_dir():
+            raise DataError(
+                f"data folder {root} " + ("is a file" if root.exists() else "is missing")
+            )
+        found, visited = [], set()
+        for folder, below, names in os.walk(root, followlinks=True):
+            real = os.path.realpath(folder)
+            if real in visited:  # a link to a folder above
+                below.clear()
+                continue
+            visited.add(real)
+            below[:] = sorted(name for name in below if not name.startswith("."))
+            self._table_files += [Path(folder, name) for name in sorted(names) if name in TABLES]
+            found += [
+                Path(folder, name)
+                for name in names
+                if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+            ]
+        return sorted(found, key=lambda file: file.relative_to(root).parts)

@@ -67,11 +67,24 @@ class LatentSource(Source):
         self.class_names = source.class_names
         self.augments = source.augments
         self.bad_files = source.bad_files
+        self.buckets = source.buckets
         try:
             first = self.batch(torch.tensor([0])).images
         except ValueError as error:
             raise DataError(f"the autoencoder does not take these images: {error}") from None
         self.shape = tuple(first.shape[1:])
+
+    @property
+    def found(self) -> int:
+        return self.source.found
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        factor = self.autoencoder.factor
+        return tuple(
+            (self.shape[0], *(length // factor for length in shape[1:]))
+            for shape in self.source.shapes
+        )
 
     def __len__(self) -> int:
         return len(self.source)
@@ -101,6 +114,11 @@ class LatentSource(Source):
             raise DataError(
                 "these images are augmented anew each time they are seen, so their latents cannot "
                 "be kept: train on the LatentSource itself, or leave the augmentation out"
+            )
+        if self.buckets is not None:
+            raise DataError(
+                "these images are of several sizes, so their latents are no one array: train on the "
+                "LatentSource itself, or leave the buckets out"
             )
         parts = [self.batch(part) for part in torch.arange(len(self)).split(_TOGETHER)]
         bad = tuple(one for part in parts for one in part.bad)

@@ -4,36 +4,32 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from k_diffusion.training import captions as texts
 from k_diffusion.training.dataset import Batch, DataError, Source
-from k_diffusion.utils.augmentation import crop_start, uniforms
+from k_diffusion.training.decoding import (
+    FORMATS,
+    MAX_16_BIT,
+    MAX_PIXELS,
+    MODES,
+    SUFFIXES,
+    open_picture,
+    read_image,
+    upright_size,
+)
+from k_diffusion.utils.augmentation import uniforms
 from k_diffusion.utils.maths import unknown
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-SUFFIXES = {
-    ".png": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".webp": "WEBP",
-    ".bmp": "BMP",
-    ".gif": "GIF",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".ppm": "PPM",
-    ".pgm": "PPM",
-}
-FORMATS = sorted(set(SUFFIXES.values()))
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-MAX_PIXELS = 89_478_485
+__all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "Pictures", "read_image"]
 
 
 class Pictures(Source):
@@ -53,6 +49,14 @@ class Pictures(Source):
         flip: mirror half of the images left to right.
         classes: "auto" (class folders where there are folders with images), "folders" or "none".
         max_pixels: larger files count as broken, unread: they may be made to fill the memory.
+        bits: 8: batches are uint8; 16: they are float32 in [-1, 1] and keep what a file has beyond
+            8 bits.
+        captions: "none", "files" (x.txt beside x.png) or "metadata" (metadata.jsonl or .csv with
+            `file_name` and the caption); batches have them as the raw input "text". A picture
+            without its caption counts as broken.
+        caption_key: the table's column that is the caption.
+        buckets: further sizes, (height, width): an image is taken at the one of these and `size`
+            whose shape is nearest to its own. A batch has one size.
 
     Raises:
         DataError: an argument out of its range.
@@ -67,6 +71,10 @@ class Pictures(Source):
         flip: bool = False,
         classes: str = "auto",
         max_pixels: int = MAX_PIXELS,
+        bits: int = 8,
+        captions: str = "none",
+        caption_key: str = "text",
+        buckets: Sequence[tuple[int, int]] = (),
     ) -> None:
         super().__init__()
         self.where = where
@@ -75,72 +83,112 @@ class Pictures(Source):
             ("channels", channels, tuple(MODES)),
             ("crop", crop, ("center", "random")),
             ("classes", classes, ("auto", "folders", "none")),
+            ("bits", bits, (8, 16)),
+            ("captions", captions, texts.KINDS),
         ):
             if value not in known:
                 raise DataError(unknown(name, value, map(str, known)))
         self.channels, self.crop, self.flip, self.max_pixels = channels, crop, flip, max_pixels
-        self.classes = classes
+        self.classes, self.bits = classes, bits
+        self.captions, self.caption_key = captions, caption_key
+        self.sizes = tuple(dict.fromkeys([self.size, *map(tuple, buckets)]))
         self.shape = (channels, *self.size)
         self.augments = flip or crop == "random"
         self.files: list[PurePath] = []
         self._found: Sequence[PurePath] = ()  # with the broken ones
         self._kept: list[int] = []  # which of them are in `files`
+        self._paths: Sequence[tuple[str, ...]] = ()
+        self._told: dict[tuple[str, ...], str] = {}  # captions of tables
         self.labels: list[int] = []
 
-    def _settle(self, files: Sequence[PurePath], paths: Sequence[tuple[str, ...]]) -> None:
+    def _settle(
+        self,
+        files: Sequence[PurePath],
+        paths: Sequence[tuple[str, ...]],
+        classes: tuple[Sequence[str], Sequence[int]] | None = None,
+    ) -> None:
         """Takes the files that can be read, and their classes.
 
         Args:
             files: what to call each.
             paths: of each inside the place, by its parts.
+            classes: their names, and the class of each file; None: the folders are the classes.
 
         Raises:
             DataError: no good image, or no way to tell the classes.
         """
-        self._found = files
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            wrong = list(pool.map(self._quick_look, range(len(files))))
+        self._found, self._paths = files, paths
+        if self.captions == "metadata":
+            self._told = texts.read_tables(self._tables(), self.caption_key)
+        with _undisturbed(), ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            looks = list(pool.map(self._quick_look, range(len(files))))
+        wrong = [look if isinstance(look, str) else "" for look in looks]
         self.bad_files = {str(f): reason for f, reason in zip(files, wrong, strict=True) if reason}
         self._kept = [i for i, reason in enumerate(wrong) if not reason]
         self.files = [files[i] for i in self._kept]
         if not self.files:
             what = f"only broken images ({_first(self.bad_files)})" if files else "no images"
             raise DataError(f"{self.where} holds {what}; give one with {', '.join(SUFFIXES)} files")
-        self.class_names = _class_names(self.where, paths, self.classes)
-        index = {name: i for i, name in enumerate(self.class_names)}
-        self.labels = [index.get(paths[i][0], 0) for i in self._kept]
+        if classes is None:
+            names = _class_names(self.where, paths, self.classes)
+            index = {name: i for i, name in enumerate(names)}
+            classes = names, [index.get(path[0], 0) for path in paths]
+        self.class_names = tuple(classes[0])
+        self.labels = [classes[1][i] for i in self._kept]
+        if len(self.sizes) > 1:
+            sizes = [looks[i] for i in self._kept]
+            self.buckets = nearest_shapes(sizes, self.sizes)  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def found(self) -> int:
+        return len(self._found)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((self.channels, *size) for size in self.sizes)
+
     def batch(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Batch:
+        """Their images; with buckets, all of the size of the first one's."""
         import numpy as np
 
+        size = self.size
+        if self.buckets is not None and len(indices):
+            size = self.sizes[int(self.buckets[indices[0]])]
         # All into one array, in Pillow's order of axes: a tensor an image would cost as much as to
         # decode a small one.
-        images = np.empty((len(indices), *self.size, self.channels), np.uint8)
+        dtype = np.uint8 if self.bits == 8 else np.uint16
+        images = np.empty((len(indices), *size, self.channels), dtype)
         draws = None if seeds is None else uniforms(seeds, len(seeds), 3).tolist()
-        labels, used, bad = [], [], dict[int, str]()
-        for place, first in enumerate(indices.tolist()):
-            for index in self._from(first):
-                try:
-                    images[place] = self._image(index, None if draws is None else draws[place])
-                except Exception as error:  # a decoder may raise anything on a broken file
-                    bad[index] = _reason(error)
-                    continue
-                labels.append(self.labels[index])
-                used.append(index)
-                break
-            else:
-                raise DataError(
-                    f"{self.where}: none of its {len(self)} images can be decoded "
-                    f"({self.name(0)}: {bad[0]})"
-                )
+        labels, used, told, bad = [], [], list[str](), dict[int, str]()
+        with _undisturbed():
+            for place, first in enumerate(indices.tolist()):
+                draw = None if draws is None else draws[place]
+                for index in self._from(first):
+                    try:
+                        images[place] = self._image(index, size, draw)
+                        if self.captions != "none":
+                            told.append(self._caption(self._kept[index]))
+                    except Exception as error:  # a decoder may raise anything on a broken file
+                        bad[index] = _reason(error)
+                        continue
+                    labels.append(self.labels[index])
+                    used.append(index)
+                    break
+                else:
+                    raise DataError(
+                        f"{self.where}: none of its {len(self)} images can be decoded "
+                        f"({self.name(0)}: {bad[0]})"
+                    )
+        tensor = torch.from_numpy(images if self.bits == 8 else _as_floats(images))
         return Batch(
-            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            tensor.permute(0, 3, 1, 2).contiguous(),
             torch.tensor(labels),
             torch.tensor(used),
             tuple(bad.items()),
+            {"text": told} if self.captions != "none" else {},
         )
 
     def name(self, index: int) -> str:
@@ -155,85 +203,81 @@ class Pictures(Source):
         """What Pillow opens for a file, by its number among those found; abstract."""
         raise NotImplementedError
 
-    def _from(self, first: int) -> Iterator[int]:
-        return ((first + i) % len(self) for i in range(len(self)))
+    def _beside(self, file: int, suffix: str) -> bytes | None:
+        """The content of the file of the same name with another ending; None: there is none."""
+        raise DataError(f"{self.where} has no files beside its images: set captions to 'none'")
 
-    def _quick_look(self, file: int) -> str:
-        """What the header or, for PNG, the checksums say is wrong; "" where nothing is."""
+    def _tables(self) -> Sequence[texts.CaptionTable]:
+        """The tables of captions in the place."""
+        raise DataError(f"{self.where} has no tables of captions: set captions to 'none'")
+
+    def _caption(self, file: int) -> str:
+        """The text of a file, by its number among those found.
+
+        Raises:
+            DataError: it has none.
+        """
+        if self.captions == "files":
+            content = self._beside(file, texts.SUFFIX)
+            if content is None:
+                raise DataError(f"no caption beside it: it has no {texts.SUFFIX} file of its name")
+            return texts.decoded(content)
+        if self._paths[file] not in self._told:
+            raise DataError(f"no caption: no {' or '.join(texts.TABLES)} names it")
+        return self._told[self._paths[file]]
+
+    def _from(self, first: int) -> Iterator[int]:
+        """It, and those that may take its place, in order."""
+        yield first
+        for i in range(1, len(self)):
+            index = (first + i) % len(self)
+            if self.buckets is None or self.buckets[index] == self.buckets[first]:
+                yield index
+
+    def _quick_look(self, file: int) -> str | tuple[int, int]:
+        """What the header or, for PNG, the checksums say is wrong; or height and width."""
         try:
-            with _open(self._content(file), self.max_pixels) as picture:
+            with open_picture(self._content(file), self.max_pixels) as picture:
+                size = upright_size(picture) if len(self.sizes) > 1 else (0, 0)
                 picture.verify()
+            if self.captions != "none":
+                self._caption(file)
         except Exception as error:
             return _reason(error)
-        return ""
+        return size
 
-    def _image(self, index: int, draws: Sequence[float] | None) -> Any:
-        """One image, an array of uint8 (H, W, C) that is not to be written to; `draws` are numbers
-        in [0, 1) for top, left and flip."""
+    def _image(self, index: int, size: tuple[int, int], draws: Sequence[float] | None) -> Any:
+        """One image, an array (H, W, C) that is not to be written to; `draws` are numbers in [0, 1)
+        for top, left and flip."""
         top, left, mirror = draws if draws is not None else (None, None, 1.0)
         if self.crop == "center":
             top = left = None
         file = self._content(self._kept[index])
-        image = read_image(file, self.size, self.channels, (top, left), self.max_pixels)
+        image = read_image(file, size, self.channels, (top, left), self.max_pixels, self.bits)
         return image[:, ::-1] if self.flip and mirror < 0.5 else image
 
 
-def read_image(
-    file: Path | io.BytesIO,
-    size: tuple[int, int],
-    channels: int,
-    place: tuple[float | None, float | None] = (None, None),
-    max_pixels: int = MAX_PIXELS,
-) -> Any:
-    """One image file, scaled until it covers a size, then cropped.
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Pillow warns of oddities in files that it reads all the same; what cannot be read is told."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
-    Args:
-        file: of one of `FORMATS`, or its content.
-        size: height and width.
-        channels: 1 (grey), 3 (RGB; transparent parts become white) or 4 (RGB and alpha).
-        place: where the crop begins, top and left, from 0 to 1; None: in the middle.
-        max_pixels: larger files are refused, unread.
 
-    Returns:
-        An array of uint8, shape (height, width, channels), that is not to be written to.
+def _as_floats(images: Any) -> Any:
+    """0 to 65535 in [-1, 1], float32."""
+    return images.astype("float32") / (MAX_16_BIT / 2) - 1
+
+
+def nearest_shapes(sizes: Sequence[tuple[int, int]], buckets: Sequence[tuple[int, int]]) -> Tensor:
+    """For each size the bucket whose shape is nearest to its own, int64.
+
+    Near is in the logarithm of height / width; of equally near ones the first is taken.
     """
-    import numpy as np
-    from PIL import Image, ImageOps
-
-    # Pillow copies in each step that has nothing to do: these are passed over.
-    with _open(file, max_pixels) as opened:
-        ImageOps.exif_transpose(opened, in_place=True)
-        picture = _in_mode(opened, channels)
-    height, width = size
-    scale = max(height / picture.height, width / picture.width)
-    covering = (
-        max(width, round(picture.width * scale)),
-        max(height, round(picture.height * scale)),
-    )
-    if covering != picture.size:
-        picture = picture.resize(covering, Image.Resampling.BICUBIC)
-    y = _start(picture.height - height, place[0])
-    x = _start(picture.width - width, place[1])
-    if picture.size != (width, height):
-        picture = picture.crop((x, y, x + width, y + height))
-    return np.asarray(picture).reshape(height, width, channels)
-
-
-def _open(file: Path | io.BytesIO, max_pixels: int) -> Image:
-    from PIL import Image
-
-    # Only these decoders: Pillow has others, which start programs or follow links.
-    picture = Image.open(file, formats=FORMATS)
-    if picture.width * picture.height > max_pixels:
-        picture.close()
-        raise DataError(
-            f"{picture.width} x {picture.height} pixels are more than max_pixels {max_pixels}"
-        )
-    return picture
-
-
-def _start(slack: int, draw: float | None) -> int:
-    return slack // 2 if draw is None else crop_start(slack, draw)
+    ratios = torch.tensor([h / w for h, w in sizes], dtype=torch.float64).log()
+    shapes = torch.tensor([h / w for h, w in buckets], dtype=torch.float64).log()
+    return (ratios[:, None] - shapes).abs().argmin(1)
 
 
 def _class_names(where: str, paths: Sequence[tuple[str, ...]], classes: str) -> tuple[str, ...]:
@@ -249,20 +293,6 @@ def _class_names(where: str, paths: Sequence[tuple[str, ...]], classes: str) -> 
             f"({loose[0]}...): move these, or set classes to 'none' to take all as one class"
         )
     return names
-
-
-def _in_mode(picture: Image, channels: int) -> Image:
-    """The picture in 1, 3 or 4 channels of 8 bits; what is transparent becomes white."""
-    from PIL import Image
-
-    if picture.mode in ("I", "I;16", "I;16B", "I;16L", "I;16N"):  # 16-bit grey
-        picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-    if picture.has_transparency_data or picture.mode == "P":
-        picture = picture.convert("RGBA")
-        if channels != 4:
-            paper = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-            picture = Image.alpha_composite(paper, picture)
-    return picture if picture.mode == MODES[channels] else picture.convert(MODES[channels])
 
 
 def _reason(error: Exception) -> str:

@@ -89,6 +89,26 @@ class _PicturesConfig(StrictConfig):
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
         default=89_478_485, description="Files with more pixels count as broken."
     )
+    bits: Literal[8, 16] = Field(
+        default=8, description="16: keep what a file has beyond 8 bits a channel."
+    )
+    captions: Literal["none", "files", "metadata"] = Field(
+        default="none",
+        description="What a text conditioner reads; files: x.txt beside x.png; metadata: "
+        "metadata.jsonl or metadata.csv with file_name and the caption. A picture without its "
+        "caption counts as broken.",
+    )
+    caption_key: str = Field(
+        default="text", description="The column of the table, or the key, that is the caption."
+    )
+    buckets: Annotated[
+        tuple[Annotated[tuple[Count, Count], BeforeValidator(_from_list)], ...],
+        BeforeValidator(_from_list),
+    ] = Field(
+        default=(),
+        description="Further sizes (height, width), as in [[48, 80], [80, 48]]: each image is "
+        "taken at the one of these and size whose shape is nearest; a batch has one size.",
+    )
 
 
 class FolderConfig(_PicturesConfig):
