@@ -135,7 +135,7 @@ def _in_mode(picture: Image, channels: int) -> Image:
     if picture.mode in _DEEP:  # which Pillow would clip at 255
         values = _deep_grey(picture)
         picture = Image.fromarray(((values * 255 + 32767) // MAX_16_BIT).astype(np.uint8))
-    _refuse_float(picture)
+    _refuse_unknown(picture)
     if picture.has_transparency_data or picture.mode == "P":
         picture = picture.convert("RGBA")
         if channels != 4:
@@ -155,12 +155,17 @@ def _deep_grey(picture: Image) -> Any:
     return values
 
 
-def _refuse_float(picture: Image) -> None:
+_COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "CMYK", "YCbCr")
+
+
+def _refuse_unknown(picture: Image) -> None:
     if picture.mode == "F":
         raise DataError(
             "its pixels are floating-point numbers, of which no black and white are known: give 8 "
             "or 16 bits, or an array"
         )
+    if picture.mode not in _COLOURS:
+        raise DataError(f"its colours are in {picture.mode}: give grey, RGB or CMYK")
 
 
 # ---------------------------------------------------------------- 16 bits
@@ -218,8 +223,9 @@ def _deep(file: Path | io.BytesIO, max_pixels: int) -> tuple[Any, int]:
             return both, picture.getexif().get(_ORIENTATION, 1)
         picture.load()
         orientation = picture.getexif().get(_ORIENTATION, 1)
+        transparent = picture.info.get("transparency")
         if picture.mode in _DEEP:
-            return _deep_grey(picture)[..., None], orientation
+            return _keyed(_deep_grey(picture)[..., None], transparent), orientation
         other = _LOW.get(stored)
         if other is None:
             values = np.asarray(_shallow(picture)).astype(np.uint16) * 257
@@ -232,7 +238,17 @@ def _deep(file: Path | io.BytesIO, max_pixels: int) -> tuple[Any, int]:
     with open_picture(file, max_pixels) as picture:
         _set_rawmode(picture, other)
         picture.load()
-        return _together(high, np.asarray(picture)), orientation
+        return _keyed(_together(high, np.asarray(picture)), transparent), orientation
+
+
+def _keyed(values: Any, transparent: Any) -> Any:
+    """With an alpha channel, where one colour stands for what is transparent."""
+    import numpy as np
+
+    if transparent is None or values.shape[2] not in (1, 3):
+        return values
+    seen = (values != np.array(transparent)).any(-1, keepdims=True)
+    return np.concatenate([values, seen.astype(values.dtype) * MAX_16_BIT], -1)
 
 
 _NATIVE = {"little": "16B", "big": "16L"}[sys.byteorder]
@@ -256,7 +272,7 @@ def _bytes_of(picture: Image) -> list[Any]:
 
 def _shallow(picture: Image) -> Image:
     """Of 8 bits, in one of the modes with 1, 3 or 4 channels."""
-    _refuse_float(picture)
+    _refuse_unknown(picture)
     if picture.has_transparency_data or picture.mode == "P":
         return picture.convert("RGBA")
     if picture.mode in MODES.values():
