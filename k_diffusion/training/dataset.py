@@ -285,8 +285,15 @@ def _archive(**options: Any) -> Source:
     return Archived(**options)
 
 
+def _arrays(**options: Any) -> Source:
+    from k_diffusion.training.arrays import Arrays
+
+    return Arrays(**options)
+
+
 SOURCES: dict[str, Callable[..., Source]] = {
     "archive": _archive,
+    "arrays": _arrays,
     "digits": Digits,
     "folder": _folder,
 }

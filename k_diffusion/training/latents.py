@@ -117,8 +117,8 @@ class LatentSource(Source):
             )
         if self.buckets is not None:
             raise DataError(
-                "these images are of several sizes, so their latents are no one array: train on the "
-                "LatentSource itself, or leave the buckets out"
+                "these images are of several sizes, so their latents are no one array: train on "
+                "the LatentSource itself, or leave the buckets out"
             )
         parts = [self.batch(part) for part in torch.arange(len(self)).split(_TOGETHER)]
         bad = tuple(one for part in parts for one in part.bad)

@@ -10,7 +10,7 @@ from torch import Tensor
 from k_diffusion.utils.maths import fold_seed
 
 _FINE = 64
-"""Steps of a cycle for each bucket, at least: so near the shares of steps are to those of images."""
+"""Steps of a cycle for each bucket, at least: the more, the nearer to the shares of images."""
 
 
 def bucket_step(counts: tuple[int, ...], batch_size: int, seed: int, step: int) -> tuple[int, int]:

@@ -123,7 +123,40 @@ class ArchiveConfig(_PicturesConfig):
     source: Literal["archive"] = Field(default="archive", description="Which kind of data this is.")
 
 
-DataConfig = Annotated[DigitsConfig | FolderConfig | ArchiveConfig, Field(discriminator="source")]
+class ArraysConfig(StrictConfig):
+    """Images, sounds or videos in a .npy or .npz file, read where they lie on disk."""
+
+    source: Literal["arrays"] = Field(default="arrays", description="Which kind of data this is.")
+    path: str = Field(description="The .npy or .npz file.")
+    holds: Literal["images", "sounds", "videos"] = Field(
+        default="images",
+        description="images: (N, H, W, C), (N, C, H, W) or (N, H, W); sounds: (N, L, C), (N, C, L) "
+        "or (N, L); videos: (N, D, H, W, C), (N, C, D, H, W) or (N, D, H, W).",
+    )
+    layout: Literal["auto", "channels_first", "channels_last"] = Field(
+        default="auto",
+        description="auto: the channels' axis is the one of these two that has at most 4 entries.",
+    )
+    key: str = Field(default="images", description="Which array of a .npz with several.")
+    label_key: str = Field(
+        default="auto",
+        description="Which array of a .npz is the classes, as numbers or one-hot rows; auto: "
+        'labels, where there is one; "": none.',
+    )
+    class_names: Annotated[tuple[str, ...], BeforeValidator(_from_list)] = Field(
+        default=(), description="One name a class; left out: their numbers."
+    )
+    value_range: Annotated[tuple[float, float], BeforeValidator(_from_list)] | None = Field(
+        default=None,
+        description="The values of black and white, such as [0, 1]; none: whole numbers use all of "
+        "their type's range, floats are in [-1, 1] or of no such range.",
+    )
+    flip: bool = Field(default=False, description="Mirror half of the samples left to right.")
+
+
+DataConfig = Annotated[
+    DigitsConfig | FolderConfig | ArchiveConfig | ArraysConfig, Field(discriminator="source")
+]
 
 
 def is_number(value: Any) -> bool:

@@ -54,13 +54,13 @@ def tables(kind: type[BaseModel]) -> list[type[BaseModel]]:
 
 def test_every_key_of_every_table_is_said_with_its_description(sections: Any) -> None:
     """Found by the classes themselves, not by the walk that is tested."""
-    said = {entry.key: entry for section in sections.values() for entry in section.entries}
+    said = [(entry.key, entry) for section in sections.values() for entry in section.entries]
     fields = [(kind, n) for kind in tables(StrictConfig)[1:] for n in kind.model_fields]
     fields = [(k, n) for k, n in fields if k.__module__.startswith("k_diffusion.")]
     assert len(fields) > 40
     for kind, name in fields:
         field = kind.model_fields[name]
-        mine = [entry for key, entry in said.items() if key.rpartition(".")[2] == name]
+        mine = [entry for key, entry in said if key.rpartition(".")[2] == name]
         assert field.description, f"{kind.__name__}.{name}"
         assert [e for e in mine if e.description == field.description], f"{kind.__name__}.{name}"
 
