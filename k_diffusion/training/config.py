@@ -117,6 +117,11 @@ class TrainConfig(StrictConfig):
         default=20,
         description="Steps in a row that may be skipped as not finite before the run ends.",
     )
+    max_bad_share: Share = Field(
+        default=0.5,
+        description="The share of images that may turn out broken before the run ends; each is "
+        "skipped and named.",
+    )
     out: str = Field(default="runs/run", description="Folder for checkpoints and metrics.")
     checkpoint_every_images: Count | None = Field(
         default=None, description="Images between checkpoints; none: only at the end."

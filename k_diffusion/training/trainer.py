@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
 from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
 from k_diffusion.models.registry import known_classes
+from k_diffusion.training.broken import check_bad_share
 from k_diffusion.training.checkpoint import SUFFIX, Contents, make_contents, write_checkpoint
 from k_diffusion.training.compare import full_model
 from k_diffusion.training.conditioning import Conditioning
@@ -95,6 +96,7 @@ class Trainer:
         if source is None:
             source = self.processes.together(lambda: make_source(**options), DataError)
         self.source = source
+        check_bad_share(source, config.max_bad_share)
         self.config = config = settle(config, self.source, conditioner)
         if conditioner is None and config.conditioner is not None:
             torch.manual_seed(fold_seed(config.seed, Purpose.CONDITIONER))
@@ -224,6 +226,7 @@ class Trainer:
                 noise_scale=self.noise_scale.value if self.noise_scale else None,
                 micro_batch=self.micro_batch,
             )
+            check_bad_share(self.source, config.max_bad_share)
             if self.skipped_in_a_row >= config.max_skipped:
                 raise TrainingError(
                     f"{self.skipped_in_a_row} steps in a row were not finite, the last at "

@@ -85,7 +85,8 @@ def test_sections() -> None:
     )  # fmt: skip
     assert config.data.model_dump() == {
         "source": "folder", "path": "faces", "size": (8, 8), "channels": 3, "crop": "center",
-        "flip": False, "classes": "none", "max_pixels": 89_478_485,
+        "flip": False, "classes": "none", "max_pixels": 89_478_485, "bits": 8, "captions": "none",
+        "caption_key": "text", "buckets": (),
     }  # fmt: skip
     assert config.condition_dropout == 0.2
     assert (config.batch_size, config.grad_clip) == (64, None)
