@@ -18,6 +18,7 @@ from k_diffusion.utils import maths
 from .compare import Compare
 from .config import Config
 from .ema import MakeEma
+from .encode import Encode
 from .export import Export
 from .info import Info
 from .problems import Stopped, UsageError, one_line, process_number, unboxed
@@ -47,6 +48,7 @@ COMMANDS: dict[str, type[Any]] = {
     "schedule": Schedule,
     "export": Export,
     "ema": MakeEma,
+    "encode": Encode,
     "config": Config,
 }
 _STYLE = (tyro.conf.FlagCreatePairsOff,)

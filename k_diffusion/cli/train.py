@@ -24,8 +24,9 @@ class Train:
     """The run's config, TOML or JSON; examples/digits.toml is one. Established JSON configs do,
     too."""
     data: str = ""
-    """The image folder to train on, or `digits`, in place of the config's. A config of other data
-    needs `--set data.size=32` (in pixels) as well."""
+    """What to train on in place of the config's: a folder of images, a zip or tar of them,
+    WebDataset shards, an .npy or .npz file, a folder of latents, hf:OWNER/NAME, or `digits`. A
+    config of other data needs `--set data.size=32` (in pixels) for images as well."""
     out: str = ""
     """The folder for checkpoints and metrics, in place of the config's."""
     total_images: WholeOrNone = None

@@ -32,6 +32,7 @@ from k_diffusion.config.keys import (
 from k_diffusion.config.reading import load_config
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import make_config, override, read_file
+from k_diffusion.training.data_sections import guess_data, kept_keys
 from k_diffusion.training.sections import AUTO
 from k_diffusion.utils.maths import nearest, unknown
 
@@ -60,12 +61,12 @@ def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Tr
         except ValueError as error:
             raise ConfigError(f"config {path}: {error}") from None
         overrides = {key: v for key, v in overrides.items() if not _theirs(key)}
-    own = data.get("data")
-    if "data.path" in overrides and isinstance(own, Mapping):
-        source = "archive" if str(overrides["data.path"]).endswith((".zip", ".tar")) else "folder"
-        if own.get("source") not in ("archive", "folder"):
-            own = {}  # the file's own data has other keys: it gives way as a whole
-        data["data"] = {**own, "source": source}
+    if "data.path" in overrides:
+        found = guess_data(str(overrides["data.path"]))
+        overrides["data.path"] = found.get("path", "")
+        data["data"] = {**kept_keys(data.get("data"), found["source"]), "source": found["source"]}
+        if "path" not in found:
+            del overrides["data.path"]
     for key, value in overrides.items():
         override(data, key, value)
     return make_config(data, f"config {path}")

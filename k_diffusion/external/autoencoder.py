@@ -103,6 +103,10 @@ class PretrainedAutoencoder(Autoencoder):
     def encode_raw(self, x: Tensor) -> Tensor:
         return self.module.encode(x.to(self.module.dtype)).latent_dist.mean
 
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        known = self.module.encode(x.to(self.module.dtype)).latent_dist
+        return known.mean, known.logvar
+
     def decode_raw(self, z: Tensor) -> Tensor:
         return self.module.decode(z.to(self.module.dtype)).sample
 

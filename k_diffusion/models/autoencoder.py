@@ -52,6 +52,15 @@ class Autoencoder(nn.Module, ABC):
     def decode_raw(self, z: Tensor) -> Tensor:
         """Raw latents to data of shape (B, C, H, W)."""
 
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and log-variance of the raw latents of x, each of shape (B, C', ...); None: there is
+        no variance.
+
+        Args:
+            x: data in [-1, 1], shape (B, C, H, W).
+        """
+        return self.encode_raw(x), None
+
     def encode(self, x: Tensor) -> Tensor:
         """Latents of mean about 0 and variance about 1, shape (B, C', H / factor, W / factor).
 
@@ -214,7 +223,6 @@ class SmallAutoencoder(Autoencoder):
         )
 
     def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the raw latents of x, each of shape (B, C', ...)."""
         mean, log_variance = self.encoder(x).chunk(2, 1)
         return mean, log_variance.clamp(-20, 10)  # a variance that float32 can hold and invert
 

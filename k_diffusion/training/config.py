@@ -16,12 +16,12 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from k_diffusion.denoiser import DENOISERS
 from k_diffusion.models import CONDITIONERS, make_model
 from k_diffusion.models.registry import model_trait
+from k_diffusion.training.data_sections import DataConfig
 from k_diffusion.training.sections import (
     AUTO,
     Amount,
     Below1,
     Count,
-    DataConfig,
     EmaConfig,
     LossConfig,
     OptimizerConfig,

@@ -14,9 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from k_diffusion.training.config import ConfigError, TrainConfig
+from k_diffusion.training.data_sections import DataConfig
+from k_diffusion.training.sections import StrictConfig
 from k_diffusion.training.words import is_union, tables_in, tags, takes
 from k_diffusion.utils.maths import nearest, unknown
 
@@ -49,6 +51,22 @@ def make_config(data: Mapping[str, Any], name: str = "config") -> TrainConfig:
     """
     try:
         return TrainConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {_explain(error)}") from None
+
+
+class _DataAlone(StrictConfig):
+    data: DataConfig = Field(description="Where the images come from.")
+
+
+def make_data(options: Mapping[str, Any], name: str = "data") -> dict[str, Any]:
+    """What `make_source` takes, of the keys of a data section, with every mistake as one line.
+
+    Raises:
+        ConfigError: an unknown key, or a value that does not fit.
+    """
+    try:
+        return _DataAlone.model_validate({"data": dict(options)}).data.model_dump()
     except ValidationError as error:
         raise ConfigError(f"{name}: {_explain(error)}") from None
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import importlib
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -273,29 +274,25 @@ def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
     return held_out
 
 
-def _folder(**options: Any) -> Source:
-    from k_diffusion.training.folder import Folder
+def _lazily(module: str, name: str) -> Callable[..., Source]:
+    """What makes a source whose module is imported when it is asked for."""
 
-    return Folder(**options)
+    def make(**options: Any) -> Source:
+        found = importlib.import_module(f"k_diffusion.training.{module}")
+        made: Source = getattr(found, name)(**options)
+        return made
 
-
-def _archive(**options: Any) -> Source:
-    from k_diffusion.training.archived import Archived
-
-    return Archived(**options)
-
-
-def _arrays(**options: Any) -> Source:
-    from k_diffusion.training.arrays import Arrays
-
-    return Arrays(**options)
+    return make
 
 
 SOURCES: dict[str, Callable[..., Source]] = {
-    "archive": _archive,
-    "arrays": _arrays,
+    "archive": _lazily("archived", "Archived"),
+    "arrays": _lazily("arrays", "Arrays"),
     "digits": Digits,
-    "folder": _folder,
+    "folder": _lazily("folder", "Folder"),
+    "huggingface": _lazily("huggingface", "HuggingFace"),
+    "latents": _lazily("latent_shards", "LatentShards"),
+    "webdataset": _lazily("webdataset", "WebShards"),
 }
 
 

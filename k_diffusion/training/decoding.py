@@ -218,8 +218,8 @@ def _deep(file: Path | io.BytesIO, max_pixels: int) -> tuple[Any, int]:
             # Pillow has no such mode; these four bytes a pixel are high and low byte of both.
             _set_rawmode(picture, "RGBA")
             picture.load()
-            values = _bytes_of(picture)
-            both = np.stack([_together(*values[:2]), _together(*values[2:])], -1)
+            bands = [np.asarray(band) for band in picture.split()]
+            both = np.stack([_together(*bands[:2]), _together(*bands[2:])], -1)
             return both, picture.getexif().get(_ORIENTATION, 1)
         picture.load()
         orientation = picture.getexif().get(_ORIENTATION, 1)
@@ -262,12 +262,6 @@ _LOW = {
 
 def _together(high: Any, low: Any) -> Any:
     return high.astype("uint16") * 256 + low
-
-
-def _bytes_of(picture: Image) -> list[Any]:
-    import numpy as np
-
-    return [np.asarray(band) for band in picture.split()]
 
 
 def _shallow(picture: Image) -> Image:

@@ -91,7 +91,7 @@ class Pictures(Source):
         self.channels, self.crop, self.flip, self.max_pixels = channels, crop, flip, max_pixels
         self.classes, self.bits = classes, bits
         self.captions, self.caption_key = captions, caption_key
-        self.sizes = tuple(dict.fromkeys([self.size, *map(tuple, buckets)]))
+        self.sizes = tuple(dict.fromkeys([self.size, *((h, w) for h, w in buckets)]))
         self.shape = (channels, *self.size)
         self.augments = flip or crop == "random"
         self.files: list[PurePath] = []

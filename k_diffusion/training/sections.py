@@ -1,6 +1,6 @@
-"""The sections of a run's config: data, loss, optimiser, averages, spikes.
+"""The sections of a run's config: loss, optimiser, averages, spikes.
 
-`config` puts them together.
+`data_sections` has that of the data; `config` puts them together.
 """
 
 from __future__ import annotations
@@ -48,115 +48,9 @@ class StrictConfig(BaseModel):
         return {k: None if v == "none" and k in taking else v for k, v in data.items()}
 
 
-class DigitsConfig(StrictConfig):
-    """The handwritten digits that come with scikit-learn: 1 x 8 x 8, ten classes."""
-
-    source: Literal["digits"] = Field(default="digits", description="Which kind of data this is.")
-    split: Literal["train", "test", "all"] = Field(
-        default="train", description="Four fifths of each class, the other fifth, or all of them."
-    )
-    split_seed: Amount = Field(default=0, description="Decides which images are held out.")
-
-
-def _from_list(value: Any) -> Any:
+def from_list(value: Any) -> Any:
     """TOML and JSON have lists where we have tuples."""
     return tuple(value) if isinstance(value, list) else value
-
-
-def _pair(value: Any) -> Any:
-    one = isinstance(value, int) and not isinstance(value, bool)
-    return (value, value) if one else _from_list(value)
-
-
-class _PicturesConfig(StrictConfig):
-    """What picture files have in common."""
-
-    # First, as in every kind of data: it tells them apart.
-    source: str = Field(default="", description="Which kind of data this is.")
-    path: str = Field(description="The folder; or the zip or tar, or a folder of these.")
-    size: Annotated[tuple[Count, Count], BeforeValidator(_pair)] = Field(
-        description="Height and width in pixels that training sees; one number: a square."
-    )
-    channels: Literal[1, 3, 4] = Field(default=3, description="1: grey, 3: RGB, 4: RGB and alpha.")
-    crop: Literal["center", "random"] = Field(
-        default="center", description="Which part is taken of an image that is not of that shape."
-    )
-    flip: bool = Field(default=False, description="Mirror half of the images left to right.")
-    classes: Literal["auto", "folders", "none"] = Field(
-        default="auto",
-        description="Whether folders are classes; auto: where there are any with images.",
-    )
-    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = Field(
-        default=89_478_485, description="Files with more pixels count as broken."
-    )
-    bits: Literal[8, 16] = Field(
-        default=8, description="16: keep what a file has beyond 8 bits a channel."
-    )
-    captions: Literal["none", "files", "metadata"] = Field(
-        default="none",
-        description="What a text conditioner reads; files: x.txt beside x.png; metadata: "
-        "metadata.jsonl or metadata.csv with file_name and the caption. A picture without its "
-        "caption counts as broken.",
-    )
-    caption_key: str = Field(
-        default="text", description="The column of the table, or the key, that is the caption."
-    )
-    buckets: Annotated[
-        tuple[Annotated[tuple[Count, Count], BeforeValidator(_from_list)], ...],
-        BeforeValidator(_from_list),
-    ] = Field(
-        default=(),
-        description="Further sizes (height, width), as in [[48, 80], [80, 48]]: each image is "
-        "taken at the one of these and size whose shape is nearest; a batch has one size.",
-    )
-
-
-class FolderConfig(_PicturesConfig):
-    """A folder of images, or of one folder a class."""
-
-    source: Literal["folder"] = Field(default="folder", description="Which kind of data this is.")
-
-
-class ArchiveConfig(_PicturesConfig):
-    """Images in a zip or an uncompressed tar, read where they lie; or a folder of such shards."""
-
-    source: Literal["archive"] = Field(default="archive", description="Which kind of data this is.")
-
-
-class ArraysConfig(StrictConfig):
-    """Images, sounds or videos in a .npy or .npz file, read where they lie on disk."""
-
-    source: Literal["arrays"] = Field(default="arrays", description="Which kind of data this is.")
-    path: str = Field(description="The .npy or .npz file.")
-    holds: Literal["images", "sounds", "videos"] = Field(
-        default="images",
-        description="images: (N, H, W, C), (N, C, H, W) or (N, H, W); sounds: (N, L, C), (N, C, L) "
-        "or (N, L); videos: (N, D, H, W, C), (N, C, D, H, W) or (N, D, H, W).",
-    )
-    layout: Literal["auto", "channels_first", "channels_last"] = Field(
-        default="auto",
-        description="auto: the channels' axis is the one of these two that has at most 4 entries.",
-    )
-    key: str = Field(default="images", description="Which array of a .npz with several.")
-    label_key: str = Field(
-        default="auto",
-        description="Which array of a .npz is the classes, as numbers or one-hot rows; auto: "
-        'labels, where there is one; "": none.',
-    )
-    class_names: Annotated[tuple[str, ...], BeforeValidator(_from_list)] = Field(
-        default=(), description="One name a class; left out: their numbers."
-    )
-    value_range: Annotated[tuple[float, float], BeforeValidator(_from_list)] | None = Field(
-        default=None,
-        description="The values of black and white, such as [0, 1]; none: whole numbers use all of "
-        "their type's range, floats are in [-1, 1] or of no such range.",
-    )
-    flip: bool = Field(default=False, description="Mirror half of the samples left to right.")
-
-
-DataConfig = Annotated[
-    DigitsConfig | FolderConfig | ArchiveConfig | ArraysConfig, Field(discriminator="source")
-]
 
 
 def is_number(value: Any) -> bool:
@@ -272,7 +166,7 @@ class OptimizerConfig(StrictConfig):
     min_lr: NotNegative = Field(
         default=0.0, description="The fall stops here, for inverse_sqrt, inverse and exponential."
     )
-    betas: Annotated[tuple[Below1, Below1], BeforeValidator(_from_list)] = Field(
+    betas: Annotated[tuple[Below1, Below1], BeforeValidator(from_list)] = Field(
         default=(0.9, 0.999),
         description="Decay of AdamW's averages of the gradient and of its square.",
     )
@@ -329,7 +223,7 @@ class EmaConfig(StrictConfig):
         "what the updates of all steps since the last would have kept. Between two, in checkpoints "
         "and at the run's end too, the averages are as the last one left them.",
     )
-    profiles: Annotated[tuple[float, ...], BeforeValidator(_from_list)] = Field(
+    profiles: Annotated[tuple[float, ...], BeforeValidator(from_list)] = Field(
         default=(),
         description="Further averages, of power-function shape: the relative length sigma_rel of "
         "each, above 0 and below 0.2887, as in [0.05, 0.1].",
