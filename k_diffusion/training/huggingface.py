@@ -6,6 +6,7 @@ import io
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from k_diffusion.external.text import not_there
 from k_diffusion.training.dataset import DataError
 from k_diffusion.training.pictures import Pictures
 
@@ -97,6 +98,8 @@ class HuggingFace(Pictures):
 
 
 def _load(path: str, name: str, split: str, revision: str) -> Any:
+    if not_there(path):  # else the hub would be asked for it
+        raise DataError(f"data set {path} does not exist: give a folder, or an id on the hub")
     try:
         import datasets
     except ImportError as error:
