@@ -32,7 +32,7 @@ MAX_16_BIT = 65_535
 
 
 def read_image(
-    file: Path | io.BytesIO,
+    file: str | Path | io.BytesIO,
     size: tuple[int, int],
     channels: int,
     place: tuple[float | None, float | None] = (None, None),
@@ -62,16 +62,14 @@ def read_image(
         planes = [_cut(p, size, place) for p in _planes(file, channels, max_pixels)]
         image = np.stack([np.asarray(plane) for plane in planes], -1)
         return image.round().clip(0, MAX_16_BIT).astype(np.uint16)
-    from PIL import ImageOps
-
     # Pillow copies in each step that has nothing to do: these are passed over.
     with open_picture(file, max_pixels) as opened:
-        ImageOps.exif_transpose(opened, in_place=True)
+        _turn_upright(opened)
         picture = _in_mode(opened, channels)
     return np.asarray(_cut(picture, size, place)).reshape(*size, channels)
 
 
-def open_picture(file: Path | io.BytesIO, max_pixels: int) -> Image:
+def open_picture(file: str | Path | io.BytesIO, max_pixels: int) -> Image:
     """A picture of which only the header is read.
 
     Raises:
@@ -89,6 +87,20 @@ def open_picture(file: Path | io.BytesIO, max_pixels: int) -> Image:
     return picture
 
 
+_ORIENTATION = 0x0112
+_TELLING = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+"""Where files of other formats than TIFF may say how to turn them."""
+
+
+def _turn_upright(picture: Image) -> None:
+    """Decode a picture, and turn it as its EXIF says."""
+    picture.load()  # behind a PNG's pixels there may be EXIF, too
+    if picture.format == "TIFF" or not _TELLING.isdisjoint(picture.info):
+        from PIL import ImageOps
+
+        ImageOps.exif_transpose(picture, in_place=True)
+
+
 def upright_size(picture: Image) -> tuple[int, int]:
     """Height and width once it is turned as the EXIF before its pixels says."""
     from PIL import Image
@@ -104,6 +116,8 @@ def _cut(picture: Image, size: tuple[int, int], place: tuple[float | None, float
     from PIL import Image
 
     height, width = size
+    if picture.size == (width, height):
+        return picture
     scale = max(height / picture.height, width / picture.width)
     covering = (
         max(width, round(picture.width * scale)),
@@ -129,6 +143,8 @@ _DEEP = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 def _in_mode(picture: Image, channels: int) -> Image:
     """The picture in 1, 3 or 4 channels of 8 bits; what is transparent becomes white."""
+    if picture.mode == MODES[channels] != "RGBA" and "transparency" not in picture.info:
+        return picture
     import numpy as np
     from PIL import Image
 
@@ -170,11 +186,10 @@ def _refuse_unknown(picture: Image) -> None:
 
 # ---------------------------------------------------------------- 16 bits
 
-_ORIENTATION = 0x0112
 _GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601, which Pillow's grey is of, too
 
 
-def _planes(file: Path | io.BytesIO, channels: int, max_pixels: int) -> list[Image]:
+def _planes(file: str | Path | io.BytesIO, channels: int, max_pixels: int) -> list[Image]:
     """The channels one by one, upright, in Pillow's floats from 0 to 65535."""
     import numpy as np
     from PIL import Image
@@ -208,7 +223,7 @@ _TURNS = {
 }
 
 
-def _deep(file: Path | io.BytesIO, max_pixels: int) -> tuple[Any, int]:
+def _deep(file: str | Path | io.BytesIO, max_pixels: int) -> tuple[Any, int]:
     """An array of 16-bit values (H, W, 1, 2, 3 or 4), and what EXIF says of its orientation."""
     import numpy as np
 

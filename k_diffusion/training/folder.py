@@ -32,10 +32,11 @@ class Folder(Pictures):
         self.root = Path(path)
         self._table_files: list[Path] = []
         found = self._image_files(self.root)
+        self._names = list(map(str, found))  # which a path would put together each time anew
         self._settle(found, [file.relative_to(self.root).parts for file in found])
 
-    def _content(self, file: int) -> Path:
-        return Path(self._found[file])
+    def _content(self, file: int) -> str:
+        return self._names[file]
 
     def _beside(self, file: int, suffix: str) -> bytes | None:
         try:

@@ -199,7 +199,7 @@ class Pictures(Source):
         for index, reason in bad:
             self.bad_files.setdefault(self.name(index), reason)
 
-    def _content(self, file: int) -> Path | io.BytesIO:
+    def _content(self, file: int) -> str | Path | io.BytesIO:
         """What Pillow opens for a file, by its number among those found; abstract."""
         raise NotImplementedError
 
