@@ -43,6 +43,7 @@ $(PEERS)/.installed: $(STAMP) Makefile
 	$(PEER)/smalldiffusion smalldiffusion==0.5.0 einops==0.8.2
 	$(PEER)/denoising_diffusion_pytorch denoising_diffusion_pytorch==2.3.4 einops==0.8.2 \
 	  ema-pytorch==0.8.3
+	$(PEER)/webdataset webdataset==1.0.2 braceexpand==0.1.7
 	touch $@
 
 bench: $(STAMP) $(PEERS)/.installed
@@ -52,6 +53,7 @@ bench: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/around.py
+	$(BIN)/python benchmarks/loading.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

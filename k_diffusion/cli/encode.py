@@ -68,7 +68,7 @@ class Encode:
         from k_diffusion.training.config_file import make_data
         from k_diffusion.training.data_sections import guess_data
         from k_diffusion.training.dataset import make_source
-        from k_diffusion.training.encode import encode
+        from k_diffusion.training.encoding import encode
 
         load_plugins(self.plugin)
         given: dict[str, Any] = {**guess_data(self.data)}

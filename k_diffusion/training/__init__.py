@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from k_diffusion.training.archived import Archived
+    from k_diffusion.training.arrays import Arrays
     from k_diffusion.training.checkpoint import (
         CheckpointError,
         CheckpointInfo,
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from k_diffusion.training.config_file import load_config, make_config
     from k_diffusion.training.dataset import (
         ArraySource,
+        Batch,
         DataError,
         Digits,
         Source,
@@ -28,8 +30,11 @@ if TYPE_CHECKING:
     )
     from k_diffusion.training.densities import make_density, register_density
     from k_diffusion.training.ema import Ema, PowerFunction, WarmUp
+    from k_diffusion.training.encoding import Encoded, encode
     from k_diffusion.training.extra_losses import Outcome, register_loss
     from k_diffusion.training.folder import Folder
+    from k_diffusion.training.huggingface import HuggingFace
+    from k_diffusion.training.latent_shards import LatentShards
     from k_diffusion.training.latents import (
         LatentSource,
         check_autoencoder,
@@ -49,6 +54,7 @@ if TYPE_CHECKING:
     from k_diffusion.training.run import RunResult, run_training
     from k_diffusion.training.snapshots import Snapshot, list_snapshots
     from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
+    from k_diffusion.training.webdataset import WebShards
     from k_diffusion.training.weightings import make_weighting, register_weighting
 
 _HOMES = {
@@ -59,12 +65,16 @@ _HOMES = {
     ),
     "config": ("ConfigError", "TrainConfig"),
     "config_file": ("load_config", "make_config"),
-    "dataset": ("ArraySource", "DataError", "Digits", "Source", "Stream", "make_source"),
+    "dataset": ("ArraySource", "Batch", "DataError", "Digits", "Source", "Stream", "make_source"),
     "ema": ("Ema", "PowerFunction", "WarmUp"),
     "densities": ("make_density", "register_density"),
     "extra_losses": ("Outcome", "register_loss"),
     "archived": ("Archived",),
+    "arrays": ("Arrays",),
+    "encoding": ("Encoded", "encode"),
     "folder": ("Folder",),
+    "huggingface": ("HuggingFace",),
+    "latent_shards": ("LatentShards",),
     "loss": ("denoising_loss", "uncertainty_loss", "variance_loss"),
     "latents": (
         "LatentSource",
@@ -79,6 +89,7 @@ _HOMES = {
     "run": ("RunResult", "run_training"),
     "snapshots": ("Snapshot", "list_snapshots"),
     "trainer": ("TrainState", "Trainer", "TrainingError"),
+    "webdataset": ("WebShards",),
     "weightings": ("make_weighting", "register_weighting"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -86,13 +97,18 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Archived",
     "ArraySource",
+    "Arrays",
+    "Batch",
     "CheckpointError",
     "CheckpointInfo",
     "ConfigError",
     "DataError",
     "Digits",
     "Ema",
+    "Encoded",
     "Folder",
+    "HuggingFace",
+    "LatentShards",
     "LatentSource",
     "Outcome",
     "PosthocError",
@@ -107,8 +123,10 @@ __all__ = [
     "Trainer",
     "TrainingError",
     "WarmUp",
+    "WebShards",
     "check_autoencoder",
     "denoising_loss",
+    "encode",
     "latest_checkpoint",
     "list_snapshots",
     "load_autoencoder",

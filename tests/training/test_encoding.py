@@ -27,7 +27,7 @@ from k_diffusion.training import (
     save_autoencoder,
 )
 from k_diffusion.training.dataset import Stream
-from k_diffusion.training.encode import encode
+from k_diffusion.training.encoding import encode
 from k_diffusion.training.folder import Folder
 from k_diffusion.training.latent_shards import LatentShards
 
@@ -143,7 +143,7 @@ def _encode_slowly(folder: str) -> None:
 def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); "
-        f"import test_encode; test_encode._encode_slowly({str(tmp_path / 'killed')!r})"
+        f"import test_encoding; test_encoding._encode_slowly({str(tmp_path / 'killed')!r})"
     )
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, text=True
