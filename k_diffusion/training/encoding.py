@@ -144,8 +144,6 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
             f"folder {folder} holds latents with another {', '.join(differing)}: give the same, or "
             "another folder"
         )
-    # Of processes that were killed; one that still writes under such a name is on another shard.
-    clear_unfinished(folder, [PLAN, INDEX])
 
 
 def _is_whole(path: Path, plan: dict[str, Any]) -> bool:
@@ -204,6 +202,7 @@ def _write(path: Path, tensors: dict[str, Tensor], texts: dict[str, str]) -> Non
         with open(name, "wb") as file:
             write_tensors(file, tensors, texts)
 
+    clear_unfinished(path.parent, [path.name])  # of a killed one: this shard is ours alone
     write_whole(path, write)
 
 
@@ -238,7 +237,7 @@ def _finish(
         "shift": autoencoder.shift.tolist(),
         "scale": autoencoder.scale.tolist(),
         "autoencoder": plan["autoencoder"],
-        "bad_files": dict(source.bad_files) | bad,
+        "bad_files": dict(sorted((source.bad_files | bad).items())),
     }
     _write_json(folder / INDEX, index)
     return images

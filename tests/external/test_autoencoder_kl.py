@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,3 +93,27 @@ def test_what_cannot_be_loaded(tmp_path: Path) -> None:
             PretrainedAutoencoder.from_pretrained(path, local=True)
         assert "\n" not in str(caught.value)
         assert "safetensors" in str(caught.value)
+
+
+def test_its_posterior_goes_to_shards(tmp_path: Path) -> None:
+    from k_diffusion.cli.app import main
+    from k_diffusion.training import LatentShards
+
+    module = make(scaling_factor=0.25, shift_factor=0.5)
+    module.save_pretrained(tmp_path / "whole/vae")
+    x = torch.randint(256, (5, 8, 8, 3), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "x.npy", x.to(torch.uint8).numpy())
+    command = ["encode", str(tmp_path / "x.npy"), "-a", str(tmp_path / "whole")]
+    command += ["--subfolder", "vae", "--out", str(tmp_path / "latents"), "--shard-size", "2"]
+    assert main([*command, "--device", "cpu"]) == 0
+    source = LatentShards(tmp_path / "latents")
+    with torch.no_grad():
+        known = module.encode(x.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    means = source.batch(torch.arange(5)).images
+    assert (means - 0.25 * (known.mean - 0.5)).abs().max() < 1e-6
+    seeds = list(range(5))
+    noise = torch.stack([torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(s))
+                         for s in seeds])  # fmt: skip
+    drawn = source.batch(torch.arange(5), seeds).images
+    assert (drawn - 0.25 * (known.mean + known.std * noise - 0.5)).abs().max() < 1e-5
+    assert source.facts()["autoencoder"]["config"]["type"] == "diffusers_kl"

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from k_diffusion.cli.app import main
+from k_diffusion.cli.encode import share_of
 from k_diffusion.models import Autoencoder, SmallAutoencoder
 from k_diffusion.training import (
     ArraySource,
@@ -119,14 +120,14 @@ def test_what_is_there_is_kept_and_what_is_damaged_made_anew(
     half = tmp_path / "latents-000002.safetensors"
     half.write_bytes(half.read_bytes()[:2000])
     (tmp_path / "latents.json").unlink()
-    (tmp_path / ".latents.json.99.tmp").write_text("left behind")
+    (tmp_path / ".latents-000001.safetensors.99.tmp").write_text("left behind")
     done = encode(digits, autoencoder, tmp_path, shard_size=100)
     assert (done.made, done.kept) == (2, 2)
     assert hashes(tmp_path) == before
 
 
 class Slow(ArraySource):
-    """A thousand images that take their time."""
+    """Images that take their time."""
 
     def batch(self, indices: Any, seeds: Any = None) -> Any:
         time.sleep(0.05)
@@ -136,7 +137,7 @@ class Slow(ArraySource):
 def _encode_slowly(folder: str) -> None:
     torch.manual_seed(0)
     autoencoder = SmallAutoencoder(in_channels=1, channels=8, halvings=1)
-    images = torch.randn(200, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(100, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     encode(Slow(images), autoencoder, folder, shard_size=10, say=lambda line: print(line))
 
 
@@ -155,7 +156,7 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     process.wait()
     process.stdout.close()
     there = len(list((tmp_path / "killed").glob("latents-*")))
-    assert 3 <= there < 20
+    assert 3 <= there < 10
     _encode_slowly(str(tmp_path / "killed"))
     _encode_slowly(str(tmp_path / "whole"))
     assert hashes(tmp_path / "killed") == hashes(tmp_path / "whole")
@@ -277,6 +278,9 @@ def test_the_command(
     assert "2 shards written, 1 were there already" in out
     assert "6 latents, 0 images broken" in out
     assert LatentShards(tmp_path / "out").shape == (2, 4, 4)
+    assert share_of("", {"RANK": "2", "WORLD_SIZE": "5"}) == (2, 5)
+    assert share_of("1/3", {"RANK": "2", "WORLD_SIZE": "5"}) == (1, 3)
+    assert share_of("", {}) == (0, 1)
     assert main([*command, "--process", "2/2"]) == 2
     assert "--process 2/2 is no share" in capsys.readouterr().err
     assert main([*command, "--set", "chanels=3"]) == 2
