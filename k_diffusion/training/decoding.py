@@ -87,7 +87,7 @@ def open_picture(file: str | Path | io.BytesIO, max_pixels: int) -> Image:
     return picture
 
 
-_ORIENTATION = 0x0112
+_WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
 _TELLING = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 """Where files of other formats than TIFF may say how to turn them."""
 
@@ -108,6 +108,9 @@ def upright_size(picture: Image) -> tuple[int, int]:
     # A PNG's own method decodes the picture, to see whether there is any EXIF behind its pixels.
     turned = Image.Image.getexif(picture).get(_ORIENTATION) in (5, 6, 7, 8)
     width, height = picture.size
+    if picture.format == "TIFF":  # of which the size is upright already, in some of its versions
+        tags: Any = picture
+        width, height = tags.tag_v2[_WIDTH], tags.tag_v2[_HEIGHT]
     return (width, height) if turned else (height, width)
 
 
@@ -248,8 +251,6 @@ def _deep(file: str | Path | io.BytesIO, max_pixels: int) -> tuple[Any, int]:
         high = np.asarray(picture).astype(np.uint16)
     # Pillow keeps the high byte of each value. Read once more, as if the bytes of each pair stood
     # in the other order, the high byte is the low one.
-    if isinstance(file, io.BytesIO):
-        file.seek(0)
     with open_picture(file, max_pixels) as picture:
         _set_rawmode(picture, other)
         picture.load()

@@ -85,6 +85,10 @@ def test_a_config_s_own_keys_stay_where_they_have_a_meaning(tmp_path: Path) -> N
     assert (array["source"], array["flip"]) == ("arrays", False)
     assert data("x.npy", **{"data.flip": True})["flip"]
     assert data("digits")["source"] == "digits"
+    text = path.read_text().replace('"folder"', '"huggingface"')
+    path.write_text(text + 'split = "test"\n')
+    assert data("elsewhere")["source"] == "folder"  # which has no splits
+    assert data("hf:a/b")["split"] == "test"
     assert data("hf:a/b")["path"] == "a/b"
 
 

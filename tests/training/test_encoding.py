@@ -124,6 +124,11 @@ def test_what_is_there_is_kept_and_what_is_damaged_made_anew(
     done = encode(digits, autoencoder, tmp_path, shard_size=100)
     assert (done.made, done.kept) == (2, 2)
     assert hashes(tmp_path) == before
+    encode(digits, autoencoder, tmp_path / "other", shard_size=100, dtype=torch.float16)
+    (tmp_path / "other" / half.name).replace(half)  # whole, but of something else
+    done = encode(digits, autoencoder, tmp_path, shard_size=100)
+    assert (done.made, done.kept) == (1, 3)
+    assert hashlib.sha256(half.read_bytes()).hexdigest() == before[half.name]
 
 
 class Slow(ArraySource):

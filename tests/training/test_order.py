@@ -49,6 +49,25 @@ def test_a_batch_is_of_one_bucket_and_of_its_size(shapes: Path) -> None:
         assert torch.equal(batch.images[:, 0, 0, 0].long(), 5 * batch.indices)
 
 
+def test_a_picture_that_is_to_be_turned_is_of_its_upright_shape(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for suffix in ("png", "jpg", "tif"):
+        Image.new("L", (40, 20)).save(tmp_path / f"x.{suffix}", exif=exif)
+    source = Folder(tmp_path, 8, channels=1, buckets=BUCKETS)
+    assert source.buckets is not None
+    assert source.buckets.tolist() == [2, 2, 2]
+
+
+def test_buckets_are_mixed_apart(tmp_path: Path) -> None:
+    for i in range(16):
+        Image.new("L", (20, 20) if i < 8 else (40, 20)).save(tmp_path / f"{i:02}.png")
+    stream = Stream(Folder(tmp_path, 8, channels=1, buckets=BUCKETS), 8, seed=0)
+    square, wide = (stream.indices(0, 40, bucket) for bucket in (0, 1))
+    assert set(wide.tolist()) == set(range(8, 16))
+    assert not torch.equal(square, wide - 8)
+
+
 def test_each_bucket_is_an_endless_sequence_without_a_gap(shapes: Path) -> None:
     source = Folder(shapes, 8, channels=1, buckets=BUCKETS)
     stream = Stream(source, 4, seed=3)

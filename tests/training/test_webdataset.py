@@ -77,7 +77,7 @@ def test_broken_samples_are_left_out_and_named(shards: Path) -> None:
         "a.png": png(1), "a.cls": b"two",
         "b.png": png(1),
         "c.png": png(1)[:40], "c.cls": b"1",
-        "d.png": png(77), "d.cls": b"2",
+        "d.PNG": png(77), "d.CLS": b"2",
         "e.cls": b"2",
     })  # fmt: skip
     source = WebShards(shards, 8, channels=1)
