@@ -89,13 +89,13 @@ def open_picture(file: str | Path | io.BytesIO, max_pixels: int) -> Image:
 
 _WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112
 _TELLING = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
-"""Where files of other formats than TIFF may say how to turn them."""
+"""Where files may say how to turn them; a TIFF is turned by Pillow itself."""
 
 
 def _turn_upright(picture: Image) -> None:
     """Decode a picture, and turn it as its EXIF says."""
     picture.load()  # behind a PNG's pixels there may be EXIF, too
-    if picture.format == "TIFF" or not _TELLING.isdisjoint(picture.info):
+    if not _TELLING.isdisjoint(picture.info):
         from PIL import ImageOps
 
         ImageOps.exif_transpose(picture, in_place=True)
