@@ -61,6 +61,8 @@ class Arrays(Source):
         value_range: tuple[float, float] | None = None,
         flip: bool = False,
     ) -> None:
+        import numpy as np
+
         super().__init__()
         for name, value, known in (("holds", holds, HOLDS), ("layout", layout, LAYOUTS)):
             if value not in known:
@@ -73,6 +75,7 @@ class Arrays(Source):
         file = _File(self.path)
         called, self._values = file.pick(key)
         self._channels = _channels(self._values.shape, HOLDS[holds], layout, called)
+        self._rows = np.asarray(self._values)  # still mapped, but quicker to cut
         kind = self._values.dtype
         if kind.name not in _WHOLE and kind.kind != "f":
             raise DataError(
@@ -116,20 +119,28 @@ class Arrays(Source):
         labels = torch.zeros_like(taken) if self.labels is None else self.labels[taken]
         return Batch(samples, labels, taken, tuple(bad.items()))
 
+    def _in_order(self, index: int) -> Any:
+        """One sample as it is stored, seen with its channels first."""
+        sample = self._rows[index]
+        if self._channels == "last":
+            axis = sample.ndim - 1
+            return sample.transpose(axis, *range(axis))
+        return sample if self._channels == "first" else sample[None]
+
     def _take(self, indices: Sequence[int]) -> Tensor:
         """Samples of these numbers, channels first: uint8, or float32."""
         import numpy as np
 
-        values = np.asarray(self._values[list(indices)])  # these rows alone, wherever they lie
-        if self._channels is None:
-            values = values[:, None]
-        elif self._channels == "last":
-            values = np.moveaxis(values, -1, 1)
+        # Into place one by one: each is brought into order while it is in the cache.
+        first = self._in_order(0)
+        values = np.empty((len(indices), *first.shape), first.dtype)
+        for place, index in enumerate(indices):
+            values[place] = self._in_order(index)
         bounds = self.value_range
         if values.dtype == np.uint8 and bounds is None:
-            return torch.from_numpy(np.ascontiguousarray(values))
+            return torch.from_numpy(values)
         bounds = bounds or _WHOLE.get(values.dtype.name)
-        values = np.ascontiguousarray(values, np.float32)
+        values = values.astype(np.float32, copy=False)
         if bounds is not None:
             low, high = bounds
             values = (values - low) * np.float32(2 / (high - low)) - 1
