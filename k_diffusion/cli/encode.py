@@ -12,7 +12,7 @@ import tyro
 
 from .plugins import Plugins, load_plugins
 from .problems import UsageError, as_usage
-from .values import MoreSettings, joined
+from .values import MoreSettings, WholeOrNone, joined
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Encode:
     hub of an AutoencoderKL of diffusers."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The folder to write."""
-    size: int | None = None
+    size: WholeOrNone = None
     """Height and width in pixels, for images; --set size=[256,384] for others than squares."""
     subfolder: str = ""
     """Where the autoencoder lies in its folder or repository, such as vae."""
@@ -42,8 +42,8 @@ class Encode:
     """Images of one file."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What latents are stored as."""
-    variance: bool = True
-    """Store the variance too, so that training draws each latent anew."""
+    means_only: bool = False
+    """Store no variance, by which training would draw each latent anew."""
     device: str = ""
     """cpu, cuda, cuda:1, mps; left out: a GPU where there is one."""
     process: str = ""
@@ -84,7 +84,7 @@ class Encode:
             shard_size=self.shard_size,
             batch_size=self.batch_size,
             dtype=getattr(torch, self.dtype),
-            variance=self.variance,
+            variance=not self.means_only,
             process=process,
             say=lambda line: print(line, file=sys.stderr),
         )

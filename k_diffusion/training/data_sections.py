@@ -54,8 +54,8 @@ class _PicturesConfig(StrictConfig):
     captions: Literal["none", "files", "metadata"] = Field(
         default="none",
         description="What a text conditioner reads; files: x.txt beside x.png; metadata: "
-        "metadata.jsonl or metadata.csv with file_name and the caption. A picture without its "
-        "caption counts as broken.",
+        "metadata.jsonl or metadata.csv with file_name and the caption (webdataset: its .json; "
+        "huggingface: its column). A picture without its caption counts as broken.",
     )
     caption_key: str = Field(
         default="text", description="The column of the table, or the key, that is the caption."

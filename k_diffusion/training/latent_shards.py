@@ -120,7 +120,6 @@ class LatentShards(Source):
             parts = [json.loads(shard.texts["captions"]) for shard in self._shards]
             self._texts = [text for part in parts for text in part]
         self._files: dict[int, int] = {}
-        self._process = os.getpid()
 
     @property
     def _spatial(self) -> int:

@@ -291,3 +291,6 @@ def test_the_command(
     assert main([*command, "--set", "chanels=3"]) == 2
     assert "did you mean data.channels?" in capsys.readouterr().err
     assert main([*command, "--shard-size", "0"]) == 2
+    command[command.index("--out") + 1] = str(tmp_path / "means")
+    assert main([*command, "--means-only"]) == 0
+    assert not LatentShards(tmp_path / "means").augments
