@@ -13,6 +13,7 @@ from k_diffusion.models import MODELS
 from k_diffusion.training import sections
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import load_config, make_config, override
+from k_diffusion.training.data_sections import KINDS
 
 GOOD: dict[str, Any] = {
     "model": {"type": "tiny", "prediction": "edm", "sigma_data": "auto"},
@@ -131,16 +132,10 @@ def test_every_key_is_described() -> None:
             assert field.description, f"{kind.__name__}.{name}"
 
     keys(TrainConfig)
-    kinds = (
-        "ArchiveConfig",
-        "DigitsConfig",
-        "FolderConfig",
-        "LossConfig",
-        "EmaConfig",
-        "SpikesConfig",
-    )
-    for kind in (*kinds, "OptimizerConfig"):
+    for kind in ("LossConfig", "EmaConfig", "SpikesConfig", "OptimizerConfig"):
         keys(getattr(sections, kind))
+    for table in KINDS.values():
+        keys(table)
 
 
 TOML = """
