@@ -18,6 +18,7 @@ from k_diffusion.utils import maths
 from .compare import Compare
 from .config import Config
 from .ema import MakeEma
+from .evaluate import Evaluate
 from .export import Export
 from .info import Info
 from .problems import Stopped, UsageError, one_line, process_number, unboxed
@@ -41,6 +42,7 @@ class Command(Protocol):
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "sample": Sample,
+    "evaluate": Evaluate,
     "compare": Compare,
     "info": Info,
     "samplers": Samplers,
