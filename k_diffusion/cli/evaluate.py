@@ -15,8 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from .drawing import check_shape, pick_device
-from .gallery import GRID
 from .guiding import WITHOUT_CONDITION, check_guidance, make_guided
+from .measured import (
+    begin_processes,
+    data_facts,
+    drawn_before,
+    first_shape,
+    software,
+    weights_facts,
+)
 from .plugins import Plugins, load_plugins
 from .problems import UsageError, as_usage, plain_warnings, process_number
 from .telling import Teller
@@ -124,7 +131,7 @@ class Evaluate:
         began = time.perf_counter()
         load_plugins(self.plugin)
         device = pick_device(self.device)
-        together = _begin_processes()
+        together = begin_processes()
         try:
             self._evaluate(device, began)
         finally:
@@ -141,8 +148,8 @@ class Evaluate:
 
         found = self._load(device)
         info = found[1] if found else None
-        shape = info.data["shape"] if info else _first_shape(self.samples)
-        images = _folder(self.samples, shape) if self.samples else None
+        shape = info.data["shape"] if info else first_shape(self.samples)
+        images = drawn_before(self.samples, shape) if self.samples else None
         trained = dict(info.config.get("data") or {}) if info else {}
         held = self.held_out
         if not held and not self.data and trained.get("source") == "digits":
@@ -188,21 +195,22 @@ class Evaluate:
         if process_number():
             return
         picture = self._picture(figures, real, reference, draw)
+        weights = "last" if self.no_ema else self.ema or "ema"
         result = {
-            "software": _software(),
+            "software": software(),
             "command": self._command(info),
             "device": device.type,
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
-            **({"checkpoint": _facts(info, self)} if info and images is None else {}),
+            **({"checkpoint": weights_facts(info, weights)} if info and images is None else {}),
             **said,
             "number": count,
             "extractor": {
                 **reference.statistics.facts["extractor"],
                 **getattr(reference.extractor, "trained", {}),
             },
-            "data": _told(real, self.data or trained, reference),
+            "data": data_facts(real, self.data or trained, reference),
             "figures": figures.values,
-            **({"held out": _told(others, held, beside)} if beside and others else {}),
+            **({"held out": data_facts(others, held, beside)} if beside and others else {}),
             **({"held-out figures": usual.values} if usual else {}),
             "notes": list(figures.notes),
             **({"nearest": picture} if picture else {}),
@@ -291,7 +299,7 @@ class Evaluate:
             return torch.stack([image for _, image in many.draw(numbers)])
 
         shares = {"classes in the shares of": counts} if labels else {}
-        return draw, {"sampling": {name: value for name, value in said.items() if value} | shares}
+        return draw, {"sampling": {k: v for k, v in said.items() if v or k == "seed"} | shares}
 
     def _picture(
         self, figures: Figures, real: Source, reference: Reference, draw: Any
@@ -380,7 +388,7 @@ class Evaluate:
 
         self.out.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=1) + "\n"
-        write_whole(self.out, lambda path: _text(path, text))
+        write_whole(self.out, lambda path: _written(path, text))
 
     def _report(self, result: Mapping[str, Any], usual: Figures | None) -> None:
         for name, value in result["figures"].items():
@@ -400,90 +408,5 @@ def _default(name: str) -> Any:
     return {} if found.default_factory is dict else found.default
 
 
-def _begin_processes() -> bool:
-    """Begin the talk of processes that torchrun has started; whether there are any others."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return False
-    from k_diffusion.training.devices import make_accelerator
-
-    make_accelerator("no")
-    return True
-
-
-def _first_shape(folder: str) -> list[int]:
-    """The shape of a folder's first image, (channels, height, width)."""
-    from PIL import Image
-
-    from k_diffusion.training.folder import _image_files
-
-    with as_usage():
-        files = [path for path in _image_files(Path(folder)) if path.name != GRID]
-    if not files:
-        raise UsageError(f"--samples {folder} holds no images")
-    with Image.open(files[0]) as picture:
-        channels = {"L": 1, "RGBA": 4}.get(picture.mode, 3)
-        return [channels, picture.height, picture.width]
-
-
-def _folder(path: str, shape: list[int]) -> tuple[torch.Tensor, Source]:
-    """The numbers of a folder's images, its grid left out, and the images.
-
-    Raises:
-        UsageError: there are none, or one has another size.
-    """
-    import torch
-    from PIL import Image
-
-    from k_diffusion.training.dataset import make_source
-
-    height, width = shape[1:]
-    with as_usage():
-        source = make_source(
-            "folder", path=path, size=(height, width), channels=shape[0], classes="none"
-        )
-    numbers = [i for i in range(len(source)) if Path(source.name(i)).name != GRID]
-    for i in numbers:
-        with Image.open(source.name(i)) as picture:
-            if picture.size != (width, height):
-                raise UsageError(
-                    f"--samples: {source.name(i)} has {picture.width} x {picture.height} pixels, "
-                    f"not {width} x {height} as the others: scaled, it would be another image"
-                )
-    if source.bad_files:
-        name, reason = next(iter(source.bad_files.items()))
-        raise UsageError(f"--samples: {name} is broken ({reason}): take it out, or draw it anew")
-    if len(numbers) < 10:
-        raise UsageError(f"--samples {path} holds {len(numbers)} images; give at least 10")
-    return torch.tensor(numbers), source
-
-
-def _facts(info: CheckpointInfo, options: Evaluate) -> dict[str, Any]:
-    return {
-        "path": str(info.path),
-        "sha256": info.sha256,
-        "images seen": info.images_seen,
-        "weights": "last" if options.no_ema else options.ema or "ema",
-    }
-
-
-def _told(source: Source, given: Any, reference: Reference) -> dict[str, Any]:
-    facts = reference.statistics.facts
-    found = {"source": given, "images": facts["images"], "sha256": facts["data sha256"]}
-    return found | ({"broken files": len(source.bad_files)} if source.bad_files else {})
-
-
-def _software() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    import torch
-
-    return {
-        "k-diffusion": version("k-diffusion"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _text(path: Path, text: str) -> None:
+def _written(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
