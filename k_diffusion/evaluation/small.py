@@ -90,6 +90,9 @@ def train_small(
 ) -> SmallExtractor:
     """Train one; the same arguments give the same weights on one machine.
 
+    On the CPU one thread does it: sums that several share come out in other digits, and another
+    network would follow from them.
+
     Args:
         images: values in [-1, 1], shape (count, channels, height, width).
         labels: class of each, shape (count,); None, or all alike: without classes.
@@ -106,13 +109,18 @@ def train_small(
     images = torch.cat([smaller(part.float()) for part in images.split(256)])
     told = labels is not None and bool((labels != labels[0]).any())
     epochs = max(1, round(images_seen / len(images)))
-    if told:
-        assert labels is not None
-        network = train_classifier(
-            images.to(device), labels.to(device), epochs=epochs, batch_size=BATCH, seed=seed
-        )
-    else:
-        network = _train_contrast(images.to(device), images_seen, seed)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if told:
+            assert labels is not None
+            network = train_classifier(
+                images.to(device), labels.to(device), epochs=epochs, batch_size=BATCH, seed=seed
+            )
+        else:
+            network = _train_contrast(images.to(device), images_seen, seed)
+    finally:
+        torch.set_num_threads(threads)
     facts = {
         "data": data,
         "learned": "classes" if told else "instances",
