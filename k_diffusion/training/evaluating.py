@@ -77,7 +77,7 @@ class Evaluation:
         """What a line of the metrics file says: "extractor", "samples" and "figures", name ->
         value; these are null, and "reason" says why, where the model drew what is no number."""
         options = self.options
-        bad = torch.zeros((), dtype=torch.int64)
+        wrong: list[str] = []
         with self._aside():
             denoiser = self._averaged()
             sampler = KSampler(denoiser, make_scheduler(options.scheduler), options.sampler)
@@ -93,18 +93,18 @@ class Evaluation:
             )
 
             def draw(numbers: list[int]) -> Tensor:
-                images = torch.stack([image for _, image in many.draw(numbers)])
-                bad.add_((~images.isfinite().flatten(1).all(1)).sum())
-                return images.nan_to_num(0, 0, 0)
+                try:
+                    return torch.stack([image for _, image in many.draw(numbers)])
+                except FloatingPointError as error:  # the run may still come right
+                    wrong.append(" ".join(str(error).split()))
+                    return torch.zeros(len(numbers), *self.trainer.source.shape)
 
             features = features_of(
                 draw, options.images, self.reference, batch_size=options.batch_size
             )
-        found = sum(self.trainer.processes.gather(int(bad)))
         line = {"extractor": self.reference.extractor.name, "samples": options.images}
-        if found:
-            reason = f"{found} of {options.images} samples are not finite"
-            return {**line, "figures": None, "reason": reason}
+        if reasons := [one for own in self.trainer.processes.gather(wrong) for one in own]:
+            return {**line, "figures": None, "reason": reasons[0]}
         figures = on_first(lambda: figures_of(features, self.reference, options.metrics).values)
         return {**line, "figures": figures}
 
