@@ -32,8 +32,11 @@ class Distances:
     """
 
     def __init__(self, queries: Tensor, references: Tensor, chunk: int = 256) -> None:
-        centre = references.mean(0)  # nearer to the origin fewer digits are lost
-        self.queries, self.references, self.chunk = queries - centre, references - centre, chunk
+        # Nearer to the origin fewer digits are lost, and less has to be computed anew.
+        centre = references.mean(0)
+        self.references = references - centre
+        self.queries = self.references if queries is references else queries - centre
+        self.chunk = chunk
         self._squares = self.references.square().sum(1)
         # The bound of a dot product's rounding (Higham 2002, section 3.1), for each of the terms.
         self._unit = 4 * (queries.shape[1] + 4) * torch.finfo(torch.float64).eps

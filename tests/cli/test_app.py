@@ -28,7 +28,7 @@ def failure(capsys, *argv: str) -> tuple[int, str]:
     [
         (
             [],
-            "k-diffusion: error: a command is missing; one of train, sample, evaluate, compare, info",
+            "k-diffusion: error: a command is missing; one of train, sample, evaluate",
         ),
         (["--sampler", "x"], "k-diffusion: error: '--sampler' stands before the command"),
         (["sampel"], "k-diffusion: error: unknown command 'sampel'; did you mean 'sample'?"),

@@ -47,6 +47,8 @@ def test_as_many_weights_as_published(network: Inception) -> None:
     assert sum(p.numel() for p in convolutions) == 23_851_784 - 3 * channels - 2049 * 1000
     assert sum(p.numel() for n, p in named.items() if n.endswith("bn.weight")) == channels
     assert network.fc.weight.shape == (1008, 2048)
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {m.eps for m in norms} == {1e-3}
 
 
 def test_the_names_of_the_handed_round_weights(network: Inception) -> None:

@@ -54,6 +54,22 @@ def test_against_all_pairs(m: int, n: int, k: int, chunk: int) -> None:
     assert np.abs(np.array(found) - slow(real + 1e7, made + 1e7, k)).max() < 1e-12
 
 
+def test_two_clouds_far_apart_from_one_another() -> None:
+    # No centre is near to both: the squares of their norms hold no digit of the distances within.
+    def both(seed: int) -> torch.Tensor:
+        return torch.cat([1e-3 * cloud(20, seed) + 1e7, 1e-3 * cloud(20, seed + 9) - 1e7])
+
+    real, made = both(1), both(2)
+    found = (*precision_recall(real, made), *density_coverage(real, made, k=3))
+    assert np.abs(np.array(found) - slow(real, made, 3)).max() < 1e-12
+    assert found[0] < 1
+
+
+def test_far_from_the_origin_little_is_computed_anew() -> None:
+    for _, block in distances.Distances(cloud(40, 1) + 1e6, cloud(40, 2) + 1e6):
+        assert float(block.slack.max()) < 1e-11
+
+
 def test_known_answers() -> None:
     # Radii of the data by the nearest other: 1, 1, 2, 3 (of 0, 1, 3, 6).
     real = points(0, 1, 3, 6)
