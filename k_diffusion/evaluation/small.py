@@ -146,6 +146,20 @@ def smaller(images: Tensor) -> Tensor:
     )
 
 
+def contrast(codes: Tensor) -> Tensor:
+    """The mean over all views of how surely each finds the other view of its image.
+
+    Args:
+        codes: of length 1, the first views of all images, then the second: shape (2 B, D).
+
+    Source: Chen et al. 2020, arXiv:2002.05709, equation 1.
+    """
+    own = torch.arange(len(codes), device=codes.device)
+    likeness = codes @ codes.T / TEMPERATURE
+    likeness[own, own] = -torch.inf
+    return functional.cross_entropy(likeness, own.roll(len(codes) // 2))
+
+
 def _train_contrast(images: Tensor, images_seen: int, seed: int) -> Classifier:
     """Two views of an image shall be nearer to one another than to those of others."""
     batch = min(BATCH, len(images))
@@ -156,14 +170,10 @@ def _train_contrast(images: Tensor, images_seen: int, seed: int) -> Classifier:
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
-    own = torch.arange(2 * batch, device=images.device)
     for _ in range(steps):
         chosen = images[torch.randint(len(images), (batch,), generator=generator)]
         views = torch.cat([_view(chosen, generator), _view(chosen, generator)])
-        codes = functional.normalize(model(views))
-        likeness = codes @ codes.T / TEMPERATURE
-        likeness[own, own] = -torch.inf
-        loss = functional.cross_entropy(likeness, own.roll(batch))
+        loss = contrast(functional.normalize(model(views)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

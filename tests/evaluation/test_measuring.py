@@ -173,6 +173,7 @@ def test_evenly_spread() -> None:
 
 def test_classes_in_the_shares_of_the_data() -> None:
     assert class_labels([1, 1, 2], 4) == [0, 1, 2, 2]
+    assert class_labels([1, 1], 1) == [1]
     assert class_labels([3, 0, 1], 8) == [0] * 6 + [2] * 2
     assert np.bincount(class_labels([142, 146, 150], 1000)).tolist() == [324, 334, 342]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from made_data import bars
 
 from k_diffusion.evaluation import SmallExtractor, train_small
 from k_diffusion.evaluation.extractors import weights_sha256
-from k_diffusion.evaluation.small import smaller
+from k_diffusion.evaluation.small import TEMPERATURE, contrast, smaller
 from k_diffusion.utils.images import to_float
 
 HASH = "0123456789abcdef"
@@ -27,6 +28,7 @@ def told_apart(extractor: SmallExtractor, seed: int = 9) -> float:
 @pytest.mark.parametrize("told", [True, False])
 def test_learns_with_and_without_classes(told: bool) -> None:
     images, labels = bars(200, noise=0.8)
+    torch.manual_seed(123)
     before = torch.get_rng_state()
     extractor = train_small(to_float(images), labels if told else None, HASH, images_seen=4000)
     assert torch.equal(torch.get_rng_state(), before)
@@ -57,6 +59,16 @@ def test_the_same_on_any_number_of_threads_and_from_its_file(tmp_path: Path) -> 
     assert again.name == "small-0123456789ab"
     assert again.trained == one.trained
     assert torch.equal(again(to_float(images)), one(to_float(images)))
+
+
+def test_the_contrast_one_pair_at_a_time() -> None:
+    codes = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    codes = codes / codes.norm(dim=1, keepdim=True)
+    wanted = 0.0
+    for i in range(6):
+        like = [math.exp(float(codes[i] @ codes[j]) / TEMPERATURE) for j in range(6)]
+        wanted -= math.log(like[(i + 3) % 6] / (sum(like) - like[i])) / 6
+    assert abs(float(contrast(codes)) - wanted) < 1e-12
 
 
 def test_large_images_are_made_smaller_first() -> None:

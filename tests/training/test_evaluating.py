@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from k_diffusion.evaluation import figures_of, make_reference, train_small
+from k_diffusion.evaluation import features_of, figures_of, make_reference, train_small
 from k_diffusion.evaluation.measuring import class_labels
 from k_diffusion.sampling import KSampler
 from k_diffusion.training import ArraySource, Digits, load_denoiser
@@ -19,6 +19,7 @@ from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import DataError
 from k_diffusion.training.evaluating import Evaluation, open_data
 from k_diffusion.training.run import run_training
+from k_diffusion.training.trainer import Trainer
 from k_diffusion.utils.scheduler import KarrasScheduler
 
 MakeConfig = Callable[..., TrainConfig]
@@ -82,6 +83,9 @@ def test_the_run_is_the_same_with_and_without(make_run_config: MakeConfig, tmp_p
     assert len(news) == 3
     assert news[0].startswith("evaluation at 256 images: fid ")
     assert news[0].endswith(f"(24 samples, features of {found[0]['extractor']})")
+    kept = {path.name for path in Path(config.out, "evaluation").iterdir()}
+    assert f"{found[0]['extractor']}.safetensors" in kept
+    assert len(kept) == 2  # and the statistics
     # The last line is of the last checkpoint's average.
     denoiser, _ = load_denoiser(measured.checkpoint)
     reference = make_reference(Digits(), cache=Path(config.out, "evaluation"))
@@ -119,6 +123,38 @@ def test_a_resumed_run_has_the_same_lines(make_run_config: MakeConfig, tmp_path:
     assert evaluations(again.out) == evaluations(whole.out)
     run_training(again, resume=Path(again.out, "checkpoint-000000000256.safetensors"))
     assert evaluations(again.out) == evaluations(whole.out)
+
+
+def test_a_run_whose_last_steps_are_left_out_is_evaluated_at_its_end(
+    make_run_config: MakeConfig,
+) -> None:
+    config = make_run_config(
+        evaluate=EVALUATE, checkpoint_every_images=256, background_checkpoints=False
+    )
+
+    def go_back(trainer: Trainer, state: Any) -> None:
+        if state.step == 19 and not trainer.passed_over:
+            trainer.go_back(Path(config.out, "checkpoint-000000000512.safetensors"), 19, 20)
+
+    assert run_training(config, on_step=go_back).images_seen == 640
+    assert [line["images_seen"] for line in evaluations(config.out)] == [256, 512, 640]
+
+
+def test_the_global_generator_is_put_back(
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draws(*args: Any, **options: Any) -> Any:  # as a model of one's own may
+        torch.rand(1)
+        return features_of(*args, **options)
+
+    monkeypatch.setattr("k_diffusion.training.evaluating.features_of", draws)
+    trainer = Trainer(make_run_config(evaluate=EVALUATE))
+    before = torch.get_rng_state()
+    training = trainer.network.training
+    assert Evaluation(trainer, lambda line: None).measure()["figures"]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert trainer.network.training == training
+    assert int(trainer.network.calls) == 0  # its buffers too are the run's own
 
 
 def test_samples_that_are_no_number_end_no_run(make_run_config: MakeConfig) -> None:
