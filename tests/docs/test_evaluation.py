@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tomllib
 
 from k_diffusion.cli.evaluate import Evaluate
 from k_diffusion.evaluation import train_small
 from k_diffusion.evaluation.measuring import EXTRACTORS, METRICS
+from k_diffusion.training.config_file import read_file
 from k_diffusion.training.sections import EvaluateConfig
 
 TEXT = (Path(__file__).parents[2] / "docs/evaluation.md").read_text()
@@ -41,8 +41,11 @@ def test_the_commands_have_such_options() -> None:
     assert {*told} - known - {"--explain"} == set()
 
 
-def test_the_section_of_a_config() -> None:
-    found = tomllib.loads(part("In a run").partition("```toml\n")[2].partition("```")[0])
+def test_the_section_of_a_config(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(
+        part("In a run").partition("```toml\n")[2].partition("```")[0], encoding="utf-8"
+    )
+    found = read_file(tmp_path / "a.toml")
     assert EvaluateConfig(**found["evaluate"]).every_images == 100_000
 
 
