@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DRAWING = (
     "sampler", "scheduler", "steps", "seed", "guidance", "guidance_method", "guidance_options",
     "guide", "negative", "condition", "sampler_options", "scheduler_options", "noise",
-    "noise_on_cpu", "no_ema", "ema",
+    "noise_on_cpu", "weights",
 )  # fmt: skip
 """Options that say how samples are drawn, and have no meaning where they are there already."""
 
@@ -106,10 +106,9 @@ class Evaluate:
     """The noise of methods that draw any: independent, or path."""
     noise_on_cpu: bool = False
     """Make that noise on the CPU, so that a seed gives the same on every device."""
-    no_ema: bool = False
-    """Take the last weights, not their moving average."""
-    ema: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
-    """Take this average of the weights, one that `k-diffusion info` lists."""
+    weights: str = "ema"
+    """ema: their moving average; last: those after the last step; or another average that
+    `k-diffusion info` lists, such as ema_0.05."""
     pairs: int = 10
     """How many samples nearest to real images the picture beside the JSON file shows, where
     memorised is measured; 0: no picture."""
@@ -195,13 +194,14 @@ class Evaluate:
         if process_number():
             return
         picture = self._picture(figures, real, reference, draw)
-        weights = "last" if self.no_ema else self.ema or "ema"
         result = {
             "software": software(),
             "command": self._command(info),
             "device": device.type,
             "processes": int(os.environ.get("WORLD_SIZE", "1")),
-            **({"checkpoint": weights_facts(info, weights)} if info and images is None else {}),
+            **(
+                {"checkpoint": weights_facts(info, self.weights)} if info and images is None else {}
+            ),
             **said,
             "number": count,
             "extractor": {
@@ -225,9 +225,8 @@ class Evaluate:
             return None
         from k_diffusion.training.restore import load_denoiser
 
-        denoiser, info = load_denoiser(
-            newest_in(self.checkpoint), ema=self.ema or not self.no_ema, device=device
-        )
+        checkpoint = newest_in(self.checkpoint)
+        denoiser, info = load_denoiser(checkpoint, self.weights, device=device)
         check_shape(info)
         return denoiser, info
 
@@ -269,7 +268,7 @@ class Evaluate:
         if self.guidance != 1 and method not in WITHOUT_CONDITION:
             null = teller.null(self.negative, told=bool(classes or condition))
         guide = None
-        said: dict[str, Any] = {name: getattr(self, name) for name in DRAWING[:-2]}
+        said: dict[str, Any] = {name: getattr(self, name) for name in DRAWING[:-1]}
         if self.guide:
             guide, lesser = load_denoiser(newest_in(self.guide), device=device)
             said["guide sha256"] = lesser.sha256
@@ -351,8 +350,6 @@ class Evaluate:
             raise UsageError("there is nothing to measure: give a CHECKPOINT, or --samples FOLDER")
         if not self.checkpoint and not self.data:
             raise UsageError("--samples alone names no real images to compare with: give --data")
-        if self.ema and self.no_ema:
-            raise UsageError(f"--ema is {self.ema}, but --no-ema asks for the last weights")
         if self.samples:
             for option in DRAWING:
                 if getattr(self, option) != _default(option):

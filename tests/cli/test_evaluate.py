@@ -99,7 +99,7 @@ def test_some_metrics_and_options(
     assert list(found["figures"]) == ["kid", "kid_error", "recall"]
     assert not (tmp_path / "a.nearest.png").exists()
     for i, words in enumerate((
-        ("--seed", 5), ("--guidance", 2), ("--condition", 3), ("--no-ema",), ("--steps", 3),
+        ("--seed", 5), ("--guidance", 2), ("--condition", 3), ("--weights", "last"), ("--steps", 3),
         ("--sampler", "euler_ancestral", "--sampler-options", "eta=0.3"),
     )):  # fmt: skip
         evaluate(*fixed, *words, "--out", tmp_path / f"{i}.json")
