@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from k_diffusion.utils.tensors import tf32_mode
+
 
 class FeatureExtractor(nn.Module):
     """A frozen network from images to features; abstract.
@@ -28,6 +30,12 @@ class FeatureExtractor(nn.Module):
     name = ""
     input = ""
     size: tuple[int, int] | None = None
+
+    def __call__(self, images: Tensor) -> Any:
+        """Features, without gradients, and in whole float32: TF32's ten bits of mantissa would move
+        them by a thousandth."""
+        with torch.no_grad(), tf32_mode(cudnn=False, matmul=False):
+            return super().__call__(images)
 
     def frozen(self, device: torch.device | str) -> Any:
         """Itself, on a device, in evaluation mode, without gradients."""

@@ -27,7 +27,6 @@ from k_diffusion.evaluation.extractors import (
     load_tensors,
 )
 from k_diffusion.utils.files import download_file
-from k_diffusion.utils.tensors import tf32_mode
 
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -295,11 +294,9 @@ class FIDInception(FeatureExtractor):
         pixels = ((as_rgb(images).float() + 1) * 127.5).round().clamp(0, 255)
         return (corner_bilinear(pixels, SIZE) - 128) / 128
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        # Ten bits of mantissa would move features by a thousandth.
-        with tf32_mode(cudnn=False, matmul=False):
-            return self.network(self.bring(images)).float()
+        features: Tensor = self.network(self.bring(images)).float()
+        return features
 
 
 class InceptionV3FeatureExtractor(FIDInception):

@@ -83,7 +83,6 @@ class DINOv2FeatureExtractor(FeatureExtractor):
         """The names that there are."""
         return list(DINOV2)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         x = antialiased(as_rgb(images).float(), self.size)
         features = self.network(normalised(x, self.mean, self.std)).pooler_output.float()
@@ -135,7 +134,6 @@ class CLIPFeatureExtractor(FeatureExtractor):
         """The names that there are: CLIP's transformers."""
         return list(CLIP)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         x = antialiased(as_rgb(images).float(), self.size)  # type: ignore[arg-type]
         return _at_length(self.network(normalised(x, self.mean, self.std)).image_embeds.float())

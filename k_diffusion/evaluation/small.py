@@ -46,7 +46,6 @@ class SmallExtractor(FeatureExtractor):
         self.name = f"small-{facts['data'][:12]}"
         self.frozen(device)
 
-    @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         return self.network.features(smaller(images.float()))
 

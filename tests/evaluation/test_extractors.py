@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from k_diffusion.evaluation import FIDInception, InceptionV3FeatureExtractor, make_extractor
+from k_diffusion.evaluation import (
+    FeatureExtractor,
+    FIDInception,
+    InceptionV3FeatureExtractor,
+    make_extractor,
+)
 from k_diffusion.evaluation.extractors import as_rgb, load_tensors, normalised, weights_sha256
 from k_diffusion.evaluation.inception import (
     HALVE,
@@ -234,3 +239,16 @@ def test_a_hash_of_names_shapes_and_values() -> None:
 def test_unknown_extractors() -> None:
     with pytest.raises(ValueError, match="did you mean 'inception'|inception"):
         make_extractor("inceptoin")
+
+
+def test_features_have_no_gradient_and_all_their_digits() -> None:
+    class Seen(FeatureExtractor):
+        def forward(self, images: Tensor) -> Tensor:
+            found = (torch.backends.cudnn, torch.backends.cuda.matmul)
+            assert not any(place.allow_tf32 for place in found)
+            assert not torch.is_grad_enabled()
+            return images
+
+    before = torch.backends.cudnn.allow_tf32
+    Seen()(torch.zeros(1))
+    assert torch.backends.cudnn.allow_tf32 == before
