@@ -150,8 +150,15 @@ def _check(name: str, known: dict[str, str]) -> None:
 
 def _load(kind: str, place: str) -> Any:
     """A network of transformers, from a folder or the hub."""
-    import transformers
     from safetensors import SafetensorError
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"DINOv2 and CLIP are loaded by transformers, which cannot be imported ({error}): pip "
+            "install 'k-diffusion[diffusers]' brings it; inception and small need none"
+        ) from None
 
     folder = Path(place)
     only_path = place.startswith((".", "/", "~")) or place.count("/") > 1 or folder.exists()

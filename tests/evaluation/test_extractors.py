@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from k_diffusion.evaluation import (
     FeatureExtractor,
     FIDInception,
     InceptionV3FeatureExtractor,
+    inception,
     make_extractor,
 )
 from k_diffusion.evaluation.extractors import as_rgb, load_tensors, normalised, weights_sha256
@@ -185,6 +187,26 @@ def test_inception_as_an_extractor(network: Inception, tmp_path: Path) -> None:
         assert not extractor.train().training
     alone = extractor(images[1:2])
     assert (alone - wanted[1:2]).abs().max() < 1e-3 * wanted.abs().max()
+
+
+def test_weights_are_fetched_once_and_checked(
+    network: Inception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = tmp_path / "away" / "pt_inception.pth"
+    away.parent.mkdir()
+    torch.save(network.state_dict(), away)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(inception, "URL", away.as_uri())
+    with pytest.raises(ValueError, match="but should begin with 6726825d: delete it"):
+        load_inception()
+    digest = hashlib.sha256(away.read_bytes()).hexdigest()
+    monkeypatch.setattr(inception, "SHA256_BEGINS", digest[:8])
+    away.unlink()
+    fetched = load_inception()
+    assert torch.equal(fetched.fc.weight, network.fc.weight)
+    (tmp_path / "cache/k-diffusion/pt_inception.pth").unlink()
+    with pytest.raises(OSError, match=r"cannot be fetched from file:.*: give a local copy, or use"):
+        load_inception()
 
 
 def test_weights_that_do_not_fit(network: Inception, tmp_path: Path) -> None:

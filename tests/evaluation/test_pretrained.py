@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,9 @@ def test_weights_that_cannot_be_had(dino: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="give a folder with"):
         DINOv2FeatureExtractor(weights=tmp_path / "empty")
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'k-diffusion\[diffusers\]' brings it"):
+        DINOv2FeatureExtractor()
