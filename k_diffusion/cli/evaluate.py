@@ -67,7 +67,7 @@ class Evaluate:
     """What to measure, of fid, kid, precision, recall, density, coverage, memorised."""
     extractor: str = "small"
     """What features are taken by: inception, dinov2, clip, or small, a network that is trained on
-    the data first, in a minute or so, and needs no download."""
+    the data first, in up to three minutes of one core, and needs no download."""
     extractor_weights: Annotated[str, tyro.conf.arg(metavar="PATH")] = ""
     """Its weights: a file (inception, small), a folder or an id on the Hugging Face hub (dinov2,
     clip); without it the usual ones are fetched."""

@@ -356,7 +356,7 @@ class EvaluateConfig(StrictConfig):
     extractor: Literal["small", "inception", "dinov2", "clip"] = Field(
         default="small",
         description="What features are taken by; small: a network that is trained on the data "
-        "first, in a minute or so.",
+        "first, in up to three minutes of one core.",
     )
     weights: str | None = Field(
         default=None,
