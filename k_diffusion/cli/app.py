@@ -19,6 +19,7 @@ from .compare import Compare
 from .config import Config
 from .ema import MakeEma
 from .encode import Encode
+from .evaluate import Evaluate
 from .export import Export
 from .info import Info
 from .problems import Stopped, UsageError, one_line, process_number, unboxed
@@ -42,6 +43,7 @@ class Command(Protocol):
 COMMANDS: dict[str, type[Any]] = {
     "train": Train,
     "sample": Sample,
+    "evaluate": Evaluate,
     "compare": Compare,
     "info": Info,
     "samplers": Samplers,

@@ -76,7 +76,7 @@ def train_classifier(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier(images.shape[1], int(labels.max()) + 1)
+        model = Classifier(images.shape[1], int(labels.max()) + 1).to(images.device)
     generator = torch.Generator().manual_seed(seed)
     steps = -(-len(images) // batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.05)

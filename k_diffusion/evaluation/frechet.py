@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from k_diffusion.evaluation.moments import Moments
+
 
 def gaussian_frechet(
     mean_a: torch.Tensor, cov_a: torch.Tensor, mean_b: torch.Tensor, cov_b: torch.Tensor
@@ -57,6 +59,14 @@ def frechet_distance(features_a: torch.Tensor, features_b: torch.Tensor) -> floa
         factor = torch.linalg.qr(features - mean, mode="r").R / (len(features) - 1) ** 0.5
         fitted.append((mean, factor.T))
     return _distance(*fitted[0], *fitted[1])
+
+
+def moments_frechet(a: Moments, b: Moments) -> float:
+    """Squared Frechet distance between Gaussians of the means and unbiased covariances of two sets.
+
+    As `frechet_distance` of the sets themselves, which need not be kept.
+    """
+    return gaussian_frechet(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def _factor(cov: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import torch
+from torch import Tensor
+
+from k_diffusion.evaluation.distances import Distances, rows_of
 
 
 def nearest(
@@ -18,28 +23,67 @@ def nearest(
     Returns:
         Distances and reference indices, both of shape (count,).
     """
-    q, r = _rows(queries), _rows(references)
+    q, r = rows_of(queries), rows_of(references)
     if q.shape[1] != r.shape[1] or not len(r):
         raise ValueError(
             f"queries of {q.shape[1]} values cannot be compared with {len(r)} references of "
             f"{r.shape[1]}; the same size a row fits"
         )
-    found = [_distances(part, r).min(1) for part in q.split(chunk)]
-    return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
+    found = [block.nearest() for _, block in Distances(q, r, chunk)]
+    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
 
-def nearest_other(images: torch.Tensor, *, chunk: int = 256) -> torch.Tensor:
-    """Each image's distance to its nearest other image (leave-one-out), shape (count,)."""
-    rows = _rows(images)
-    if len(rows) < 2:
-        raise ValueError(f"{len(rows)} images have no other; at least 2 are needed")
-    found = []
-    for start in range(0, len(rows), chunk):
-        distances = _distances(rows[start : start + chunk], rows)
-        own = torch.arange(len(distances))
-        distances[own, start + own] = torch.inf
-        found.append(distances.min(1).values)
-    return torch.cat(found)
+def nearest_other(
+    images: torch.Tensor, *, of: torch.Tensor | None = None, chunk: int = 256
+) -> torch.Tensor:
+    """Each image's distance to its nearest other image (leave-one-out), shape (count,).
+
+    Args:
+        images: shape (count, ...).
+        of: the numbers of those that are asked for, int64; None: all.
+        chunk: images compared at a time; bounds the memory.
+    """
+    return _nearest_others(images, of, chunk)[0]
+
+
+@dataclass(frozen=True)
+class Memorised:
+    """How near samples are to training images, beside how near these are to one another.
+
+    Attributes:
+        share: of samples that count as memorised, see `memorised_share`.
+        ratio: each sample's distance to its nearest training image, divided by that image's to its
+            own nearest other one; 0 for a copy. Shape (count,).
+        nearest: that training image's number, int64, shape (count,).
+        other: the number of that image's own nearest other one, int64, shape (count,).
+    """
+
+    share: float
+    ratio: Tensor = field(repr=False)
+    nearest: Tensor = field(repr=False)
+    other: Tensor = field(repr=False)
+
+    def closest(self, count: int) -> Tensor:
+        """The numbers of the samples most like a training image, the most alike first."""
+        return self.ratio.argsort(stable=True)[:count]
+
+
+def memorisation(samples: torch.Tensor, training: torch.Tensor, *, chunk: int = 256) -> Memorised:
+    """Each sample's nearest training image, and how much nearer than usual it is.
+
+    Args:
+        samples: images or their features, shape (count, ...), at least one.
+        training: shape (count, ...), at least two.
+        chunk: rows compared at a time; bounds the memory.
+    """
+    if not len(samples):
+        raise ValueError("0 samples have no share; give at least one")
+    distance, index = nearest(samples, training, chunk=chunk)
+    asked, place = index.unique(return_inverse=True)
+    usual, others = (found[place] for found in _nearest_others(training, asked, chunk))
+    share = ((distance < usual) | (distance == 0)).double().mean()
+    ratio = torch.where(distance == 0, 0.0, distance / usual)  # of doubled images it is infinite
+    return Memorised(float(share), ratio, index, others)
 
 
 def memorised_share(samples: torch.Tensor, training: torch.Tensor) -> float:
@@ -54,17 +98,16 @@ def memorised_share(samples: torch.Tensor, training: torch.Tensor) -> float:
         samples: shape (count, ...), at least one.
         training: shape (count, ...), at least two.
     """
-    if not len(samples):
-        raise ValueError("0 samples have no share; give at least one")
-    distance, index = nearest(samples, training)
-    usual = nearest_other(training)[index]
-    return float(((distance < usual) | (distance == 0)).double().mean())
+    return memorisation(samples, training).share
 
 
-def _rows(images: torch.Tensor) -> torch.Tensor:
-    return images.detach().flatten(1).double()
-
-
-def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    # Without the shortcut through a matrix product, which loses digits between near neighbours.
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
+def _nearest_others(images: Tensor, of: Tensor | None, chunk: int) -> tuple[Tensor, Tensor]:
+    rows = rows_of(images)
+    if len(rows) < 2:
+        raise ValueError(f"{len(rows)} images have no other; at least 2 are needed")
+    numbers = torch.arange(len(rows), device=rows.device) if of is None else of
+    found = []
+    for place, block in Distances(rows[numbers], rows, chunk):
+        block.leave_out(numbers[place])
+        found.append(block.nearest())
+    return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])

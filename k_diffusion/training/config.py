@@ -23,6 +23,7 @@ from k_diffusion.training.sections import (
     Below1,
     Count,
     EmaConfig,
+    EvaluateConfig,
     LossConfig,
     OptimizerConfig,
     Positive,
@@ -144,6 +145,10 @@ class TrainConfig(StrictConfig):
     )
     spikes: SpikesConfig = Field(
         default=SpikesConfig(), description="Losses far above the usual, and going back."
+    )
+
+    evaluate: EvaluateConfig = Field(
+        default=EvaluateConfig(), description="Figures of samples along the run."
     )
 
     @model_validator(mode="before")

@@ -1,9 +1,10 @@
-"""What a run says of itself before its first step."""
+"""What a run says of itself before its first step, and of what it meets or measures later."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from k_diffusion.training.trainer import Trainer
@@ -64,6 +65,17 @@ def micro_batch_line(before: int | None, now: int | None) -> str:
     if before is None:
         return f"memory holds {now} images at once on each process: micro_batch_size = {now}"
     return f"out of memory with {before} images at once: going on with {now}"
+
+
+def evaluation_line(images_seen: int, line: Mapping[str, Any]) -> str:
+    """What to say of an evaluation, whose line in the metrics file this is."""
+    if line["figures"] is None:
+        return f"evaluation at {images_seen} images: {line['reason']}"
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in line["figures"].items())
+    return (
+        f"evaluation at {images_seen} images: {figures} ({line['samples']} samples, features of "
+        f"{line['extractor']})"
+    )
 
 
 def _parts(trainer: Trainer) -> str:

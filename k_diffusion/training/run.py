@@ -22,6 +22,9 @@ The metrics are one JSON object a line:
 - {"event": "roll_back", "step", "images_seen", "passed_over"}: after that, where it went back to,
   and first and last of the steps that it leaves out this time. Of lines with the same images_seen
   the last one holds;
+- {"event": "evaluate", "step", "images_seen", "extractor", "samples", "figures", "reason"}: every
+  `evaluate.every_images`, and at the end; figures (name -> value) are null where the samples were
+  not finite, and only then there is a reason;
 - {"event": "end", "images_seen", "checkpoint", "sha256", "seconds", "stopped_by", "bad_files"}.
 
 A resumed run drops the lines that were written after its checkpoint, so the file reads as if the
@@ -46,9 +49,10 @@ from k_diffusion.models import Conditioner
 from k_diffusion.training.checkpoint import read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
+from k_diffusion.training.evaluating import Evaluation
 from k_diffusion.training.lock import RunLock, refuse_busy
 from k_diffusion.training.metrics import METRICS, Log
-from k_diffusion.training.opening import micro_batch_line, opening_lines
+from k_diffusion.training.opening import evaluation_line, micro_batch_line, opening_lines
 from k_diffusion.training.progress import Progress
 from k_diffusion.training.recovery import Recovery
 from k_diffusion.training.retention import (
@@ -184,6 +188,15 @@ def run_training(
         for line in opening_lines(trainer, start, looked=resume is not None):
             tell_once(line)
         micro_batch = trainer.micro_batch
+        evaluation: Evaluation | None = None
+        if config.evaluate.every_images is not None:
+            evaluation = Evaluation(trainer, tell_once)
+
+        def evaluate() -> None:
+            if evaluation is not None:
+                line = evaluation.measure()
+                log.write("evaluate", step=trainer.step, images_seen=trainer.images_seen, **line)
+                tell_once(evaluation_line(trainer.images_seen, line))
 
         def to_go_back_to() -> list[Path]:
             writer.wait()
@@ -241,6 +254,9 @@ def run_training(
             if main:
                 display.show(state, log.recent, last=ended)
             stopped = agreed(trainer.accelerator, stop.signal) if not ended else None
+            every = config.evaluate.every_images
+            if not back and (ended or passed(state.images_seen, config.batch_size, every)):
+                evaluate()  # before the checkpoint, as snapshots are
             every = config.ema.snapshot_every_images
             if (
                 every
@@ -264,6 +280,7 @@ def run_training(
             stopped = None
             if written != trainer.step:  # the last steps were passed over
                 log.passed_over_the_end()
+                evaluate()
                 if config.ema.snapshot_every_images:
                     save_snapshot(trainer)
                 checkpoint = save(True)

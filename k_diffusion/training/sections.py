@@ -280,3 +280,49 @@ class SpikesConfig(StrictConfig):
     most_roll_backs: Count = Field(
         default=3, description="How often it may; after that it goes on, or ends, as it is."
     )
+
+
+class EvaluateConfig(StrictConfig):
+    """Figures of the averaged weights along the run, beside those of the data."""
+
+    every_images: Count | None = Field(
+        default=None,
+        description="Images between evaluations, and one at the end; none: no evaluation.",
+    )
+    images: Annotated[int, Field(ge=10)] = Field(
+        default=1000, description="Samples that are drawn each time, from the same seeds."
+    )
+    real_images: Annotated[int, Field(ge=10)] = Field(
+        default=50_000,
+        description="Images of the data at most that they are compared with, evenly spread.",
+    )
+    metrics: Annotated[tuple[str, ...], BeforeValidator(_from_list)] = Field(
+        default=("fid", "kid", "precision", "recall"),
+        description="Some of fid, kid, precision, recall, density, coverage, memorised.",
+    )
+    extractor: Literal["small", "inception", "dinov2", "clip"] = Field(
+        default="small",
+        description="What features are taken by; small: a network that is trained on the data "
+        "first, in up to three minutes of one core.",
+    )
+    weights: str | None = Field(
+        default=None,
+        description="Of the extractor: a file (inception, small), a folder or an id on the Hugging "
+        "Face hub (dinov2, clip); none: the usual ones, which are fetched.",
+    )
+    sampler: str = Field(default="dpmpp_2m", description="The method that samples are drawn by.")
+    scheduler: str = Field(default="karras", description="How its noise levels are laid.")
+    steps: Count = Field(default=20, description="Of the method.")
+    seed: Amount = Field(default=0, description="Of the first sample; each has the next one.")
+    batch_size: Count = Field(default=64, description="Samples that are drawn at a time.")
+
+    @model_validator(mode="after")
+    def _known(self) -> EvaluateConfig:
+        from k_diffusion.evaluation.measuring import check_metrics
+        from k_diffusion.sampling import find_solver
+        from k_diffusion.utils.scheduler import make_scheduler
+
+        check_metrics(self.metrics)
+        find_solver(self.sampler)
+        make_scheduler(self.scheduler)
+        return self

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from k_diffusion.evaluation import memorised_share, nearest, nearest_other
+from k_diffusion.evaluation import memorisation, memorised_share, nearest, nearest_other
 
 LINE = torch.tensor([0.0, 1.0, 3.0, 7.0])[:, None, None, None]
 
@@ -46,6 +46,19 @@ def test_memorised_is_nearer_than_the_real_neighbour(sample: float, counts: bool
 def test_a_copy_of_a_doubled_training_image_counts() -> None:
     training = torch.tensor([0.0, 0.0, 5.0])[:, None]
     assert memorised_share(torch.tensor([[0.0], [0.1]]), training) == 0.5
+
+
+def test_the_pairs_behind_the_share() -> None:
+    samples = torch.tensor([4.5, 7.0, 20.0, 0.1])[:, None, None, None]
+    found = memorisation(samples, LINE, chunk=3)
+    assert found.nearest.tolist() == [2, 3, 3, 0]
+    assert found.other.tolist() == [1, 2, 2, 1]
+    wanted = torch.tensor([1.5 / 2, 0, 13 / 4, 0.1])
+    assert (found.ratio - wanted).abs().max() < 1e-6
+    assert found.closest(3).tolist() == [1, 3, 0]
+    assert found.share == 0.75
+    doubled = memorisation(torch.tensor([[0.0], [0.1]]), torch.tensor([[0.0], [0.0], [5.0]]))
+    assert doubled.ratio.tolist() == [0, torch.inf]
 
 
 def test_refuses_what_cannot_be_compared() -> None:

@@ -1,0 +1,183 @@
+"""DINOv2 and CLIP as feature extractors, by transformers.
+
+Only weights are read, in safetensors or without running code, and no code that comes with them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from k_diffusion.evaluation.extractors import (
+    FeatureExtractor,
+    antialiased,
+    as_rgb,
+    normalised,
+)
+from k_diffusion.utils.maths import unknown
+
+DINOV2 = {
+    "vits14": "facebook/dinov2-small",
+    "vitb14": "facebook/dinov2-base",
+    "vitl14": "facebook/dinov2-large",
+    "vitg14": "facebook/dinov2-giant",
+}
+"""The established names, and where their weights lie on the Hugging Face hub."""
+CLIP = {
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
+
+
+class DINOv2FeatureExtractor(FeatureExtractor):
+    """The class token of DINOv2 after its last norm.
+
+    Images are resized to 224 x 224, bicubic and antialiased.
+
+    Args:
+        name: one of `available_models()`.
+        device: where it computes.
+        weights: a folder with config.json and weights, or an id on the Hugging Face hub, in place
+            of the usual id; nothing is fetched for a folder.
+        scaled: bring each row to the length sqrt(features), as the established class does; False:
+            features as they are, of which FD-DINOv2 is made.
+        network: a `Dinov2Model` to take instead of loading one.
+
+    Raises:
+        ValueError: an unknown name, or the weights cannot be had.
+
+    Source: Oquab et al. 2023, arXiv:2304.07193; as a measure: Stein et al. 2023, arXiv:2306.04675.
+    """
+
+    size = (224, 224)
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+
+    def __init__(
+        self,
+        name: str = "vitl14",
+        device: torch.device | str = "cpu",
+        *,
+        weights: str | Path = "",
+        scaled: bool = True,
+        network: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        _check(name, DINOV2)
+        self.name = f"dinov2_{Path(weights).name or name}"
+        self.scaled = scaled
+        self.input = "RGB, antialiased bicubic to 224 x 224, ImageNet's mean and deviation" + (
+            "; features of length sqrt(d)" * scaled
+        )
+        self.network = network or _load("Dinov2Model", str(weights) or DINOV2[name])
+        self.frozen(device)
+
+    @classmethod
+    def available_models(cls) -> list[str]:
+        """The names that there are."""
+        return list(DINOV2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = antialiased(as_rgb(images).float(), self.size)
+        features = self.network(normalised(x, self.mean, self.std)).pooler_output.float()
+        return _at_length(features) if self.scaled else features
+
+
+class CLIPFeatureExtractor(FeatureExtractor):
+    """CLIP's image embedding, each row at the length sqrt(features), as the established class.
+
+    Images are resized to the network's size (224 x 224, mostly), bicubic and antialiased.
+
+    Args:
+        name: one of `available_models()`.
+        device: where it computes.
+        weights: see `DINOv2FeatureExtractor`.
+        network: a `CLIPVisionModelWithProjection` to take instead of loading one.
+
+    Raises:
+        ValueError: an unknown name, or the weights cannot be had.
+
+    Source: Radford et al. 2021, arXiv:2103.00020.
+    """
+
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    std = (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(
+        self,
+        name: str = "ViT-B/16",
+        device: torch.device | str = "cpu",
+        *,
+        weights: str | Path = "",
+        network: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        _check(name, CLIP)
+        self.name = f"clip_{Path(weights).name or name}"
+        loaded: Any = network or _load("CLIPVisionModelWithProjection", str(weights) or CLIP[name])
+        self.network = loaded
+        self.size = (loaded.config.image_size, loaded.config.image_size)
+        self.input = (
+            f"RGB, antialiased bicubic to {self.size[0]} x {self.size[1]}, CLIP's mean and "
+            "deviation; features of length sqrt(d)"
+        )
+        self.frozen(device)
+
+    @classmethod
+    def available_models(cls) -> list[str]:
+        """The names that there are: CLIP's transformers."""
+        return list(CLIP)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = antialiased(as_rgb(images).float(), self.size)  # type: ignore[arg-type]
+        return _at_length(self.network(normalised(x, self.mean, self.std)).image_embeds.float())
+
+
+def _at_length(features: Tensor) -> Tensor:
+    return functional.normalize(features) * features.shape[-1] ** 0.5
+
+
+def _check(name: str, known: dict[str, str]) -> None:
+    if name not in known:
+        raise ValueError(unknown("model", name, known))
+
+
+def _load(kind: str, place: str) -> Any:
+    """A network of transformers, from a folder or the hub."""
+    from safetensors import SafetensorError
+
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"DINOv2 and CLIP are loaded by transformers, which cannot be imported ({error}): pip "
+            "install 'k-diffusion[diffusers]' brings it; inception and small need none"
+        ) from None
+
+    folder = Path(place)
+    only_path = place.startswith((".", "/", "~")) or place.count("/") > 1 or folder.exists()
+    if only_path and not folder.is_dir():
+        raise ValueError(
+            f"weights {place} is no folder: give one with config.json and model.safetensors, or an "
+            "id on the Hugging Face hub"
+        )
+    try:
+        return (
+            getattr(transformers, kind)
+            .from_pretrained(
+                place, local_files_only=folder.is_dir(), trust_remote_code=False, weights_only=True
+            )
+            .float()
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:250]
+        raise ValueError(
+            f"weights {place!r} cannot be loaded ({reason}): give a folder with config.json and "
+            "model.safetensors, or the id of one on the Hugging Face hub that can be reached"
+        ) from None

@@ -1,0 +1,197 @@
+"""Figures of a run while it trains, and the real images that a checkpoint is measured by.
+
+Nothing of the run changes by it: samples are drawn from seeds of their own by a copy of the
+averaged weights, and the generators are put back.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from k_diffusion.denoiser import make_denoiser
+from k_diffusion.evaluation.gathering import on_first
+from k_diffusion.evaluation.measuring import class_labels, features_of, figures_of, make_reference
+from k_diffusion.models import ClassConditioner, make_model
+from k_diffusion.sampling import KSampler
+from k_diffusion.training.config import ConfigError
+from k_diffusion.training.dataset import DataError, Source, make_source
+from k_diffusion.training.named_tensors import copy_tensors, named_tensors
+from k_diffusion.training.shards import gathered
+from k_diffusion.utils.scheduler import make_scheduler
+
+if TYPE_CHECKING:
+    from k_diffusion.training.trainer import Trainer
+
+FOLDER = "evaluation"
+"""Of a run: where the statistics of its data and a small extractor lie."""
+
+
+class Evaluation:
+    """Measures the averaged weights of a run; made before its first step, so that whatever is
+    missing is missed at once. Every process has to make and call it.
+
+    Args:
+        trainer: of the run, whose config has the section `evaluate`.
+        say: takes lines of news.
+
+    Raises:
+        ConfigError: the data are no images, or the extractor or a condition cannot be had.
+    """
+
+    def __init__(self, trainer: Trainer, say: Callable[[str], None]) -> None:
+        self.trainer, self.options = trainer, trainer.config.evaluate
+        facts, options = trainer.source.facts(), self.options
+        if len(facts["shape"]) != 3 or not 1 <= facts["shape"][0] <= 4 or "autoencoder" in facts:
+            what = "latents" if "autoencoder" in facts else f"of shape {tuple(facts['shape'])}"
+            raise ConfigError(
+                f"evaluate.every_images = {options.every_images}, but the data are {what}, not "
+                "images: leave it out"
+            )
+        self._nothing = self._told_nothing()
+        with self._aside():
+            try:
+                self.reference = make_reference(
+                    trainer.source,
+                    options.extractor,
+                    weights=options.weights or "",
+                    most=options.real_images,
+                    cache=Path(trainer.config.out) / FOLDER,
+                    device=trainer.device,
+                    say=say,
+                )
+            except (ValueError, OSError, ImportError) as error:
+                raise ConfigError(
+                    f"evaluate.extractor = {options.extractor!r} cannot be had: {error}"
+                ) from None
+        counts = self.reference.statistics.facts["classes"]
+        self._labels = class_labels(counts, options.images) if trainer.num_classes else []
+
+    def measure(self) -> dict[str, Any]:
+        """What a line of the metrics file says: "extractor", "samples" and "figures", name ->
+        value; these are null, and "reason" says why, where the model drew what is no number."""
+        options = self.options
+        wrong: list[str] = []
+        with self._aside():
+            denoiser = self._averaged()
+            sampler = KSampler(denoiser, make_scheduler(options.scheduler), options.sampler)
+            many = sampler.sample_many(
+                options.images,
+                steps=options.steps,
+                shape=self.trainer.source.shape,
+                condition=self._told,
+                seed=options.seed,
+                batch_size=options.batch_size,
+                rank=0,
+                world=1,
+            )
+
+            def draw(numbers: list[int]) -> Tensor:
+                try:
+                    return torch.stack([image for _, image in many.draw(numbers)])
+                except FloatingPointError as error:  # the run may still come right
+                    wrong.append(" ".join(str(error).split()))
+                    return torch.zeros(len(numbers), *self.trainer.source.shape)
+
+            features = features_of(
+                draw, options.images, self.reference, batch_size=options.batch_size
+            )
+        line = {"extractor": self.reference.extractor.name, "samples": options.images}
+        if reasons := [one for own in self.trainer.processes.gather(wrong) for one in own]:
+            return {**line, "figures": None, "reason": reasons[0]}
+        figures = on_first(lambda: figures_of(features, self.reference, options.metrics).values)
+        return {**line, "figures": figures}
+
+    def _averaged(self) -> Any:
+        """The averaged weights as a denoiser of their own."""
+        trainer, config = self.trainer, self.trainer.config
+        if trainer.is_sharded:  # whose modules cannot be copied
+            network = make_model(config.model).to(trainer.device)
+        else:
+            network = copy.deepcopy(trainer.network)
+        copy_tensors(gathered(trainer.ema.state_dict(), keep=True), named_tensors(network))
+        process = make_scheduler(**config.process) if config.process else None
+        return make_denoiser(network.eval().requires_grad_(False), process)
+
+    def _told_nothing(self) -> dict[str, Tensor]:
+        """What all samples are told where the network knows no classes, as a batch of one."""
+        conditioner = self.trainer.conditioner
+        if conditioner is None or isinstance(conditioner, ClassConditioner):
+            return {}
+        try:
+            return conditioner.null(1)
+        except ValueError as error:
+            raise ConfigError(
+                f"evaluate.every_images = {self.options.every_images} cannot tell the network "
+                f"nothing: {error}; leave it out"
+            ) from None
+
+    def _told(self, numbers: Sequence[int]) -> dict[str, Tensor] | None:
+        device = self.trainer.device
+        if self._labels and not self._nothing:
+            labels = [self._labels[number] for number in numbers]
+            return {"class_label": torch.tensor(labels, device=device)}
+        return {
+            key: value.to(device).expand(len(numbers), *value.shape[1:])
+            for key, value in self._nothing.items()
+        } or None
+
+    def _aside(self) -> Any:
+        """Nothing drawn within it is missed, and no sampler's advice is given."""
+        return _Aside(self.trainer.device)
+
+
+class _Aside:
+    def __init__(self, device: torch.device) -> None:
+        self._rng = torch.random.fork_rng(
+            devices=[] if device.type == "cpu" else None,
+            device_type="cuda" if device.type == "cpu" else device.type,
+        )
+        self._warnings = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        self._rng.__enter__()
+        self._warnings.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *error: Any) -> None:
+        self._warnings.__exit__(*error)
+        self._rng.__exit__(*error)
+
+
+def open_data(given: str, trained: Mapping[str, Any], shape: Sequence[int]) -> Source:
+    """Real images to compare with.
+
+    Args:
+        given: a folder, a .zip or .tar, "digits" or "digits:test"; "": what a checkpoint was
+            trained on.
+        trained: the "data" of its config; empty where there is none.
+        shape: of an image, (channels, height, width).
+
+    Raises:
+        DataError: there is no such data, or it has another shape.
+    """
+    if given.startswith("digits"):
+        source = make_source("digits", split=given.partition(":")[2] or "train")
+    elif given:
+        kept = {key: trained[key] for key in ("classes", "max_pixels") if key in trained}
+        kind = "archive" if given.endswith((".zip", ".tar")) else "folder"
+        source = make_source(
+            kind, path=given, size=tuple(shape[1:]), channels=int(shape[0]), **kept
+        )
+    elif trained:
+        source = make_source(**trained)
+    else:
+        raise DataError("no real images are named to compare with: give --data")
+    if tuple(source.shape) != tuple(shape):
+        raise DataError(
+            f"data {given or trained.get('path', trained.get('source'))} holds images of shape "
+            f"{tuple(source.shape)}, but the samples have {tuple(shape)}: give the data of these"
+        )
+    return source
