@@ -296,7 +296,7 @@ class EvaluateConfig(StrictConfig):
         default=50_000,
         description="Images of the data at most that they are compared with, evenly spread.",
     )
-    metrics: Annotated[tuple[str, ...], BeforeValidator(_from_list)] = Field(
+    metrics: Annotated[tuple[str, ...], BeforeValidator(from_list)] = Field(
         default=("fid", "kid", "precision", "recall"),
         description="Some of fid, kid, precision, recall, density, coverage, memorised.",
     )
