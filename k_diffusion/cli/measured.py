@@ -31,10 +31,10 @@ def first_shape(folder: str) -> list[int]:
     """The shape of a folder's first image, (channels, height, width)."""
     from PIL import Image
 
-    from k_diffusion.training.folder import _image_files
+    from k_diffusion.training.folder import image_files
 
     with as_usage():
-        files = [path for path in _image_files(Path(folder)) if path.name != GRID]
+        files = [path for path in image_files(Path(folder))[0] if path.name != GRID]
     if not files:
         raise UsageError(f"--samples {folder} holds no images")
     with Image.open(files[0]) as picture:

@@ -30,8 +30,7 @@ class Folder(Pictures):
     ) -> None:
         super().__init__(f"data folder {path}", size, *args, **options)
         self.root = Path(path)
-        self._table_files: list[Path] = []
-        found = self._image_files(self.root)
+        found, self._table_files = image_files(self.root)
         self._names = list(map(str, found))  # which a path would put together each time anew
         self._settle(found, [file.relative_to(self.root).parts for file in found])
 
@@ -51,23 +50,27 @@ class Folder(Pictures):
             for file in self._table_files
         ]
 
-    def _image_files(self, root: Path) -> list[Path]:
-        if not root.is_dir():
-            raise DataError(
-                f"data folder {root} " + ("is a file" if root.exists() else "is missing")
-            )
-        found, visited = [], set()
-        for folder, below, names in os.walk(root, followlinks=True):
-            real = os.path.realpath(folder)
-            if real in visited:  # a link to a folder above
-                below.clear()
-                continue
-            visited.add(real)
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            self._table_files += [Path(folder, name) for name in sorted(names) if name in TABLES]
-            found += [
-                Path(folder, name)
-                for name in names
-                if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
-            ]
-        return sorted(found, key=lambda file: file.relative_to(root).parts)
+
+def image_files(root: Path) -> tuple[list[Path], list[Path]]:
+    """The image files in a folder and the folders below it, and the tables of captions beside them.
+
+    Raises:
+        DataError: no such folder.
+    """
+    if not root.is_dir():
+        raise DataError(f"data folder {root} " + ("is a file" if root.exists() else "is missing"))
+    found, tables, visited = [], [], set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link to a folder above
+            below.clear()
+            continue
+        visited.add(real)
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        tables += [Path(folder, name) for name in sorted(names) if name in TABLES]
+        found += [
+            Path(folder, name)
+            for name in names
+            if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
+        ]
+    return sorted(found, key=lambda file: file.relative_to(root).parts), tables
