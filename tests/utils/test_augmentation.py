@@ -43,7 +43,9 @@ def test_same_randomness_same_result_and_other_randomness_another(name: str) -> 
     assert not torch.equal(draw(SEEDS[:40], 40), draw(SEEDS[40:80], 40))
 
 
-@pytest.mark.parametrize("name", sorted(set(RANDOM) - {"random_flip", "random_crop", "random_shift", "add_noise"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(RANDOM) - {"random_flip", "random_crop", "random_shift", "add_noise"})
+)
 def test_with_seeds_a_sample_does_not_know_its_neighbours(name: str) -> None:
     together = RANDOM[name](SEEDS[:8], 8)
     for i in range(8):

@@ -75,7 +75,12 @@ def test_a_third_of_a_turn_makes_red_green() -> None:
 def test_ranges_and_shares() -> None:
     n = 20_000
     drawn = ALL.draw(torch.Generator().manual_seed(0), n)
-    for column, (low, high) in {0: (-0.3, 0.3), 1: (0.2, 1.8), 3: (0.5, 1.5), 4: (-0.4, 0.4)}.items():
+    for column, (low, high) in {
+        0: (-0.3, 0.3),
+        1: (0.2, 1.8),
+        3: (0.5, 1.5),
+        4: (-0.4, 0.4),
+    }.items():
         even = low + (high - low) * (torch.arange(n, dtype=torch.float64) + 0.5) / n
         # Kolmogorov-Smirnov distance; 1.95 / sqrt(n) is exceeded once in a thousand.
         assert (drawn[:, column].sort().values - even).abs().max() < (high - low) * 1.95 / n**0.5
