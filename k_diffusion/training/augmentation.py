@@ -92,9 +92,7 @@ class Augmentation:
         chosen, shape = self.config.chosen, source.shape
         named = " and ".join(f"augmentation.{key}" for key in chosen)
         if "autoencoder" in source.facts():
-            raise ConfigError(
-                f"{named} would change latents as if they were pictures: leave it out"
-            )
+            raise ConfigError(f"{named} is for pictures, not for latents: leave it out")
         moving = {"flip", "shift", "crop", "warp"} & set(chosen)
         if len(shape) != 3 and set(chosen) != {"noise"}:
             raise ConfigError(f"{named}: such data of shape {shape} is no pictures; leave it out")

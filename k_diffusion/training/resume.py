@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from k_diffusion.training.trainer import Trainer
 
 FIXED = (
-    "seed", "batch_size", "model", "data", "process", "conditioner", "augmentation", "optimizer.type",
+    "seed", "batch_size", "model", "data", "process", "conditioner", "augmentation",
+    "optimizer.type",
 )  # fmt: skip
 """What a resumed run must share with the one it continues: else its steps would be others."""
 

@@ -16,7 +16,7 @@ SEEDS = list(range(40))
 
 
 def _slowly(pixel, drawn):
-    """Turn about the grey axis by a matrix exponential's series, pull towards grey, stretch, add."""
+    """Turn about the grey axis (by cross products), pull towards grey, stretch, add, cut."""
     turns, saturation, grey, contrast, added = drawn
     axis = np.array([1.0, 1.0, 1.0]) / math.sqrt(3)
     angle = 2 * math.pi * turns
