@@ -95,7 +95,7 @@ class Augmentation:
             raise ConfigError(f"{named} is for pictures, not for latents: leave it out")
         moving = {"flip", "shift", "crop", "warp"} & set(chosen)
         if len(shape) != 3 and set(chosen) != {"noise"}:
-            raise ConfigError(f"{named}: such data of shape {shape} is no pictures; leave it out")
+            raise ConfigError(f"{named}: data of shape {shape} are no pictures; leave it out")
         colourful = {"hue", "saturation", "greyscale"} & set(chosen)
         if (colourful and shape[0] not in (3, 4)) or (self.recolours and shape[0] > 4):
             raise ConfigError(f"{named}: images of {shape[0]} channels have no such colours")
