@@ -130,8 +130,8 @@ def shift(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
         x: shape (B, C, H, W).
         down, right: pixels, int64, shape (B,); negative: upwards, to the left.
     """
-    rows = _mirrored(torch.arange(x.shape[-2]) - down[:, None], x.shape[-2]).to(x.device)
-    columns = _mirrored(torch.arange(x.shape[-1]) - right[:, None], x.shape[-1]).to(x.device)
+    rows = mirrored(torch.arange(x.shape[-2]) - down[:, None], x.shape[-2]).to(x.device)
+    columns = mirrored(torch.arange(x.shape[-1]) - right[:, None], x.shape[-1]).to(x.device)
     moved = x.gather(2, rows[:, None, :, None].expand(x.shape))
     return moved.gather(3, columns[:, None, None, :].expand(x.shape))
 
@@ -148,8 +148,8 @@ def random_shift(x: Tensor, most: int, randomness: Randomness) -> Tensor:
     return shift(x, places[:, 0] - most, places[:, 1] - most)
 
 
-def _mirrored(places: Tensor, length: int) -> Tensor:
-    """Places on an endless line to places in [0, length): there and back again."""
+def mirrored(places: Tensor, length: int) -> Tensor:
+    """Places on an endless line to places in [0, length): there and back again, int64."""
     period = max(1, 2 * (length - 1))
     folded = places.remainder(period)
     return torch.minimum(folded, period - folded) if length > 1 else torch.zeros_like(places)
