@@ -159,4 +159,8 @@ def _taps(place: Tensor, length: int) -> tuple[Tensor, Tensor]:
         ((4 - 3 * t) * t + 1) * t / 2,
         (t - 1) * t * t / 2,
     ]
-    return mirrored(first.long() + torch.arange(-1, 3)[:, None], length), torch.stack(weights)
+    # By a table, since remainders of whole numbers are slow.
+    low, high = int(first.min()) - 1, int(first.max()) + 2
+    table = mirrored(torch.arange(low, high + 1), length)
+    pixels = table[first.long() - low + torch.arange(-1, 3)[:, None]]
+    return pixels, torch.stack(weights)
