@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,33 +135,33 @@ def _interpolated(image: Tensor, back: Tensor) -> Tensor:
         back: where pixels of the result come from, in pixels from the centre, (2, 3), float64.
     """
     height, width = image.shape[1:]
-    y, x = torch.meshgrid(
-        *(torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in (height, width)),
-        indexing="ij",
-    )
-    here = back @ torch.stack([x.flatten(), y.flatten(), torch.ones(height * width).double()])
-    columns, across = _taps(here[0] + (width - 1) / 2, width)
-    rows, down = _taps(here[1] + (height - 1) / 2, height)
-    pixels = image.flatten(1)
-    result = torch.zeros_like(pixels)
+    # By numpy, whose small operations cost less than torch's.
+    m = back.numpy()
+    x = np.arange(width) - (width - 1) / 2
+    y = (np.arange(height) - (height - 1) / 2)[:, None]
+    columns, across = _taps(m[0, 0] * x + m[0, 1] * y + (m[0, 2] + (width - 1) / 2), width)
+    rows, down = _taps(m[1, 0] * x + m[1, 1] * y + (m[1, 2] + (height - 1) / 2), height)
+    result = np.zeros((len(image), height * width), np.float32)
     for row, weight in zip(rows * width, down, strict=True):
-        four = pixels.index_select(1, (row + columns).flatten()).reshape(-1, 4, height * width)
-        result += (four * (weight * across)).sum(1)
-    return result.reshape(image.shape)
+        four = row + columns
+        for channel, pixels in zip(result, image.flatten(1).numpy(), strict=True):
+            channel += weight * np.einsum("kn,kn->n", pixels[four], across)
+    return torch.from_numpy(result).reshape(image.shape)
 
 
-def _taps(place: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def _taps(place: Any, length: int) -> tuple[Any, Any]:
     """The four pixels about each place on a line, and their weights, float32: (4, N) each."""
-    first = place.floor()
-    t = (place - first).float()
-    weights = [
-        ((2 - t) * t - 1) * t / 2,
-        (t * t * (3 * t - 5) + 2) / 2,
-        ((4 - 3 * t) * t + 1) * t / 2,
-        (t - 1) * t * t / 2,
-    ]
+    first = np.floor(place).astype(np.int64).ravel()
+    t = (place.ravel() - first).astype(np.float32)
+    weights = np.stack(
+        [
+            ((2 - t) * t - 1) * t / 2,
+            (t * t * (3 * t - 5) + 2) / 2,
+            ((4 - 3 * t) * t + 1) * t / 2,
+            (t - 1) * t * t / 2,
+        ]
+    )
     # By a table, since remainders of whole numbers are slow.
-    low, high = int(first.min()) - 1, int(first.max()) + 2
-    table = mirrored(torch.arange(low, high + 1), length)
-    pixels = table[first.long() - low + torch.arange(-1, 3)[:, None]]
-    return pixels, torch.stack(weights)
+    low = int(first.min()) - 1
+    table = mirrored(torch.arange(low, int(first.max()) + 3), length).numpy()
+    return table[first - low + np.arange(-1, 3)[:, None]], weights
