@@ -1,10 +1,10 @@
 """Images a second that one core augments, beside the established pipeline, in one run.
 
-    python benchmarks/augmentation.py --peers benchmarks/.peers/k_diffusion
+    python benchmarks/augmentation.py      # `make bench` installs the peer and scikit-image first
 
 Batches of colour images in memory. "ours" is `utils.warp.Warp`, what happens to each image drawn
 from its own seed; "grid_sample" the bare cubic interpolation of every image by a ready grid;
-"established" k-diffusion 0.1.1's pipeline, one Pillow image at a time (it needs scikit-image);
+"established" k-diffusion 0.1.1's pipeline, one Pillow image at a time;
 "our K.augmentation" the same names here, one image at a time too. "off": switched off, where the
 established pipeline still makes its matrices, and training here calls nothing. Processor time, best
 of several turns that the cases take one after the other. Writes
