@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from k_diffusion.models import CompositeConditioner, SmallAutoencoder, UNet, make_conditioner
+from k_diffusion.models import (
+    MODELS,
+    CompositeConditioner,
+    SmallAutoencoder,
+    UNet,
+    make_conditioner,
+)
 from k_diffusion.training import load_denoiser
 from k_diffusion.training.augmentation import Augmentation
 from k_diffusion.training.augmentation_config import AugmentationConfig
@@ -240,6 +246,27 @@ def test_what_does_not_fit_the_model_or_the_data(
 ) -> None:
     with pytest.raises(ConfigError, match=said):
         Trainer(make_run_config(**changes))
+
+
+def test_a_network_that_says_that_it_can_be_told_is_tried(
+    make_run_config: MakeConfig, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf(tiny):
+        augmentation_dim = 9
+
+    class Told(Deaf):
+        def forward(self, x: Tensor, t: Tensor, augmentation: Tensor | None = None) -> Tensor:
+            seen.append(augmentation)
+            return super().forward(x, t)
+
+    seen: list[Any] = []
+    monkeypatch.setitem(MODELS, "deaf", Deaf)
+    monkeypatch.setitem(MODELS, "told", Told)
+    with pytest.raises(ConfigError, match="do not fit each other: .*unexpected keyword.*'augmen"):
+        Trainer(make_run_config(model={"type": "deaf"}, augmentation={"warp": 0.5}))
+    trainer = Trainer(make_run_config(model={"type": "told"}, augmentation={"warp": 0.5}))
+    trainer.train_step(trainer.stream[0], 1e-3)
+    assert torch.equal(seen[-1], inputs_of(trainer, 0).condition["augmentation"])
 
 
 def test_pictures_alone_are_changed(make_run_config: MakeConfig) -> None:
