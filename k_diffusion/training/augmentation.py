@@ -17,6 +17,9 @@ from k_diffusion.utils.colours import ColourChange
 from k_diffusion.utils.maths import fold_seed
 from k_diffusion.utils.warp import CONDITION, Warp, random_zoom
 
+COLOURS = ColourChange()
+"""No change of them."""
+
 KEYWORD = "augmentation"
 """Under which the network is told."""
 
@@ -50,7 +53,7 @@ class Augmentation:
         self.colours = ColourChange(
             own.hue, own.saturation, own.greyscale, own.contrast, own.brightness
         )
-        self.recolours = self.colours != ColourChange()
+        self.recolours = self.colours != COLOURS
         self.warp = Warp(own.warp) if own.warp else None
         if own.chosen:
             self._check_data(source)
@@ -98,7 +101,10 @@ class Augmentation:
             raise ConfigError(f"{named}: data of shape {shape} are no pictures; leave it out")
         colourful = {"hue", "saturation", "greyscale"} & set(chosen)
         if (colourful and shape[0] not in (3, 4)) or (self.recolours and shape[0] > 4):
-            raise ConfigError(f"{named}: images of {shape[0]} channels have no such colours")
+            keys = " and ".join(f"augmentation.{key}" for key in chosen if hasattr(COLOURS, key))
+            raise ConfigError(
+                f"{keys}: images of {shape[0]} channels have no such colours; leave it out"
+            )
         raws: dict[str, Any] = dict(source.batch(torch.tensor([0])).raws) if moving else {}
         for name, raw in raws.items():
             one = raw[0] if len(raw) else None

@@ -80,6 +80,13 @@ class AugmentationConfig(StrictConfig):
         default = type(self)()
         return {k: v for k, v in self if v != getattr(default, k)}
 
+    def __str__(self) -> str:
+        """What is done, in words; nothing where nothing is."""
+        said = {k: f"{k} {v}" for k, v in self.chosen.items() if k != "leaky"}
+        if self.warp:
+            said["warp"] += ", told to the network" if self.told else ", which leaks"
+        return "; ".join(said.values())
+
 
 def with_augmentation_dim(
     model: Mapping[str, Any], augmentation: AugmentationConfig

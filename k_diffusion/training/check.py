@@ -109,8 +109,7 @@ class RunCheck:
             "broken": ", ".join([*named, *more]),
             "model": f"{config.model.get('type', 'given')}, {config.prediction}, "
             f"{self.parameters:,} parameters",
-            "changes": ", ".join(f"{k} {v}" for k, v in config.augmentation.chosen.items())
-            + (", which the network is told of" if config.augmentation.told else ""),
+            "changes": str(config.augmentation),
             "memory": f"weights {_size(self.weight_bytes)}, gradient {_size(self.gradient_bytes)}, "
             f"optimiser {_size(self.optimizer_bytes)}, averages {_size(self.average_bytes)}, kept "
             f"for the backward pass {_size(self.saved_bytes)}{peak}",

@@ -223,7 +223,9 @@ def test_the_run_in_full_says_what_the_model_becomes(make_run_config: MakeConfig
 def test_the_check_names_the_changes(make_run_config: MakeConfig) -> None:
     assert "changes" not in str(check_run(make_run_config()))
     told = str(check_run(make_run_config(model=UNET, augmentation={"flip": 0.5, "warp": 0.12})))
-    assert "changes: flip 0.5, warp 0.12, which the network is told of\n" in told
+    assert "\nchanges: flip 0.5; warp 0.12, told to the network\n" in told
+    leaky = AugmentationConfig(warp=0.12, leaky=True, noise=0.1)
+    assert str(leaky) == "warp 0.12, which leaks; noise 0.1"
     assert "changes: flip 0.5\n" in str(check_run(make_run_config(augmentation={"flip": 0.5})))
 
 
@@ -238,7 +240,10 @@ def test_the_check_names_the_changes(make_run_config: MakeConfig) -> None:
             {"augmentation": {"warp": 0.1}, "model": {**UNET, "augmentation_dim": 5}},
             "told to the network by 9 numbers, but UNet takes 5 numbers",
         ),
-        ({"augmentation": {"hue": 0.1}}, r"augmentation\.hue: images of 1 channels have no such"),
+        (
+            {"augmentation": {"hue": 0.1, "flip": 0.1}},
+            r"^augmentation\.hue: images of 1 channels have no such",
+        ),
     ],
 )
 def test_what_does_not_fit_the_model_or_the_data(
