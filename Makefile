@@ -36,7 +36,8 @@ PEER = $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS
 $(PEERS)/.installed: $(STAMP) Makefile
 	rm -rf $(PEERS)
 	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet matplotlib
-	$(PEER)/k_diffusion k-diffusion==0.1.1.post1 torchsde==0.2.6 torchdiffeq==0.2.5 trampoline==0.1.2
+	$(PEER)/k_diffusion k-diffusion==0.1.1.post1 torchsde==0.2.6 torchdiffeq==0.2.5 trampoline==0.1.2 \
+	  scikit-image==0.26.0 lazy_loader==0.6 imageio==2.38.1 tifffile==2026.3.3
 	$(PEER)/diffusers diffusers==0.42.1 importlib_metadata zipp regex requests urllib3 idna \
 	  certifi charset_normalizer
 	$(PEER)/azula azula==0.11.1 einops==0.8.2
@@ -54,6 +55,7 @@ bench: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/around.py
 	$(BIN)/python benchmarks/loading.py
+	$(BIN)/python benchmarks/augmentation.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

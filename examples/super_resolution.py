@@ -2,7 +2,7 @@
 
     python examples/super_resolution.py      trains, then compares with linear enlargement
 
-For inpainting, the conditioner is "known_part" (and the model has image_channels = 2).
+Inpainting is alike: see inpainting.py.
 """
 
 from __future__ import annotations

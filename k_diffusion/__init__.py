@@ -11,13 +11,9 @@ from typing import Any
 __version__ = "0.3.0.dev0"
 
 _ROOMS = (
-    "config", "denoiser", "evaluation", "external", "gns", "guidance", "layers", "models",
-    "sampling",
-    "training", "utils",
+    "augmentation", "config", "denoiser", "evaluation", "external", "gns", "guidance", "layers",
+    "models", "sampling", "training", "utils",
 )  # fmt: skip
-_TO_COME = {
-    "augmentation": "with the training tools",
-}
 
 
 def __getattr__(name: str) -> Any:
@@ -25,8 +21,6 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "Denoiser":  # the established class; the protocol is denoiser.Denoiser
         return importlib.import_module(f"{__name__}.layers").Denoiser
-    if name in _TO_COME:
-        raise AttributeError(f"k_diffusion.{name} is not there yet: it comes {_TO_COME[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

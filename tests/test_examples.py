@@ -53,6 +53,7 @@ def run(name: str, images: int, out: Path) -> None:
         ("own_model", "", "digits.png"),
         ("own_conditioner", "", ""),
         ("super_resolution", "", "pictures.png"),
+        ("inpainting", "", "pictures.png"),
         ("text_to_image", "context_dim", "digits.png"),
         ("audio", "dims", ""),
         ("multimodal", "context_dim", "digits.png"),

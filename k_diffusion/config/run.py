@@ -120,6 +120,7 @@ def to_run(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
             "num_classes": whole["dataset"]["num_classes"],
         },
         **({"data": data} if data is not None else {}),
+        "augmentation": {"warp": float(whole["model"]["augment_prob"])},
         "process": _process(whole["model"]),
         "loss": _loss(whole["model"]),
         "optimizer": _optimizer(whole["optimizer"]) | _course(whole["lr_sched"], batch),
@@ -187,7 +188,6 @@ def _data(whole: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, A
 
 
 _NOT_TAKEN = {
-    "augment_prob": "training here has no such augmentation yet",
     "mapping_cond_dim": "nothing in the data gives mapping_cond",
     "unet_cond_dim": "nothing in the data gives unet_cond",
     "cross_cond_dim": "nothing in the data gives cross_cond",

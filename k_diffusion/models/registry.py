@@ -248,6 +248,14 @@ def known_classes(model: Any) -> int:
     return int(getattr(getattr(model, "config", None), "num_classes", 0) if own is None else own)
 
 
+def known_augmentation(model: Any) -> int:
+    """How many numbers a model takes that say how a sample was augmented: its `augmentation_dim`,
+    or its config's; 0: none."""
+    own = getattr(model, "augmentation_dim", None)
+    its = getattr(getattr(model, "config", None), "augmentation_dim", 0)
+    return int(its if own is None else own)
+
+
 def takes_option(config: Mapping[str, Any], name: str) -> bool:
     """Whether a model of this config's type has such an option.
 

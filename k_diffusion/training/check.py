@@ -109,6 +109,7 @@ class RunCheck:
             "broken": ", ".join([*named, *more]),
             "model": f"{config.model.get('type', 'given')}, {config.prediction}, "
             f"{self.parameters:,} parameters",
+            "changes": str(config.augmentation),
             "memory": f"weights {_size(self.weight_bytes)}, gradient {_size(self.gradient_bytes)}, "
             f"optimiser {_size(self.optimizer_bytes)}, averages {_size(self.average_bytes)}, kept "
             f"for the backward pass {_size(self.saved_bytes)}{peak}",

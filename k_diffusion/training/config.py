@@ -16,6 +16,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from k_diffusion.denoiser import DENOISERS
 from k_diffusion.models import CONDITIONERS, make_model
 from k_diffusion.models.registry import model_trait
+from k_diffusion.training.augmentation_config import AugmentationConfig
 from k_diffusion.training.data_sections import DataConfig
 from k_diffusion.training.sections import (
     AUTO,
@@ -63,6 +64,10 @@ class TrainConfig(StrictConfig):
         default=None,
         description="The noise schedule that is learned: its name and options; none: the "
         "prediction's usual one.",
+    )
+    augmentation: AugmentationConfig = Field(
+        default=AugmentationConfig(),
+        description="How images are changed before they are learned; the network may be told.",
     )
     loss: LossConfig = Field(default=LossConfig(), description="Weighting and noise levels.")
     optimizer: OptimizerConfig = Field(

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from k_diffusion.models import CONDITIONERS, MODELS
 from k_diffusion.models.registry import Registry, takes_option
+from k_diffusion.training.augmentation_config import with_augmentation_dim
 from k_diffusion.training.config import ConfigError, TrainConfig, settled
 from k_diffusion.training.config_file import make_config
 from k_diffusion.training.explain import WIDTH, Entry, config_sections
@@ -25,7 +26,7 @@ def in_full(config: TrainConfig) -> dict[str, Any]:
     """A config as plain JSON data with all its defaults, those of model, conditioner and process
     too; what only the data decides stays as it is. `make_config` makes an equal run of it."""
     data = config.to_json()
-    model = _filled(MODELS, settled(config.model))
+    model = _filled(MODELS, with_augmentation_dim(settled(config.model), config.augmentation))
     if config.model.get("sigma_data") == AUTO:
         model["sigma_data"] = AUTO
     if "in_channels" not in config.model and takes_option(config.model, "in_channels"):

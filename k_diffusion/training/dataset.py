@@ -43,6 +43,7 @@ class Purpose(enum.IntEnum):
     SPLIT = 8
     CONDITION = 9
     CONDITIONER = 10
+    CHANGES = 11
 
 
 class Batch(NamedTuple):

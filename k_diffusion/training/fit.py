@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from k_diffusion.denoiser import check_output
 from k_diffusion.models import Conditioner, conditioner_config, make_model
 from k_diffusion.models.registry import known_classes, takes_option
+from k_diffusion.training.augmentation_config import with_augmentation_dim
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
 from k_diffusion.training.sections import AUTO
@@ -20,7 +21,8 @@ from k_diffusion.training.sections import AUTO
 def settle(
     config: TrainConfig, source: Source, conditioner: Conditioner | None = None
 ) -> TrainConfig:
-    """The config with what the data decides: in_channels, and a sigma_data of "auto".
+    """The config with what the data decides: in_channels, and a sigma_data of "auto"; and with the
+    augmentation_dim that a warp asks for.
 
     The conditioner's own config, where it has one, takes the place of the one that is there.
 
@@ -35,6 +37,7 @@ def settle(
             f"model.in_channels is {model['in_channels']}, but the data has {source.shape[0]} "
             "channels: leave it out, and the data decides"
         )
+    model = with_augmentation_dim(model, config.augmentation)
     if model.get("sigma_data") == AUTO:
         if source.std < 1e-6:
             raise ConfigError("model.sigma_data is auto, but all values of the data are equal")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.training.augmentation_config import AugmentationConfig
 from k_diffusion.training.checkpoint import (
     CONDITIONER,
     OTHERS,
@@ -28,7 +29,10 @@ from k_diffusion.training.sharded import read_sharded
 if TYPE_CHECKING:
     from k_diffusion.training.trainer import Trainer
 
-FIXED = ("seed", "batch_size", "model", "data", "process", "conditioner", "optimizer.type")
+FIXED = (
+    "seed", "batch_size", "model", "data", "process", "conditioner", "augmentation",
+    "optimizer.type",
+)  # fmt: skip
 """What a resumed run must share with the one it continues: else its steps would be others."""
 
 
@@ -276,7 +280,9 @@ def check_same_run(info: CheckpointInfo, trainer: Trainer) -> None:
     """Refuse a checkpoint of a run whose steps would be others."""
     theirs, ours = flat(filled(info.config)), flat(filled(trainer.config.to_json()))
     theirs["data.images"], ours["data.images"] = info.data.get("images"), len(trainer.source)
-    theirs.setdefault("optimizer.type", "adamw")
+    # Checkpoints of a time when there was nothing else do not say it.
+    old = {"optimizer.type": "adamw", **flat({"augmentation": AugmentationConfig().model_dump()})}
+    theirs = old | theirs
     theirs, ours = (
         {k: v for k, v in both.items() if {k, k.split(".")[0]} & set(FIXED) and k != "data.path"}
         for both in (theirs, ours)

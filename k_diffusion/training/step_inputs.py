@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k_diffusion.training.augmentation import Augmentation
 from k_diffusion.training.conditioning import Conditioning
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Batch, Purpose, Stream, as_float
@@ -28,6 +29,7 @@ class StepInputs:
         density: u in [0, 1] -> log(alpha / sigma), the noise levels' distribution.
         objective: whose denoiser knows the noise levels, and whose extra losses ask for raw inputs.
         device: where the inputs are to be.
+        augmentation: changes the images there.
 
     Raises:
         ConfigError: the data lacks what an extra loss asks for.
@@ -41,7 +43,9 @@ class StepInputs:
         density: Callable[[Tensor], Tensor],
         objective: Objective,
         device: torch.device,
+        augmentation: Augmentation,
     ) -> None:
+        self.augmentation = augmentation
         self.config, self.stream, self.conditioning = config, stream, conditioning
         self.density, self.objective, self.device = density, objective, device
         if objective.raws:
@@ -57,7 +61,10 @@ class StepInputs:
         config, device = self.config, self.device
         share = len(batch.images)
         mine = slice(share * self.stream.rank, share * (self.stream.rank + 1))
-        x0 = as_float(batch.images.to(device, non_blocking=True))
+        first = step * config.batch_size + mine.start
+        x0, said = self.augmentation(
+            as_float(batch.images.to(device, non_blocking=True)), range(first, first + share)
+        )
         generator = torch.Generator().manual_seed(fold_seed(config.seed, Purpose.LEVELS, step))
         half_log_snr = draw_half_log_snr(
             self.density, config.batch_size, generator, stratified=config.loss.stratified
@@ -71,7 +78,7 @@ class StepInputs:
             x0=x0,
             sigma=sigma.to(device, non_blocking=True),
             noise=draw_noise(config.seed, step, shape, device)[mine],
-            condition=self.conditioning.shown(batch, x0, step, mine.start),
+            condition={**self.conditioning.shown(batch, x0, step, mine.start), **said},
             indices=batch.indices,
             step=step,
             first=mine.start,

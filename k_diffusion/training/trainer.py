@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
 from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
 from k_diffusion.models.registry import known_classes
+from k_diffusion.training.augmentation import Augmentation
 from k_diffusion.training.broken import check_bad_share
 from k_diffusion.training.checkpoint import SUFFIX, Contents, make_contents, write_checkpoint
 from k_diffusion.training.compare import full_model
@@ -122,7 +123,8 @@ class Trainer:
             average = begin_from(Path(config.init_from), network, self.conditioner, self.processes)
         check_learns(network)
         conditioning = Conditioning(config, self.conditioner, network, self.source, self.device)
-        example = conditioning.example()
+        augmentation = Augmentation(config, network, self.source, self.conditioner)
+        example = {**conditioning.example(), **augmentation.example()}
         if given is None:
             check_shape(config.model, self.source, example)
         model = full_model(network, config.model)
@@ -136,7 +138,13 @@ class Trainer:
         self.named = self.objective.named_with(self.network)
         """The network, with the loss's own weights among its named ones."""
         self.inputs = StepInputs(
-            config, self.stream, conditioning, density, self.objective, self.device
+            config,
+            self.stream,
+            conditioning,
+            density,
+            self.objective,
+            self.device,
+            augmentation,
         )
 
         self._joining = make_joining(config, self.accelerator, self.processes)

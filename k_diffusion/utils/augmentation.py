@@ -2,7 +2,8 @@
 
 Randomness comes from a `torch.Generator` (drawn for the batch as a whole) or from one integer seed
 a sample; with seeds, what happens to a sample does not depend on its neighbours in the batch.
-Images are tensors of shape (B, C, H, W); transformations only move values, they compute none.
+Images are tensors of shape (B, C, H, W). Here transformations only move values, they compute none;
+`warp` and `colours` have those that do.
 """
 
 from __future__ import annotations
@@ -50,6 +51,13 @@ def normals(randomness: Randomness, shape: Sequence[int]) -> Tensor:
     for row, seed in zip(noise, randomness, strict=True):
         row.normal_(generator=generator.manual_seed(seed))
     return noise
+
+
+def apart(randomness: Randomness, key: int) -> Randomness:
+    """Randomness for one of several purposes: of seeds others, of a generator what comes next."""
+    if isinstance(randomness, torch.Generator):
+        return randomness
+    return fold_seeds(randomness, [key])[:, 0].tolist()
 
 
 def flip(x: Tensor, chosen: Tensor) -> Tensor:
@@ -112,6 +120,41 @@ def random_crop(x: Tensor, size: tuple[int, int], randomness: Randomness) -> Ten
     return crop(x, size, top, left)
 
 
+def shift(x: Tensor, down: Tensor, right: Tensor) -> Tensor:
+    """Move each sample by whole pixels; what comes in is the sample itself, mirrored at its edges.
+
+    The same as a window out of an image that was continued beyond its edges, which are not
+    repeated.
+
+    Args:
+        x: shape (B, C, H, W).
+        down, right: pixels, int64, shape (B,); negative: upwards, to the left.
+    """
+    rows = mirrored(torch.arange(x.shape[-2]) - down[:, None], x.shape[-2]).to(x.device)
+    columns = mirrored(torch.arange(x.shape[-1]) - right[:, None], x.shape[-1]).to(x.device)
+    moved = x.gather(2, rows[:, None, :, None].expand(x.shape))
+    return moved.gather(3, columns[:, None, None, :].expand(x.shape))
+
+
+def random_shift(x: Tensor, most: int, randomness: Randomness) -> Tensor:
+    """Move each sample by -most to most pixels down and to the right; all are equally likely.
+
+    Args:
+        x: shape (B, C, H, W).
+        most: pixels.
+        randomness: a CPU generator, or B seeds.
+    """
+    places = (uniforms(randomness, x.shape[0], 2) * (2 * most + 1)).long().clamp(max=2 * most)
+    return shift(x, places[:, 0] - most, places[:, 1] - most)
+
+
+def mirrored(places: Tensor, length: int) -> Tensor:
+    """Places on an endless line to places in [0, length): there and back again, int64."""
+    period = max(1, 2 * (length - 1))
+    folded = places.remainder(period)
+    return torch.minimum(folded, period - folded) if length > 1 else torch.zeros_like(places)
+
+
 def crop_start(slack: int, uniform: float) -> int:
     """One of the `slack + 1` places of a window, chosen by a number in [0, 1)."""
     return min(int(uniform * (slack + 1)), slack)
@@ -166,11 +209,68 @@ def half_mask(batch: int, size: tuple[int, int], randomness: Randomness) -> Tens
     return mask
 
 
+STROKES, TURNS = 4, 4
+"""The most strokes of a mask, and the straight pieces of each."""
+
+
+def stroke_mask(batch: int, size: tuple[int, int], randomness: Randomness) -> Tensor:
+    """Hides one to four strokes of a brush a sample, with round ends.
+
+    Each goes from an even place along four straight pieces, of an even direction and a tenth to
+    four tenths of the image's shorter side, back towards the image where it would leave it. Its
+    thickness is 1/16 to 1/6 of that side. At least the pixel in which it begins is hidden.
+    """
+    length = min(size)
+    drawn = uniforms(randomness, batch, 1 + STROKES * (3 + 2 * TURNS)).float()
+    count = (drawn[:, 0] * STROKES).long() + 1
+    strokes = drawn[:, 1:].reshape(batch, STROKES, 3 + 2 * TURNS)
+    far = torch.tensor([size[1] - 1.0, size[0] - 1.0])
+    # Half a diagonal reaches a pixel's centre from anywhere in it.
+    radius = (length * (1 / 16 + strokes[..., 0] * (1 / 6 - 1 / 16)) / 2).clamp(min=0.5**0.5)
+    mask = torch.zeros(batch, 1, *size, dtype=torch.bool)
+    for k in range(STROKES):
+        drawing = (count > k).nonzero()[:, 0]
+        stroke, start = strokes[drawing, k], strokes[drawing, k, 1:3] * far
+        for turn in stroke[:, 3:].split(2, dim=1):
+            angle, step = 2 * torch.pi * turn[:, 0], length * (0.1 + 0.3 * turn[:, 1])
+            end = start + step[:, None] * torch.stack([angle.cos(), angle.sin()], dim=1)
+            end = torch.minimum(end.clamp(min=0), far)
+            reached = _squared_distance(size, start, end)
+            mask[drawing, 0] |= reached <= radius[drawing, k, None, None].square()
+            start = end
+    return mask
+
+
+def _squared_distance(size: tuple[int, int], start: Tensor, end: Tensor) -> Tensor:
+    """From every pixel's centre to straight pieces between points (x, y), (B, 2): (B, H, W)."""
+    x = torch.arange(size[1]) - start[:, 0, None, None]
+    y = torch.arange(size[0])[:, None] - start[:, 1, None, None]
+    ahead, below = ((end - start)[:, i, None, None] for i in (0, 1))
+    square = (ahead.square() + below.square()).clamp(min=1e-6)
+    share = ((x * (ahead / square)) + (y * (below / square))).clamp(0, 1)
+    return (x - share * ahead).square() + (y - share * below).square()
+
+
+def mixed_mask(batch: int, size: tuple[int, int], randomness: Randomness) -> Tensor:
+    """A mask of any other kind a sample, each kind as likely as any other: so that one network
+    learns to fill in a box, a half, strokes, and to draw nothing where nothing is hidden."""
+    kinds = [no_mask, box_mask, half_mask, stroke_mask]
+    chosen = (uniforms(apart(randomness, 0), batch)[:, 0] * len(kinds)).long()
+    mask = torch.zeros(batch, 1, *size, dtype=torch.bool)
+    for k, kind in enumerate(kinds):
+        made = kind(batch, size, apart(randomness, k + 1))
+        mask = torch.where((chosen == k).reshape(-1, 1, 1, 1), made, mask)
+    return mask
+
+
 MASKS: dict[str, Callable[[int, tuple[int, int], Randomness], Tensor]] = {
     "none": no_mask,
     "box": box_mask,
     "half": half_mask,
+    "stroke": stroke_mask,
+    "mixed": mixed_mask,
 }
+"""Kinds of masks."""
 
 
 def random_mask(kind: str, batch: int, size: tuple[int, int], randomness: Randomness) -> Tensor:

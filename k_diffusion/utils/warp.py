@@ -146,19 +146,51 @@ def apply(x: Tensor, matrices: Tensor, drawn: Tensor) -> Tensor:
             out[rows] = out[rows].flip(axis)
     rows = rest.nonzero().flatten()
     if len(rows):
-        height, width = x.shape[-2:]
-        # grid_sample counts from -1 to 1 over a side.
-        size = torch.tensor([width / 2, height / 2], dtype=torch.float64)
-        linear = matrices[rows][:, :, :2] * size / size[:, None]
-        theta = torch.cat([linear, matrices[rows][:, :, 2:] / size[:, None]], dim=2)
         there = rows.to(x.device)
-        chosen = x[there].float()
-        grid = F.affine_grid(theta.float().to(x.device), list(chosen.shape), align_corners=False)
-        warped = F.grid_sample(
-            chosen, grid, mode="bicubic", padding_mode="reflection", align_corners=False
-        )
-        out[there] = warped.to(x.dtype)
+        out[there] = resample(x[there], matrices[rows])
     return out
+
+
+def resample(x: Tensor, matrices: Tensor) -> Tensor:
+    """Images by cubic interpolation, continued beyond their edges by reflection.
+
+    Args:
+        x: shape (B, C, H, W).
+        matrices: (x, y, 1) of the result to (x, y) of x, in pixels from the centre, (B, 2, 3),
+            float64 on the CPU.
+    """
+    height, width = x.shape[-2:]
+    # grid_sample counts from -1 to 1 over a side.
+    size = torch.tensor([width / 2, height / 2], dtype=torch.float64)
+    linear = matrices[:, :, :2] * size / size[:, None]
+    theta = torch.cat([linear, matrices[:, :, 2:] / size[:, None]], dim=2)
+    grid = F.affine_grid(theta.float().to(x.device), list(x.shape), align_corners=False)
+    warped = F.grid_sample(
+        x.float(), grid, mode="bicubic", padding_mode="reflection", align_corners=False
+    )
+    return warped.to(x.dtype)
+
+
+def random_zoom(x: Tensor, smallest: float, randomness: Randomness) -> Tensor:
+    """A window of each image, enlarged to the image's size by cubic interpolation.
+
+    Its side is an even share, from `smallest` to 1, of the image's; every place where it fits is as
+    likely as any other.
+
+    Args:
+        x: shape (B, C, H, W), floating-point.
+        smallest: above 0, to 1.
+        randomness: a CPU generator, or B seeds.
+
+    Raises:
+        ValueError: smallest is out of its range.
+    """
+    if not 0 < smallest <= 1:
+        raise ValueError(f"the smallest window's share must lie above 0, to 1, got {smallest!r}")
+    u = uniforms(randomness, x.shape[0], 3)
+    share = smallest + (1 - smallest) * u[:, 0]
+    room = (1 - share)[:, None] * torch.tensor([x.shape[-1], x.shape[-2]], dtype=torch.float64)
+    return resample(x, torch.cat([_scaling(share, share), ((u[:, 1:] - 0.5) * room)[..., None]], 2))
 
 
 def _normals(u: Tensor) -> Tensor:

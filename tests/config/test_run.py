@@ -17,6 +17,7 @@ from k_diffusion.cli import main
 from k_diffusion.cli.train import Train
 from k_diffusion.config.run import is_established, load_run, to_run
 from k_diffusion.training import load_denoiser, read_info
+from k_diffusion.training.augmentation_config import AugmentationConfig
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.config_file import make_config
 from k_diffusion.training.loss import DENSITIES, make_density
@@ -320,6 +321,39 @@ def test_overrides_go_to_the_kind_that_has_them(tmp_path: Path) -> None:
     assert load_run(path, {"total_images": 1, "batch_size": "auto"}).micro_batch_size == "auto"
 
 
+@pytest.mark.parametrize("model", [V1, T1, T2])
+def test_the_established_augmentation(model: dict[str, Any], images: Path) -> None:
+    assert run_of(model).augmentation == AugmentationConfig()
+    config = run_of({**model, "augment_prob": 0.9}, dataset={"location": str(images)})
+    assert config.augmentation == AugmentationConfig(warp=0.9)
+    trainer = Trainer(config.model_copy(update={"batch_size": 8}))
+    drawn = trainer.inputs.draw(trainer.stream[0], 0)
+    clean = trainer.stream[0].images
+    assert drawn.x0.shape == clean.shape
+    assert drawn.condition["augmentation"].shape == (8, 9)
+    loss, _, report = trainer.train_step(trainer.stream[0], 1e-3)
+    assert report is None
+    assert math.isfinite(loss)
+    network = trainer.network.eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 0.1 * torch.randn(p.shape)
+        x, t = torch.randn(2, 3, 8, 8), torch.zeros(2)
+        told = {"augmentation": torch.zeros(2, 9)}
+        assert torch.equal(network(x, t), network(x, t, **told))
+        assert not torch.equal(network(x, t), network(x, t, augmentation=torch.ones(2, 9)))
+
+
+def test_an_image_v1_without_its_wrapper_can_only_leak(images: Path) -> None:
+    model = {**V1, "augment_prob": 0.1, "augment_wrapper": False}
+    config = run_of(model, dataset={"location": str(images)})
+    with pytest.raises(ConfigError, match=r"Established cannot be told of it: .*augment_wrapper"):
+        Trainer(config)
+    leaky = AugmentationConfig(warp=0.1, leaky=True)
+    trainer = Trainer(config.model_copy(update={"augmentation": leaky, "batch_size": 8}))
+    assert not trainer.inputs.draw(trainer.stream[0], 0).condition
+
+
 # ---------------------------------------------------------------- what is refused
 
 
@@ -328,7 +362,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model": {**V1, "zzz": 1}}, "model.zzz = 1 has no effect: take it out"),
     ({"model": {**V1, "type": "image_v9"}}, "unknown model.type 'image_v9'"),
     ({"model": {**V1, "depths": "x"}}, "model.depths = 'x' does not fit"),
-    ({"model": {**V1, "augment_prob": 0.12}}, "model.augment_prob = 0.12 cannot be taken over"),
+    ({"model": {**V1, "augment_prob": 1.2}}, "model.augment_prob = 1.2 does not fit"),
     ({"model": {**V1, "mapping_cond_dim": 4}}, "model.mapping_cond_dim = 4 cannot be taken over"),
     ({"model": {**V1, "unet_cond_dim": 4}}, "model.unet_cond_dim = 4 cannot be taken over"),
     ({"model": {k: v for k, v in V1.items() if k != "input_size"}}, "model.input_size is missing"),

@@ -1,5 +1,7 @@
 """Augmentation: exact moves, the right frequencies, and one seed a sample."""
 
+import math
+
 import pytest
 import torch
 
@@ -23,9 +25,12 @@ RANDOM = {
     "normals": lambda r, n: aug.normals(r, (n, 2, 3)),
     "random_flip": lambda r, n: aug.random_flip(images(n), r),
     "random_crop": lambda r, n: aug.random_crop(images(n), (2, 3), r),
+    "random_shift": lambda r, n: aug.random_shift(images(n), 2, r),
     "add_noise": lambda r, n: aug.add_noise(images(n), VP.at(0.3), r)[0],
     "box": lambda r, n: aug.random_mask("box", n, (9, 11), r),
     "half": lambda r, n: aug.random_mask("half", n, (9, 11), r),
+    "stroke": lambda r, n: aug.random_mask("stroke", n, (9, 11), r),
+    "mixed": lambda r, n: aug.random_mask("mixed", n, (9, 11), r),
 }
 
 
@@ -38,7 +43,9 @@ def test_same_randomness_same_result_and_other_randomness_another(name: str) -> 
     assert not torch.equal(draw(SEEDS[:40], 40), draw(SEEDS[40:80], 40))
 
 
-@pytest.mark.parametrize("name", sorted(set(RANDOM) - {"random_flip", "random_crop", "add_noise"}))
+@pytest.mark.parametrize(
+    "name", sorted(set(RANDOM) - {"random_flip", "random_crop", "random_shift", "add_noise"})
+)
 def test_with_seeds_a_sample_does_not_know_its_neighbours(name: str) -> None:
     together = RANDOM[name](SEEDS[:8], 8)
     for i in range(8):
@@ -93,6 +100,35 @@ def test_random_crop_is_a_window_and_reaches_every_place_equally() -> None:
     assert (counts[places] / 2000 - 1 / 6).abs().max() < 0.035
 
 
+def test_shift_is_a_window_of_the_image_continued_by_reflection() -> None:
+    x = images(49)
+    moves = torch.cartesian_prod(torch.arange(-3, 4), torch.arange(-3, 4))
+    moved = aug.shift(x, moves[:, 0], moves[:, 1])
+    wide = torch.nn.functional.pad(x, (3, 3, 3, 3), mode="reflect")
+    for i, (down, right) in enumerate(moves.tolist()):
+        assert torch.equal(moved[i], wide[i, :, 3 - down : 8 - down, 3 - right : 10 - right])
+    one = x[:1, :, :1, :1]  # of a single pixel there is nothing else to show
+    assert torch.equal(aug.shift(one, torch.tensor([5]), torch.tensor([-9])), one)
+
+
+def test_random_shift_reaches_every_place_equally() -> None:
+    x = torch.arange(49.0).reshape(1, 1, 7, 7).expand(2000, 1, 7, 7)
+    middle = aug.random_shift(x, 1, SEEDS)[:, 0, 3, 3].long()
+    counts = torch.bincount(middle, minlength=49)
+    places = [7 * row + column for row in (2, 3, 4) for column in (2, 3, 4)]
+    assert counts[places].sum() == 2000
+    assert (counts[places] / 2000 - 1 / 9).abs().max() < 0.025
+    assert torch.equal(aug.random_shift(x[:8], 0, SEEDS[:8]), x[:8])
+
+
+def test_apart_gives_others_numbers_of_the_same_seed() -> None:
+    first, second = aug.apart([1, 2], 0), aug.apart([1, 2], 1)
+    assert first == [fold_seed(1, 0), fold_seed(2, 0)]
+    assert not set(first) & set(second)
+    one = generator()
+    assert aug.apart(one, 3) is one
+
+
 def test_crop_outside_is_refused() -> None:
     with pytest.raises(ValueError, match=r"window 1 of 2 x 3 at \(4, 0\)"):
         aug.crop(images(2), (2, 3), [0, 4], [0, 0])
@@ -126,6 +162,61 @@ def test_masks_hide_what_they_say() -> None:
     assert torch.equal(heights * widths, box.sum((1, 2)))  # a filled rectangle
     assert (heights.min(), heights.max(), widths.min(), widths.max()) == (2, 6, 3, 9)
     assert box.any(0).all()  # every pixel is hidden at times
+
+
+def _stroke(size: tuple[int, int], seed: int) -> list[list[bool]]:
+    """A mask of strokes, pixel by pixel from the words of its description."""
+    height, width = size
+    drawn = iter(aug.uniforms([seed], 1, 1 + 4 * 11)[0].tolist())
+    pieces = []
+    for _ in range(int(next(drawn) * 4) + 1):
+        radius = max(min(size) * (1 / 16 + (1 / 6 - 1 / 16) * next(drawn)) / 2, 0.5**0.5)
+        x, y = next(drawn) * (width - 1), next(drawn) * (height - 1)
+        for _ in range(4):
+            angle, step = 2 * math.pi * next(drawn), min(size) * (0.1 + 0.3 * next(drawn))
+            there = (
+                min(max(x + step * math.cos(angle), 0), width - 1),
+                min(max(y + step * math.sin(angle), 0), height - 1),
+            )
+            pieces.append((radius, x, y, *there))
+            x, y = there
+
+    def near(px: int, py: int, radius: float, x: float, y: float, x2: float, y2: float) -> bool:
+        # The nearest of many points on the piece, rather than a formula for it.
+        return any(
+            math.hypot(px - x - (x2 - x) * k / 400, py - y - (y2 - y) * k / 400) <= radius
+            for k in range(401)
+        )
+
+    return [[any(near(px, py, *piece) for piece in pieces) for px in range(width)]
+            for py in range(height)]  # fmt: skip
+
+
+def test_strokes_are_what_they_are_said_to_be() -> None:
+    size = (12, 17)
+    masks = aug.random_mask("stroke", 6, size, SEEDS[:6])[:, 0]
+    for mask, seed in zip(masks, SEEDS, strict=False):
+        # 401 points of a piece are a little less near than all of it.
+        assert (mask != torch.tensor(_stroke(size, seed))).sum() <= 1
+    many = aug.random_mask("stroke", 2000, (16, 16), SEEDS)
+    shares = many.float().mean((1, 2, 3))
+    assert shares.min() > 0
+    assert 0.1 < shares.mean() < 0.4
+    assert many.any(0).all()  # every pixel is hidden at times
+    assert aug.random_mask("stroke", 50, (1, 3), SEEDS[:50]).any(3).all()  # tiny images, too
+
+
+def test_mixed_masks_are_of_every_kind_equally() -> None:
+    mixed = aug.random_mask("mixed", 2000, (8, 8), SEEDS)
+    kinds = ["none", "box", "half", "stroke"]
+    made = torch.stack([
+        aug.random_mask(kind, 2000, (8, 8), aug.apart(SEEDS, k + 1)) for k, kind in enumerate(kinds)
+    ])  # fmt: skip
+    same = (made == mixed).flatten(2).all(2)
+    assert same.any(0).all()
+    chosen = (aug.uniforms(aug.apart(SEEDS, 0), 2000)[:, 0] * 4).long()
+    assert same[chosen, torch.arange(2000)].all()
+    assert (torch.bincount(chosen) / 2000 - 0.25).abs().max() < 0.035
 
 
 def test_unknown_mask_offers_the_nearest() -> None:

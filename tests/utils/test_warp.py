@@ -10,7 +10,7 @@ import torch
 
 from k_diffusion.utils.augmentation import uniforms
 from k_diffusion.utils.maths import fold_seed
-from k_diffusion.utils.warp import Warp, apply, condition
+from k_diffusion.utils.warp import Warp, apply, condition, random_zoom
 
 
 def _cubic(t):
@@ -53,18 +53,13 @@ def _matrix(warp, a, height, width):
 
 def _slowly(warp, image, a):
     """One image, pixel by pixel; the order of the matrices is the established pipeline's."""
-    channels, height, width = image.shape
+    _, height, width = image.shape
     back = np.linalg.inv(_matrix(warp, a, height, width))
     out = np.empty_like(image)
     for row in range(height):
         for column in range(width):
             x, y, _ = back @ [column, row, 1.0]
-            total = np.zeros(channels)
-            for j in range(math.floor(y) - 1, math.floor(y) + 3):
-                for i in range(math.floor(x) - 1, math.floor(x) + 3):
-                    weight = _cubic(y - j) * _cubic(x - i)
-                    total += weight * image[:, _mirrored(j, height), _mirrored(i, width)]
-            out[:, row, column] = total
+            out[:, row, column] = _sampled(image, x, y)
     return out
 
 
@@ -81,6 +76,40 @@ def test_the_batch_is_the_images_one_by_one(size):
         slow = _slowly(warp, x[i].double().numpy(), drawn[i].tolist())
         assert np.abs(got[i].numpy() - slow).max() < 1e-4
     assert (told - condition(drawn).float()).abs().max() == 0
+
+
+def _sampled(image, x, y):
+    """By the same kernel, at a place that is between pixels."""
+    channels, height, width = image.shape
+    total = np.zeros(channels)
+    for j in range(math.floor(y) - 1, math.floor(y) + 3):
+        for i in range(math.floor(x) - 1, math.floor(x) + 3):
+            weight = _cubic(y - j) * _cubic(x - i)
+            total += weight * image[:, _mirrored(j, height), _mirrored(i, width)]
+    return total
+
+
+def test_a_zoom_is_a_window_enlarged():
+    torch.manual_seed(0)
+    x, seeds = torch.rand(20, 2, 6, 10) * 2 - 1, list(range(20))
+    got = random_zoom(x, 0.4, seeds)
+    sides = []
+    for i, seed in enumerate(seeds):
+        share, right, down = uniforms([seed], 1, 3)[0].tolist()
+        share = 0.4 + 0.6 * share
+        sides.append(share)
+        left, top = right * (10 - share * 10), down * (6 - share * 6)  # the window's corner
+        for row in range(6):
+            for column in range(10):
+                here = left + share * (column + 0.5) - 0.5, top + share * (row + 0.5) - 0.5
+                slow = _sampled(x[i].double().numpy(), *here)
+                assert np.abs(got[i, :, row, column].numpy() - slow).max() < 1e-4
+    assert min(sides) < 0.5
+    assert max(sides) > 0.9
+    assert (random_zoom(x, 1.0, seeds) - x).abs().max() < 1e-5
+    for wrong in (0.0, 1.1):
+        with pytest.raises(ValueError, match="smallest window's share must lie above 0, to 1"):
+            random_zoom(x, wrong, seeds)
 
 
 def test_the_condition_is_the_established_one():
