@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from k_diffusion.training.bands import means
 from k_diffusion.training.learning_rate import learning_rate
 from k_diffusion.training.retention import passed
 from k_diffusion.training.trainer import Trainer, TrainState
@@ -74,6 +75,8 @@ class Log:
             terms = sums.setdefault("terms", {})
             for name, value in state.terms.items():
                 terms[name] = terms.get(name, 0.0) + value
+            before = sums.get("bands") or [0.0] * len(state.bands)
+            sums["bands"] = [a + b for a, b in zip(before, state.bands, strict=True)]
         every = config.log_every_images
         if not (passed(state.images_seen, config.batch_size, every) or state.step == config.steps):
             return
@@ -114,10 +117,11 @@ class Log:
             loss=sums["loss"] / steps if steps else None,
             grad_norm=sums["grad_norm"] / steps if steps else None,
             **({"terms": terms} if terms else {}),
+            **({"bands": means(sums["bands"])} if sums.get("bands") else {}),
             **({} if noise_scale is None else {"noise_scale": noise_scale}),
             **facts,
         )
-        sums.update(steps=0, loss=0.0, grad_norm=0.0, terms={})
+        sums.update(steps=0, loss=0.0, grad_norm=0.0, terms={}, bands=[])
 
     def went_back(self) -> None:
         """The trainer has taken up an earlier checkpoint; what was written meanwhile stays."""
@@ -147,6 +151,7 @@ def _start_line(trainer: Trainer) -> dict[str, Any]:
         "event": "start",
         "config": trainer.config.to_json(),
         "data": trainer.source.facts(),
+        "band_edges": trainer.bands.edges,
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "versions": {name: version(name) for name in ("k-diffusion", "torch", "accelerate")},
     }

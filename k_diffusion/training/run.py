@@ -4,12 +4,14 @@ The folder holds `checkpoint-<images seen>.safetensors` (see `retention`), `ema/
 the averages where the config asks for them, `metrics.jsonl`, and `.lock` while a run works there.
 The metrics are one JSON object a line:
 
-- {"event": "start", "config", "data", "parameters", "versions"}: once;
+- {"event": "start", "config", "data", "parameters", "versions", "band_edges"}: once; the edges are
+  the sigmas between the bands of noise levels, each with an equal share of the levels drawn;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
   "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
   over the finite steps since the line before, null where there was none; images_per_second is null
   where the run ends on steps that it passes over; also "terms", what the
-  loss is made of (name -> mean), where it has several, and "noise_scale", where that is measured;
+  loss is made of (name -> mean), where it has several, "bands", its mean in each band of levels,
+  from the noiseless to the noisy (null: no sample), and "noise_scale", where that is measured;
 - {"event": "skipped", "images_seen", "step", "loss", "grad_norm", "images", "more_images",
   "sigmas", "where"}: for each step that was not finite, see `BadStep`; loss and grad_norm are
   words where they are no number ("nan", "inf");

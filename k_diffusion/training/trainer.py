@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
 from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
 from k_diffusion.models.registry import known_classes
+from k_diffusion.training.bands import SigmaBands
 from k_diffusion.training.checkpoint import SUFFIX, Contents, make_contents, write_checkpoint
 from k_diffusion.training.compare import full_model
 from k_diffusion.training.conditioning import Conditioning
@@ -133,6 +134,8 @@ class Trainer:
         self.objective: Objective = make_objective(config, self.denoiser).to(self.device)
         self.named = self.objective.named_with(self.network)
         """The network, with the loss's own weights among its named ones."""
+        self.bands = SigmaBands(density, self.denoiser.path.sigma, self.device)
+        """In which the loss is told by noise level."""
         self.inputs = StepInputs(
             config, self.stream, conditioning, density, self.objective, self.device
         )
@@ -221,6 +224,7 @@ class Trainer:
                 seconds_left=(total - self.images_seen) / images_per_second,
                 report=report,
                 terms=self._terms,
+                bands=self._band_sums,
                 noise_scale=self.noise_scale.value if self.noise_scale else None,
                 micro_batch=self.micro_batch,
             )
@@ -271,8 +275,10 @@ class Trainer:
         """
         inputs = self.inputs.draw(batch, self.step)
         losses, part_squares = self.gradient.compute(inputs)
-        found = self.gradient.totals(losses, part_squares, len(self.source.bad_files))
-        self._terms = found.terms
+        found = self.gradient.totals(
+            losses, part_squares, len(self.source.bad_files), self.bands.sums(losses, inputs.sigma)
+        )
+        self._terms, self._band_sums = found.terms, found.bands
         self._share_bad_files(found.bad_files)
         report = None
         if not found.finite:
