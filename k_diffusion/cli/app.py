@@ -20,6 +20,7 @@ from .config import Config
 from .ema import MakeEma
 from .export import Export
 from .info import Info
+from .plot_run import Plot
 from .problems import Stopped, UsageError, one_line, process_number, unboxed
 from .sample import Sample
 from .samplers import Samplers
@@ -43,6 +44,7 @@ COMMANDS: dict[str, type[Any]] = {
     "sample": Sample,
     "compare": Compare,
     "info": Info,
+    "plot": Plot,
     "samplers": Samplers,
     "schedule": Schedule,
     "export": Export,

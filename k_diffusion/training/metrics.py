@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from k_diffusion.training.bands import means
+from k_diffusion.training.history import METRICS
 from k_diffusion.training.learning_rate import learning_rate
 from k_diffusion.training.retention import passed
 from k_diffusion.training.trainer import Trainer, TrainState
 
-METRICS = "metrics.jsonl"
+__all__ = ["METRICS", "LineFile", "Log"]
 
 
 class Log:
