@@ -17,6 +17,7 @@ from k_diffusion.utils import maths
 
 from .compare import Compare
 from .config import Config
+from .doctor import Doctor
 from .ema import MakeEma
 from .export import Export
 from .info import Info
@@ -45,6 +46,7 @@ COMMANDS: dict[str, type[Any]] = {
     "compare": Compare,
     "info": Info,
     "plot": Plot,
+    "doctor": Doctor,
     "samplers": Samplers,
     "schedule": Schedule,
     "export": Export,
