@@ -59,7 +59,13 @@ class Doctor:
 def as_text(report: Report) -> str:
     """The report as plain text."""
     count = len(report.findings)
-    what = "nothing is off" if not count else "1 thing is off" if count == 1 else f"{count} things are off"
+    what = (
+        "nothing is off"
+        if not count
+        else "1 thing is off"
+        if count == 1
+        else f"{count} things are off"
+    )
     parts = [f"{report.run}, {report.images_seen:,} images seen: {what}"]
     for finding in report.findings:
         said = _filled(f"{finding.check}: {finding.says}", "- ")

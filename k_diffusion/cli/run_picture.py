@@ -31,10 +31,11 @@ def draw_runs(runs: Mapping[str, History], path: Path) -> None:
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(15, 10.5), dpi=130, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09)
+    figure = Figure(figsize=(15, 10.5), dpi=130, layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.09, h_pad=0.09)  # type: ignore[union-attr]
     figure.suptitle(_title(runs), fontsize=11, x=0.01, ha="left")
     grid = figure.add_gridspec(3, 6, height_ratios=(1.15, 1, 1))
     measured = any(line.noise_scale is not None for run in runs.values() for line in run.lines)
@@ -74,17 +75,17 @@ def _title(runs: Mapping[str, History]) -> str:
 def _loss(axes: Any, runs: Mapping[str, History]) -> None:
     found = {name: list(series(run.lines, "loss")) for name, run in runs.items()}
     for k, (name, points) in enumerate(found.items()):
-        _line(axes, points, color=_colour(k), label=name if len(runs) > 1 else "loss")
+        _line(axes, points, color=_colour(k), label=name if len(runs) > 1 else None)
     _scale(axes, (value for points in found.values() for _, value in points))
     for k, run in enumerate(runs.values()):
-        _marks(axes, run, "0.35" if len(runs) == 1 else _colour(k), first=k == 0)
+        _marks(axes, run, "0.35" if len(runs) == 1 else _colour(k))
     for k, points in enumerate(found.values()):
         if len(runs) == 1 and points:
             _end(axes, points, _colour(k))
     _dress(axes, "loss, mean since the line before")
 
 
-def _marks(axes: Any, run: History, colour: Any, first: bool) -> None:
+def _marks(axes: Any, run: History, colour: Any) -> None:
     """Where steps were skipped, losses were spikes, and the run went back: along the lower edge."""
     low = axes.get_xaxis_transform()
     for kind, marker, height, label in (
@@ -99,8 +100,8 @@ def _marks(axes: Any, run: History, colour: Any, first: bool) -> None:
             )  # fmt: skip
     backs = run.of_kind("roll_back")
     for n, event in enumerate(backs):
-        label = f"went back to here ({len(backs)})" if n == 0 else None
-        axes.axvline(event.images_seen, color=colour, lw=1.0, ls=(0, (4, 3)), label=label)
+        said = f"went back to here ({len(backs)})" if n == 0 else None
+        axes.axvline(event.images_seen, color=colour, lw=1.0, ls=(0, (4, 3)), label=said)
 
 
 def _by_sigma(axes: Any, runs: Mapping[str, History]) -> None:
@@ -115,8 +116,8 @@ def _by_sigma(axes: Any, runs: Mapping[str, History]) -> None:
         for n, (images, bands) in enumerate(_smoothed(lines, shown)):
             share = n / max(len(shown) - 1, 1)
             colour = _ramp("viridis", 0.95 - 0.9 * share) if len(runs) == 1 else _colour(k)
-            label = f"{_short(images)} images" if len(runs) == 1 else name
-            _staircase(axes, run.band_edges, bands, color=colour, label=label)
+            said = f"{_short(images)} images" if len(runs) == 1 else name
+            _staircase(axes, run.band_edges, bands, color=colour, label=said)
     if not told:
         _untold(axes, "loss by noise level", "this run has told none")
         return
@@ -140,7 +141,7 @@ def _bands(axes: Any, runs: Mapping[str, History]) -> None:
             ]
             colour = _ramp("plasma", 0.9 * band / max(count - 1, 1))
             _line(axes, points, color=colour, ls=STYLES[k % len(STYLES)], lw=1.2)
-            if k == 0:
+            if len(handles) < count:
                 label = _interval(run.band_edges, band)
                 handles.append(Line2D([], [], color=colour, label=label))
     if not handles:
@@ -148,8 +149,15 @@ def _bands(axes: Any, runs: Mapping[str, History]) -> None:
         return
     _scale_of_lines(axes)
     _dress(axes, "loss per band of sigma", legend=False)
+    handles.reverse()
+    if len(runs) > 1:
+        handles += [
+            Line2D([], [], color="0.35", ls=STYLES[k % len(STYLES)], label=name)
+            for k, (name, run) in enumerate(runs.items())
+            if run.band_edges
+        ]
     axes.legend(
-        handles=handles[::-1], title="sigma", fontsize=7, title_fontsize=8, frameon=False,
+        handles=handles, title="sigma", fontsize=7, title_fontsize=8, frameon=False,
         loc="center left", bbox_to_anchor=(1.0, 0.5), handlelength=1.2, borderaxespad=0.3,
     )  # fmt: skip
 
@@ -187,6 +195,7 @@ def _speed(axes: Any, runs: Mapping[str, History]) -> None:
 
 def _noise_scale(axes: Any, runs: Mapping[str, History]) -> None:
     _plain(axes, runs, "noise_scale", "gradient noise scale, images", scale=True)
+    axes.margins(y=0.1)
     for size in sorted({run.batch_size for run in runs.values() if run.batch_size}):
         axes.axhline(size, color="0.35", lw=1.0, ls=(0, (4, 3)), label=f"batch_size = {size}")
     _legend(axes)
@@ -311,10 +320,6 @@ def _engineering() -> Any:
 
 
 def _short(images: int) -> str:
-    return str(_engineering().format_data(images)) if images < 1000 else _thousands(images)
-
-
-def _thousands(images: int) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if images >= size:
             return f"{images / size:.3g}{letter}"

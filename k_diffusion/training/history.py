@@ -99,7 +99,9 @@ class History:
     def band_edges(self) -> tuple[float, ...]:
         """The sigmas between the bands of noise levels, rising; empty where none are told."""
         edges = self.start.get("band_edges")
-        return tuple(map(float, edges)) if _is_numbers(edges) else ()
+        if not isinstance(edges, list) or any(_number(edge) is None for edge in edges):
+            return ()
+        return tuple(map(float, edges))
 
     @property
     def images_seen(self) -> int:
@@ -204,7 +206,9 @@ def _train_line(fact: Mapping[str, Any]) -> TrainLine:
         step=fact["step"],
         images_seen=fact["images_seen"],
         skipped_steps=int(_number(fact.get("skipped_steps")) or 0),
-        terms={name: value for name, given in terms.items() if (value := _number(given)) is not None},
+        terms={
+            name: value for name, given in terms.items() if (value := _number(given)) is not None
+        },
         bands=tuple(map(_number, bands)) if isinstance(bands, list) else (),
         **{
             name: _number(fact.get(name))
@@ -216,10 +220,6 @@ def _train_line(fact: Mapping[str, Any]) -> TrainLine:
 def _number(value: Any) -> float | None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return float(value) if is_number and math.isfinite(value) else None
-
-
-def _is_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(_number(value) is not None for value in values)
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -46,7 +46,5 @@ def _aged(mean: float, square: float, decay: float, steps: int) -> tuple[float, 
     kept, limit = decay**steps, decay / (1 - decay)
     return (
         limit + kept * (mean - limit),
-        kept * square
-        + (2 * limit + 1) * limit * (1 - kept)
-        + 2 * steps * kept * (mean - limit),
+        kept * square + (2 * limit + 1) * limit * (1 - kept) + 2 * steps * kept * (mean - limit),
     )

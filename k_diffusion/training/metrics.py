@@ -13,6 +13,7 @@ from typing import IO, Any
 from k_diffusion.training.bands import means
 from k_diffusion.training.history import METRICS
 from k_diffusion.training.learning_rate import learning_rate
+from k_diffusion.training.loggers import Loggers
 from k_diffusion.training.retention import passed
 from k_diffusion.training.trainer import Trainer, TrainState
 
@@ -30,12 +31,19 @@ class Log:
         path: the file; None: this process writes none.
         resumed: whether the run goes on, so that the lines it has written stay.
         say: takes a line when the file cannot be written.
+        loggers: are told each line, too.
     """
 
     def __init__(
-        self, trainer: Trainer, path: Path | None, resumed: bool, say: Callable[[str], None]
+        self,
+        trainer: Trainer,
+        path: Path | None,
+        resumed: bool,
+        say: Callable[[str], None],
+        loggers: Loggers | None = None,
     ) -> None:
         self.trainer = trainer
+        self._loggers = loggers
         self._recent: list[float] = []
         self._file: LineFile | None = None
         sums = self._sums
@@ -134,11 +142,15 @@ class Log:
             self._file.write(json.dumps({"event": event, **facts}))
             self._lines += 1
             self._sums["lines"] = self._lines
+        if self._loggers is not None:
+            self._loggers.fact(event, facts)
 
     def flush(self) -> None:
         """Make the system write all lines to the disk, before a checkpoint that counts them."""
         if self._file is not None:
             self._file.flush()
+        if self._loggers is not None:
+            self._loggers.flush()
 
     def close(self) -> None:
         if self._file is not None:

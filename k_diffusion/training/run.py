@@ -1,7 +1,8 @@
 """A training run in a folder: progress, metrics, checkpoints, an orderly end, and going on.
 
 The folder holds `checkpoint-<images seen>.safetensors` (see `retention`), `ema/` with snapshots of
-the averages where the config asks for them, `metrics.jsonl`, and `.lock` while a run works there.
+the averages and `previews/` where the config asks for them, `metrics.jsonl`, and `.lock` while a
+run works there.
 The metrics are one JSON object a line:
 
 - {"event": "start", "config", "data", "parameters", "versions", "band_edges"}: once; the edges are
@@ -49,8 +50,10 @@ from k_diffusion.training.checkpoint import read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
 from k_diffusion.training.lock import RunLock, refuse_busy
+from k_diffusion.training.loggers import Loggers, check_loggers
 from k_diffusion.training.metrics import METRICS, Log
 from k_diffusion.training.opening import micro_batch_line, opening_lines
+from k_diffusion.training.previews import Previews, remove_previews_after
 from k_diffusion.training.progress import Progress
 from k_diffusion.training.recovery import Recovery
 from k_diffusion.training.retention import (
@@ -142,6 +145,7 @@ def run_training(
     out = Path(config.out)
     display = Progress(shown=progress)
     tell = say or display.say
+    check_loggers(config.loggers)
     refuse_busy(out)
     put_back(out)
     start = _start_point(out, resume, overwrite, tell)
@@ -154,6 +158,7 @@ def run_training(
         conditioner=conditioner,
         optimizer=optimizer,
     )
+    previews = Previews(trainer)
     main = trainer.accelerator.is_main_process
     tell_once = tell if main else lambda line: None  # what all processes know alike
     config = trainer.config
@@ -175,9 +180,18 @@ def run_training(
             if going_on:
                 set_aside(out, trainer.images_seen, tell)
             remove_snapshots_after(out, trainer.images_seen if going_on else 0, tell)
+            remove_previews_after(out, trainer.images_seen if going_on else 0)
 
         trainer.processes.on_main(take_folder)
-        log = Log(trainer, out / METRICS if main else None, resumed=going_on, say=tell)
+        loggers: Loggers | None = None  # of the main process
+
+        def open_loggers() -> None:
+            nonlocal loggers
+            loggers = Loggers(config, trainer.images_seen, going_on, tell)
+            stack.callback(loggers.close)
+
+        trainer.processes.on_main(open_loggers)
+        log = Log(trainer, out / METRICS if main else None, going_on, tell, loggers)
         stack.callback(log.close)
         stack.callback(display.close)
         for file, reason in trainer.source.bad_files.items():
@@ -217,6 +231,11 @@ def run_training(
                     writer.save(path, contents, after=after)
             return path
 
+        def show_preview() -> None:
+            grid = previews.save(tell)
+            if grid is not None and loggers is not None:
+                loggers.picture(trainer.images_seen, grid)
+
         for state in trainer:
             if state.micro_batch != micro_batch:
                 tell_once(micro_batch_line(micro_batch, state.micro_batch))
@@ -239,6 +258,7 @@ def run_training(
             back = recovery.went_back(state)
             if back and main:
                 remove_snapshots_after(out, trainer.images_seen, tell)
+                remove_previews_after(out, trainer.images_seen)
             ended = state.step == config.steps and not back
             if main:
                 display.show(state, log.recent, last=ended)
@@ -251,6 +271,8 @@ def run_training(
             ):
                 # Before the checkpoint: a run that goes on from that one lacks none.
                 save_snapshot(trainer)
+            if not back and previews.due(state.images_seen, ended):
+                show_preview()
             if ended or stopped is not None or (_due(state, config) and not back):
                 checkpoint, written = save(ended), trainer.step
                 if not ended and stopped is None:  # a signal during the write needs no other one
@@ -268,6 +290,8 @@ def run_training(
                 log.passed_over_the_end()
                 if config.ema.snapshot_every_images:
                     save_snapshot(trainer)
+                if previews.due(trainer.images_seen, True):
+                    show_preview()
                 checkpoint = save(True)
         sha256 = writer.wait()
         trainer.accelerator.wait_for_everyone()

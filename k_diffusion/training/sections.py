@@ -1,4 +1,4 @@
-"""The sections of a run's config: data, loss, optimiser, averages, spikes.
+"""The sections of a run's config: data, loss, optimiser, averages, spikes, previews.
 
 `config` puts them together.
 """
@@ -18,8 +18,10 @@ from pydantic import (
     model_validator,
 )
 
+from k_diffusion.sampling import find_solver
 from k_diffusion.training.ema import average_name, exponent_of
 from k_diffusion.training.loss import check_options
+from k_diffusion.utils.scheduler import make_scheduler
 
 AUTO = "auto"
 
@@ -58,14 +60,14 @@ class DigitsConfig(StrictConfig):
     split_seed: Amount = Field(default=0, description="Decides which images are held out.")
 
 
-def _from_list(value: Any) -> Any:
+def from_list(value: Any) -> Any:
     """TOML and JSON have lists where we have tuples."""
     return tuple(value) if isinstance(value, list) else value
 
 
 def _pair(value: Any) -> Any:
     one = isinstance(value, int) and not isinstance(value, bool)
-    return (value, value) if one else _from_list(value)
+    return (value, value) if one else from_list(value)
 
 
 class _PicturesConfig(StrictConfig):
@@ -219,7 +221,7 @@ class OptimizerConfig(StrictConfig):
     min_lr: NotNegative = Field(
         default=0.0, description="The fall stops here, for inverse_sqrt, inverse and exponential."
     )
-    betas: Annotated[tuple[Below1, Below1], BeforeValidator(_from_list)] = Field(
+    betas: Annotated[tuple[Below1, Below1], BeforeValidator(from_list)] = Field(
         default=(0.9, 0.999),
         description="Decay of AdamW's averages of the gradient and of its square.",
     )
@@ -276,7 +278,7 @@ class EmaConfig(StrictConfig):
         "what the updates of all steps since the last would have kept. Between two, in checkpoints "
         "and at the run's end too, the averages are as the last one left them.",
     )
-    profiles: Annotated[tuple[float, ...], BeforeValidator(_from_list)] = Field(
+    profiles: Annotated[tuple[float, ...], BeforeValidator(from_list)] = Field(
         default=(),
         description="Further averages, of power-function shape: the relative length sigma_rel of "
         "each, above 0 and below 0.2887, as in [0.05, 0.1].",
@@ -333,3 +335,36 @@ class SpikesConfig(StrictConfig):
     most_roll_backs: Count = Field(
         default=3, description="How often it may; after that it goes on, or ends, as it is."
     )
+
+
+class PreviewConfig(StrictConfig):
+    """Pictures of what the average draws on the way; they change nothing of the run."""
+
+    every_images: Count | None = Field(
+        default=None,
+        description="Images between previews, into the folder previews of out; none: no previews.",
+    )
+    count: Count = Field(default=16, description="Images in the grid; classes take turns.")
+    seed: Amount = Field(default=0, description="Of the first image; the next ones count up.")
+    sampler: str = Field(
+        default="dpmpp_2m", description="The method; k-diffusion samplers lists them."
+    )
+    scheduler: str = Field(
+        default="karras",
+        description="How the noise levels are laid; k-diffusion schedule lists the ways.",
+    )
+    steps: Count = Field(default=20, description="Steps from noise to image.")
+    guidance: Positive = Field(
+        default=1.0, description="Strength of classifier-free guidance; 1: none."
+    )
+
+    @model_validator(mode="after")
+    def _can_sample(self) -> PreviewConfig:
+        solver, scheduler = find_solver(self.sampler), make_scheduler(self.scheduler)
+        scheduler.levels(self.steps)
+        if getattr(solver, "outputs", 1) != 1:
+            raise ValueError(
+                f"sampler = {self.sampler!r} takes two estimates at each step, which previews do "
+                "not give: take another"
+            )
+        return self

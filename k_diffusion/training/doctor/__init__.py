@@ -8,7 +8,7 @@ it says in docs/watching.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +48,21 @@ def examine_run(
     history = read_history(run)
     findings, fine, unseen = list[Finding](), list[str](), dict[str, str]()
 
-    def look(checks: Mapping[str, Callable[[Any], Finding | None]], at: Any) -> None:
-        for name, check in checks.items():
-            try:
-                finding = check(at)
-            except NotSeen as reason:
-                unseen[name] = str(reason)
-            except Exception as error:  # a network or data of any kind may raise anything
-                unseen[name] = f"it could not be computed here ({reason_of(error)})"
+    def look(name: str, check: Callable[[Any], Finding | None], at: Any) -> None:
+        try:
+            finding = check(at)
+        except NotSeen as reason:
+            unseen[name] = str(reason)
+        except Exception as error:  # a network or data of any kind may raise anything
+            unseen[name] = f"it could not be computed here ({reason_of(error)})"
+        else:
+            if finding is None:
+                fine.append(name)
             else:
-                if finding is None:
-                    fine.append(name)
-                else:
-                    findings.append(dataclasses.replace(finding, check=name))
+                findings.append(dataclasses.replace(finding, check=name))
 
-    look(told.CHECKS, history)
+    for name, check in told.CHECKS.items():
+        look(name, check, history)
     if not weights:
         unseen |= dict.fromkeys(MEASURED, "the weights were left out, as asked")
     else:
@@ -74,7 +74,8 @@ def examine_run(
         else:
             from k_diffusion.training.doctor import measured
 
-            look(measured.CHECKS, patient)
+            for name, examine in measured.CHECKS.items():
+                look(name, examine, patient)
     unseen["memorisation"] = (
         "whether training images come back is for k-diffusion evaluate, which draws enough samples"
     )

@@ -279,7 +279,9 @@ def steps_in_sampling(patient: Patient) -> Finding | None:
 
     fine, far = drawn(4 * STEPS), {}
     for steps in (STEPS, 2 * STEPS):
-        far[steps] = float((drawn(steps) - fine).square().mean().sqrt() / fine.square().mean().sqrt())
+        far[steps] = float(
+            (drawn(steps) - fine).square().mean().sqrt() / fine.square().mean().sqrt()
+        )
         if far[steps] <= DISTANCE:
             break
     if far[STEPS] <= DISTANCE:

@@ -6,6 +6,7 @@ Each check is a function of the history that gives a finding, or None where all 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import Counter
@@ -51,7 +52,9 @@ BAD_FILES = 0.01
 def diverging(history: History) -> Finding | None:
     """Roll-backs, spikes, and a loss that rises."""
     lr = history.setting("optimizer.lr")
-    lower = f"optimizer.lr = {lr / 2:g}" if isinstance(lr, (int, float)) else "half the optimizer.lr"
+    lower = (
+        f"optimizer.lr = {lr / 2:g}" if isinstance(lr, (int, float)) else "half the optimizer.lr"
+    )
     backs, broken = history.of_kind("roll_back"), history.of_kind("diverged")
     spikes = [event for event in history.of_kind("spike") if event.stands]
     figures = {"roll_backs": len(backs), "diverged": len(broken), "spikes": len(spikes)}
@@ -71,8 +74,8 @@ def diverging(history: History) -> Finding | None:
     if len(losses) >= LINES and (rise := _rise(losses)) is not None:
         least, last, errors = rise
         return Finding(
-            f"the loss rises: its last tenth is {last:.4g} in the mean, after a tenth of {least:.4g} "
-            f"({errors:.0f} standard errors)",
+            f"the loss rises: its last tenth is {last:.4g} in the mean, after a tenth of "
+            f"{least:.4g} ({errors:.0f} standard errors)",
             lower,
             {**figures, "lowest_tenth": least, "last_tenth": last, "standard_errors": errors},
         )
@@ -142,7 +145,10 @@ def statistics_of_data(history: History) -> Finding | None:
     mean, std = history.data.get("mean"), history.data.get("std")
     if not isinstance(mean, (int, float)) or not isinstance(std, (int, float)):
         raise NotSeen("the run's first line has no mean and std of its data")
-    sigma_data, prediction = history.setting("model.sigma_data"), history.setting("model.prediction")
+    sigma_data, prediction = (
+        history.setting("model.sigma_data"),
+        history.setting("model.prediction"),
+    )
     figures = {"mean": mean, "std": std, "sigma_data": sigma_data, "prediction": prediction}
     if std <= 0:
         return Finding("all values of the data are equal", "other data", figures)
@@ -156,9 +162,10 @@ def statistics_of_data(history: History) -> Finding | None:
             )
     elif not SCALES[0] <= std <= SCALES[1]:
         return Finding(
-            f"the data's standard deviation is {std:.3g}, but {prediction or 'this prediction'} and "
-            "its noise levels are made for data near 1",
-            f"data divided by {std:.3g}, or model.prediction = 'edm' with model.sigma_data = 'auto'",
+            f"the data's standard deviation is {std:.3g}, but {prediction or 'this prediction'} "
+            "and its noise levels are made for data near 1",
+            f"data divided by {std:.3g}, or model.prediction = 'edm' with model.sigma_data = "
+            "'auto'",
             figures,
         )
     if abs(mean) > MEAN * std:
@@ -246,8 +253,8 @@ def flat_bands(history: History) -> Finding | None:
     if history.setting("model.prediction") == "edm":
         density = f"loss.density = 'lognormal' with a {middle} loss.density_options.mean"
     return Finding(
-        f"the loss is flat (fallen by less than {FLAT:.0%}) at noise levels sigma {names}, while as "
-        f"a whole it fell by {whole:.0%}",
+        f"the loss is flat (fallen by less than {FLAT:.0%}) at noise levels sigma {names}, while "
+        f"as a whole it fell by {whole:.0%}",
         f"loss.uncertainty = true, which brings all levels to equal say, or {density}",
         figures,
     )
@@ -277,8 +284,8 @@ def batch_size(history: History) -> Finding | None:
     if size > BATCH * scale:
         return Finding(
             f"{said}: smaller batches would learn nearly as much a step",
-            f"batch_size = {_power_of_two(2 * scale)}: more steps from as many images, with a lower "
-            "optimizer.lr",
+            f"batch_size = {_power_of_two(2 * scale)}: more steps from as many images, with a "
+            "lower optimizer.lr",
             figures,
         )
     return None
@@ -347,7 +354,7 @@ def _rise(losses: Sequence[float]) -> tuple[float, float, float] | None:
     parts = [losses[len(losses) - (k + 1) * size : len(losses) - k * size] for k in range(PARTS)]
     means = [statistics.fmean(part) for part in parts]
     last, least = means[0], min(means[1:])
-    steps = [abs(b - a) for a, b in zip(losses, losses[1:], strict=False)]
+    steps = [abs(b - a) for a, b in itertools.pairwise(losses)]
     noise = statistics.median(steps) / (0.6745 * math.sqrt(2))
     error = noise * math.sqrt(2 / size)
     rise = last - least
