@@ -37,24 +37,19 @@ def draw_runs(runs: Mapping[str, History], path: Path) -> None:
     figure = Figure(figsize=(15, 10.5), dpi=130, layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(_title(runs), fontsize=11, x=0.01, ha="left")
-    grid = figure.add_gridspec(3, 6, height_ratios=(1.15, 1, 1))
-    measured = any(line.noise_scale is not None for run in runs.values() for line in run.lines)
-    last = (slice(0, 2), slice(2, 4), slice(4, 6)) if measured else (slice(0, 3), slice(3, 6))
-    at = [(0, slice(0, 4)), (0, slice(4, 6)), *((1, s) for s in _thirds()), *((2, s) for s in last)]
-    panels = [_loss, _by_sigma, _bands, _learning_rate, _gradient, _averages, _speed]
-    if measured:
-        panels.append(_noise_scale)
-    for panel, (row, columns) in zip(panels, at, strict=True):
-        axes = figure.add_subplot(grid[row, columns])
-        axes.grid(True, color="0.92", lw=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        panel(axes, runs)
+    last = [_averages, _speed]
+    if any(line.noise_scale is not None for run in runs.values() for line in run.lines):
+        last.append(_noise_scale)
+    rows = (([_loss, _by_sigma], (2, 1)), ([_bands, _learning_rate, _gradient], None), (last, None))
+    parts = figure.subfigures(len(rows), 1, height_ratios=(1.15, 1, 1))
+    for part, (panels, widths) in zip(parts, rows, strict=True):
+        row = part.subplots(1, len(panels), width_ratios=widths)
+        for panel, axes in zip(panels, row, strict=True):
+            axes.grid(True, color="0.92", lw=0.8)
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+            panel(axes, runs)
     figure.savefig(path)
-
-
-def _thirds() -> list[slice]:
-    return [slice(0, 2), slice(2, 4), slice(4, 6)]
 
 
 def _title(runs: Mapping[str, History]) -> str:
@@ -124,7 +119,10 @@ def _by_sigma(axes: Any, runs: Mapping[str, History]) -> None:
     axes.set_xscale("log")
     _scale_of_lines(axes)
     when = "at several times" if len(runs) == 1 else "at the end"
-    _dress(axes, f"loss by noise level, {when}", "sigma", images=False)
+    _dress(axes, f"loss by noise level, {when}", "sigma", images=False, legend=False)
+    _room_below(axes, 0.35)
+    columns = 3 if len(runs) == 1 else 1
+    axes.legend(fontsize=8, frameon=False, loc="lower center", ncols=columns, columnspacing=1.2)
 
 
 def _bands(axes: Any, runs: Mapping[str, History]) -> None:
@@ -259,6 +257,15 @@ def _smoothed(
         means = tuple(_mean([v for v in column if v is not None]) for column in columns)
         found.append((line.images_seen, means))
     return found
+
+
+def _room_below(axes: Any, share: float) -> None:
+    """Lower the axis's end by a share of its length, as it is seen."""
+    low, high = axes.get_ylim()
+    if axes.get_yscale() == "log":
+        axes.set_ylim(low * (low / high) ** share, high)
+    else:
+        axes.set_ylim(low - share * (high - low), high)
 
 
 def _mean(values: Sequence[float]) -> float | None:
