@@ -268,11 +268,9 @@ def _scale(patient: Patient) -> float:
 
 def steps_in_sampling(patient: Patient) -> Finding | None:
     """Samples that change with more steps than `k-diffusion sample` takes by default."""
-    device = next(iter(patient.main.parameters())).device
-    shape = patient.info.data["shape"]
-    condition = _drawn_condition(patient, device)
-    noise = unit_noise(tuple(shape), list(range(DRAWN)), device)
     sampler = KSampler(patient.main, make_scheduler(SCHEDULER), SAMPLER)
+    condition = _drawn_condition(patient, sampler.device)
+    noise = unit_noise(tuple(patient.info.data["shape"]), list(range(DRAWN)), sampler.device)
 
     def drawn(steps: int) -> Tensor:
         return sampler.sample(noise, steps, condition or None, seed=list(range(DRAWN))).double()
