@@ -15,7 +15,7 @@ from k_diffusion.training.history import History
 
 def average_lengths(history: History) -> dict[str, list[tuple[int, float]]]:
     """Average's name -> (images seen, its length in images) at the train lines."""
-    found = {"ema": _exponential(history)}
+    found = {"ema": [(images, length) for images, _, length in _ages(history)]}
     profiles = history.setting("ema.profiles") or ()
     for sigma_rel in profiles:
         found[f"ema_{sigma_rel:g}"] = [
@@ -24,16 +24,28 @@ def average_lengths(history: History) -> dict[str, list[tuple[int, float]]]:
     return {name: lengths for name, lengths in found.items() if lengths}
 
 
-def _exponential(history: History) -> list[tuple[int, float]]:
-    """Of the average with a warm-up, whose decay between two lines is taken as the later one's."""
+def main_age(history: History) -> float | None:
+    """The mean age, in images, of the weights in the main average at the last line.
+
+    In the long run it is the length. An average that has kept its first weights is older than long.
+    """
+    ages = _ages(history)
+    return ages[-1][1] if ages else None
+
+
+def _ages(history: History) -> list[tuple[int, float, float]]:
+    """Images seen, mean age and length of the average with a warm-up, all in images.
+
+    Its decay between two lines is taken as the later one's.
+    """
     found, mean, square, last_step, decay = [], 0.0, 0.0, 0, 0.0
     for line in history.lines:
         if line.ema_decay is not None and line.ema_decay < 1:  # 1: its step was skipped
             decay = line.ema_decay
         mean, square = _aged(mean, square, decay, line.step - last_step)
         last_step = line.step
-        length = math.sqrt(max(square - mean * mean, 0.0))
-        found.append((line.images_seen, length * history.batch_size))
+        length, batch = math.sqrt(max(square - mean * mean, 0.0)), history.batch_size
+        found.append((line.images_seen, mean * batch, length * batch))
     return found
 
 

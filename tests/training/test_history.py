@@ -13,7 +13,7 @@ import pytest
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits, Stream
 from k_diffusion.training.history import History, HistoryError, read_history, series
-from k_diffusion.training.lengths import average_lengths
+from k_diffusion.training.lengths import average_lengths, main_age
 from k_diffusion.training.run import run_training
 
 from .made_runs import EDGES, course, line, start, write
@@ -157,15 +157,15 @@ def test_it_is_read_without_torch(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- lengths of the averages
 
 
-def by_hand(decays: list[float]) -> float:
-    """The standard deviation of the ages in an average whose updates keep these shares."""
+def by_hand(decays: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation of the ages in an average whose updates keep these shares."""
     weights, ages = [1.0], [0.0]
     for decay in decays:
         weights = [decay * weight for weight in weights] + [1 - decay]
         ages = [age + 1 for age in ages] + [0.0]
     mean = sum(w * a for w, a in zip(weights, ages, strict=True))
     square = sum(w * a * a for w, a in zip(weights, ages, strict=True))
-    return math.sqrt(square - mean * mean)
+    return mean, math.sqrt(square - mean * mean)
 
 
 def test_lengths_of_averages(tmp_path: Path) -> None:
@@ -178,7 +178,9 @@ def test_lengths_of_averages(tmp_path: Path) -> None:
     each = [0.5] * 10 + [0.9] * 10 + [0.95] * 40 + [0.95] * 4
     for (images, length), step in zip(found["ema"], decays, strict=True):
         assert images == 32 * step
-        assert length == pytest.approx(32 * by_hand(each[:step]), rel=1e-9)
+        assert length == pytest.approx(32 * by_hand(each[:step])[1], rel=1e-9)
+    age = main_age(read_history(tmp_path))
+    assert age == pytest.approx(32 * by_hand(each)[0], rel=1e-9)
 
 
 def test_a_long_average_of_constant_decay_is_geometric(tmp_path: Path) -> None:
@@ -190,3 +192,4 @@ def test_a_long_average_of_constant_decay_is_geometric(tmp_path: Path) -> None:
 def test_none_where_nothing_is_told(tmp_path: Path) -> None:
     empty = History(tmp_path, {}, (), ())
     assert average_lengths(empty) == {}
+    assert main_age(empty) is None

@@ -249,10 +249,12 @@ def conditioning(patient: Patient) -> Finding | None:
     change = "look whether the labels belong to their images, and a longer run"
     if dropout > 0.3:
         change = f"condition_dropout = 0.1 (it is {dropout:g}), or " + change
+    chance = ", which may be chance" if most > TOLD else ""
     return Finding(
         f"the network does not listen to its condition: with that of another image its loss is at "
-        f"most {most:+.1%} of what it is with the image's own, at noise from {sigmas[0]:.2g} to "
-        f"{sigmas[-1]:.2g} times the signal",
+        f"most {max(most, 0.0):.1%} higher than with the image's own{chance} "
+        f"({int(differ.sum())} images, noise from {sigmas[0]:.2g} to {sigmas[-1]:.2g} times the "
+        "signal)",
         change,
         figures,
     )

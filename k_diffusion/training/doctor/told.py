@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from k_diffusion.training.doctor.finding import Finding, NotSeen
 from k_diffusion.training.history import History, TrainLine, series
-from k_diffusion.training.lengths import average_lengths
+from k_diffusion.training.lengths import main_age
 
 LINES = 20
 """Train lines that a course is judged by, at least."""
@@ -36,7 +36,7 @@ SCALES = 0.25, 4.0
 MEAN = 1.0
 """The data's mean, in its standard deviations."""
 TOO_LONG, TOO_SHORT = 0.25, 0.005
-"""Length of the average, as a share of the images seen."""
+"""Mean age of the weights in the average, as a share of the images seen."""
 STEPS = 200
 """Steps before which averages and bands say nothing."""
 FLAT, FALLEN = 0.05, 0.2
@@ -184,25 +184,24 @@ def average_length(history: History) -> Finding | None:
     last = _last(history)
     if last.step < STEPS:
         raise NotSeen(f"after {last.step} steps no average has a length to judge; {STEPS} do")
-    lengths = average_lengths(history).get("ema")
-    if not lengths or not history.batch_size:
+    age = main_age(history)
+    if last.ema_decay is None or not age:
         raise NotSeen("the metrics do not tell the average's decay")
-    length = lengths[-1][1]
-    share = length / last.images_seen
+    share = age / last.images_seen
     steps = last.images_seen / history.batch_size
     # The decay whose average is a tenth of the run long: about 1 / (1 - d) steps.
     tenth = f"ema.max_decay = {1 - 10 / steps:.4g}" if steps > 20 else "a longer run"
-    figures = {"length": length, "images_seen": last.images_seen, "share": share}
-    told = f"the average reaches back {length:,.0f} images, {share:.2g} of the run so far"
+    figures = {"age": age, "images_seen": last.images_seen, "share": share}
+    told = f"the average's weights are {age:,.0f} images old in the mean, {share:.2g} of the run"
     if share > TOO_LONG:
         return Finding(
-            f"{told}: it still holds weights of the run's beginning",
+            f"{told} so far: it still holds weights of the run's beginning",
             f"{tenth} (a tenth of the run), or a longer run",
             figures,
         )
     if share < TOO_SHORT:
         return Finding(
-            f"{told}: it smooths little",
+            f"{told} so far: it smooths little",
             f"{tenth} (a tenth of the run), or ema.profiles = [0.05, 0.1], lengths that grow with "
             "the run",
             figures,
