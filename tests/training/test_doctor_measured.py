@@ -228,17 +228,16 @@ def test_the_condition_of_the_samples() -> None:
 def test_a_tiny_run(make_run_config: MakeConfig) -> None:
     """All of it can be looked at; the average, which keeps the first weights, is too long."""
     config = make_run_config(
+        model={"type": "tiny", "num_classes": 10, "prediction": "flow", "time_convention": "unit"},
         optimizer={"lr": 0.01},
         ema={"max_decay": 0.9999, "power": 10.0},
         total_images=32 * 210,
         log_every_images=320,
-        condition_dropout=1.0,
     )
     run_training(config, progress=False, say=lambda line: None)
     report = examine_run(config.out)
     assert report.images_seen == 32 * 210
     found = {finding.check: finding for finding in report.findings}
-    assert "condition_dropout is 1" in found["conditioning"].says
     assert "above that of the last weights" in found["average measured"].says
     assert "still holds weights of the run's beginning" in found["length of the average"].says
     assert set(report.unseen) == {"batch size", "memorisation"}
