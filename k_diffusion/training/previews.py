@@ -91,7 +91,7 @@ class Previews:
             grid = self._grid()
             path.parent.mkdir(exist_ok=True)
             save_png(path, grid, self.text())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ArithmeticError) as error:
             say(f"no preview at {trainer.images_seen} images: {reason_of(error)}")
             return None
         return grid

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from k_diffusion.cli import main
 from PIL import Image
+
+from k_diffusion.cli import main
 
 from ..training.made_runs import course, line, start, write
 
@@ -39,7 +40,9 @@ def test_findings_with_what_to_try(tmp_path, capsys) -> None:
     assert out.startswith(f"{run}, 19,200 images seen: 1 thing is off\n\n- gradient clipping: the ")
     assert "\n  try: grad_clip = 10, twice the usual norm\n" in out
     assert "\nfine: diverging, skipped steps, data statistics," in out
-    assert "- average measured, conditioning, steps in sampling: the run has no checkpoint yet" in out
+    assert (
+        "- average measured, conditioning, steps in sampling: the run has no checkpoint yet" in out
+    )
     assert "- batch size: the gradient noise scale is not measured: noise_scale_decay = 0.99" in out
     assert max(map(len, out.splitlines())) <= max(96, len(str(run)) + 50)
     assert main(["doctor", str(run), "--metrics-only"]) == 0
@@ -128,8 +131,14 @@ def test_several_runs(tmp_path, capsys) -> None:
     assert main(["plot", *map(str, runs), "-o", str(out), "--overwrite"]) == 0
 
 
-@pytest.mark.parametrize("facts", [[start()], [start(), line(4)], [line(4, loss=None)],
-                                   [start(), line(8, loss=-1.0, bands=[None] * 8), line(16)]])  # fmt: skip
+@pytest.mark.parametrize(
+    "facts",
+    [
+        [start()],
+        [line(4, loss=None)],
+        [start(), line(8, loss=-1.0, bands=[None] * 8), line(16)],
+    ],
+)
 def test_runs_that_have_hardly_begun(tmp_path, facts) -> None:
     pytest.importorskip("matplotlib")
     assert main(["plot", str(write(tmp_path, facts))]) == 0

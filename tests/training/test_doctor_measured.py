@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from k_diffusion.denoiser import make_denoiser
 from k_diffusion.training.checkpoint import CheckpointInfo
 from k_diffusion.training.config import TrainConfig
@@ -23,7 +25,6 @@ from k_diffusion.training.doctor.measured import (
     open_patient,
 )
 from k_diffusion.training.run import run_training
-from torch import Tensor
 
 MakeConfig = Callable[..., TrainConfig]
 Denoise = Callable[..., Tensor]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from k_diffusion.training.doctor import Finding, NotSeen, told
 from k_diffusion.training.history import read_history
 
@@ -34,7 +35,9 @@ def lines_of(losses: Iterable[float], **facts: Any) -> list[dict[str, Any]]:
     return [line(10 * k, loss=loss, **facts) for k, loss in enumerate(losses, 1)]
 
 
-@pytest.mark.parametrize("name", [n for n in told.CHECKS if n not in ("batch size", "broken files")])
+@pytest.mark.parametrize(
+    "name", [n for n in told.CHECKS if n not in ("batch size", "broken files")]
+)
 def test_nothing_is_off_with_a_good_run(look: Look, name: str) -> None:
     assert look(name, course()) is None
 
@@ -73,7 +76,9 @@ def test_a_rising_loss(look: Look) -> None:
     level = [1.0] * 5 + [0.5] * 85
 
     def rise(share: float, noise: float) -> Finding | None:
-        return look("diverging", [start(), *lines_of(noisy(level + [0.5 * (1 + share)] * 10, noise))])
+        return look(
+            "diverging", [start(), *lines_of(noisy(level + [0.5 * (1 + share)] * 10, noise))]
+        )
 
     assert rise(0.0, 0.02) is None
     assert rise(0.03, 0.001) is None  # many standard errors, but little

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits, Stream
 from k_diffusion.training.history import History, HistoryError, read_history, series
