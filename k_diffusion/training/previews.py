@@ -192,7 +192,7 @@ def remove_previews_after(run: str | Path, images_seen: int) -> None:
     """Remove those from after a time to which the run has gone back; 0: all."""
     last = preview_path(run, images_seen).name
     for path in (Path(run) / FOLDER).glob(f"preview-{'[0-9]' * 12}.png"):
-        if path.name > last or not images_seen:
+        if path.name > last:
             path.unlink(missing_ok=True)
 
 

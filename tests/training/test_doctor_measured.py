@@ -119,7 +119,14 @@ def test_an_average_that_is_worse_than_the_weights() -> None:
     assert found is not None
     assert "above that of the last weights" in found.says
     assert found.change == "a longer run, or a lower ema.max_decay"
-    assert found.figures["losses"]["ema"] > found.figures["losses"]["weights"]
+    own = errors(make_denoiser(bad), x0, {}, 0.75)
+    assert found.figures["losses"]["ema"] == pytest.approx(float(own.mean()), rel=1e-9)
+
+    def bad_at_one(x: Tensor, sigma: Tensor) -> Tensor:
+        return good(x, sigma) + 3.0 * (torch.arange(len(x)) == 5).reshape(-1, 1, 1, 1)
+
+    # Much, but chance.
+    assert look("average measured", patient({"weights": good, "ema": bad_at_one}, x0)) is None
     # That weights are worse is what averages are for.
     assert look("average measured", patient({"weights": bad, "ema": good}, x0)) is None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -92,13 +93,19 @@ def test_a_rising_loss(look: Look) -> None:
 
 
 def test_the_noise_of_a_line_is_measured_right(look: Look) -> None:
-    """A rise of 3 and of 5.5 true standard errors of a difference of two means of ten."""
-    level, noise = [1.0] * 190, 0.05
-    error = noise * (2 / 20) ** 0.5
-    for factor, is_found in ((2.5, False), (7.0, True)):
-        losses = noisy(level + [1 + factor * error + 1e-9] * 20, noise)
-        found = look("diverging", [start(), *lines_of(losses[10:])])
+    """Ten parts of 20 lines, of equal means and Gaussian noise, but the last: it is so many
+    standard errors of a difference of two means higher."""
+    noise = 0.05
+    quantiles = [NormalDist(0, noise).inv_cdf((k + 0.5) / 20) for k in range(20)]
+    error, draw = noise * (2 / 20) ** 0.5, random.Random(0)
+    for factor, is_found in ((3.4, False), (4.6, True)):
+        parts = [draw.sample(quantiles, 20) for _ in range(10)]
+        losses = [1 + value for part in parts for value in part]
+        losses[180:] = [value + factor * error for value in losses[180:]]
+        found = look("diverging", [start(), *lines_of(losses)])
         assert (found is not None) is is_found, factor
+        if found is not None:
+            assert found.figures["standard_errors"] == pytest.approx(factor, rel=0.15)
 
 
 def test_a_learned_loss_is_judged_by_its_denoising_part(look: Look) -> None:

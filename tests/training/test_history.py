@@ -58,7 +58,7 @@ def test_of_two_lines_of_the_same_images_the_last_holds(tmp_path: Path) -> None:
 def test_what_a_roll_back_gave_up_is_dropped(tmp_path: Path) -> None:
     """To step 15: of the lines at 10, 20, 30 the first stands; then 20 again and 40."""
     spike = {"event": "spike", "step": 25, "images_seen": 800, "loss": 9.0, "median": 1.0}
-    early = {**spike, "images_seen": 320}
+    early = {**spike, "images_seen": 480}
     facts = [start(), early, line(10), line(20, loss=5.0), spike, line(30), roll_back(15),
              line(20, loss=1.0), spike, line(40)]  # fmt: skip
     history = read_history(write(tmp_path, facts))

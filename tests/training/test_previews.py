@@ -73,7 +73,9 @@ def test_the_run_is_bitwise_the_same(make_run_config: MakeConfig, tmp_path: Path
     assert without_clock(plain) == without_clock(shown)
 
 
-def test_nothing_of_the_network_is_left_changed(make_run_config: MakeConfig) -> None:
+def test_nothing_of_the_network_is_left_changed(
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trainer = Trainer(make_run_config(preview=PREVIEW))
     for _, _ in zip(range(3), trainer, strict=False):
         pass
@@ -83,6 +85,7 @@ def test_nothing_of_the_network_is_left_changed(make_run_config: MakeConfig) -> 
 
     def count(module: Any, *_: object) -> None:
         module.hidden.add_(1)
+        torch.rand(1)  # as a network may that is never told to evaluate
 
     network.register_forward_hook(count)
     before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -95,6 +98,10 @@ def test_nothing_of_the_network_is_left_changed(make_run_config: MakeConfig) -> 
     assert network.training
     assert network.enter.training
     assert not network.dropout.training
+    assert torch.equal(Previews(trainer).draw(), images)
+    # All are drawn by the main process, however many there are.
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert torch.equal(Previews(trainer).draw(), images)
 
 
@@ -141,22 +148,26 @@ def test_a_resumed_run_leaves_the_same_files(make_run_config: MakeConfig) -> Non
     assert sorted(files(config)) == [preview_path("", 96).name]
 
 
-def test_those_of_given_up_steps_go(make_run_config: MakeConfig) -> None:
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [(32, [*range(1, 10), *range(13, 21)]), (96, [3, 6, 9, 15, 18, 20])],
+)
+def test_those_of_given_up_steps_go(
+    make_run_config: MakeConfig, every: int, steps: list[int]
+) -> None:
     """Steps 10 to 12 are spikes: the run goes back from 384 to 256, and from there on to 416."""
     config = make_run_config(
         model={"type": "tiny", "num_classes": 10, "prediction": "flow", "time_convention": "unit"},
         spikes={"factor": 3.0, "window": 4, "patience": 3, "roll_back": True},
         checkpoint_every_images=128,
-        preview={**PREVIEW, "every_images": 32},
+        preview={**PREVIEW, "every_images": every},
     )
     digits = Digits()
     stream, images = Stream(digits, 32, seed=3), digits.images.clone()
     for step in (9, 10, 11):
         images[stream[step].indices] *= 30.0
     run(config, source=ArraySource(images, digits.labels, digits.class_names))
-    assert sorted(files(config)) == [
-        preview_path("", 32 * step).name for step in range(1, 21) if step not in (10, 11, 12)
-    ]
+    assert sorted(files(config)) == [preview_path("", 32 * step).name for step in steps]
 
 
 def test_guidance_changes_the_picture(make_run_config: MakeConfig) -> None:
