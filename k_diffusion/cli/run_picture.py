@@ -41,7 +41,7 @@ def draw_runs(runs: Mapping[str, History], path: Path) -> None:
     if any(line.noise_scale is not None for run in runs.values() for line in run.lines):
         last.append(_noise_scale)
     rows = (([_loss, _by_sigma], (2, 1)), ([_bands, _learning_rate, _gradient], None), (last, None))
-    parts = figure.subfigures(len(rows), 1, height_ratios=(1.15, 1, 1))
+    parts: Any = figure.subfigures(len(rows), 1, height_ratios=(1.15, 1, 1))
     for part, (panels, widths) in zip(parts, rows, strict=True):
         row = part.subplots(1, len(panels), width_ratios=widths)
         for panel, axes in zip(panels, row, strict=True):

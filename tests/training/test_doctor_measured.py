@@ -111,11 +111,11 @@ def test_excess_is_a_mean_of_shares_and_its_standard_error() -> None:
 def test_an_average_that_is_worse_than_the_weights() -> None:
     x0, _ = digits()
     good, means = gaussian(class_means(), 0.6), class_means()
-    assert look("average measured", patient({"weights": good, "ema": good}, x0)) is None
+    assert look("average measured", patient({"last": good, "ema": good}, x0)) is None
     slightly = gaussian(means, 0.6, 0.02)
-    assert look("average measured", patient({"weights": good, "ema": slightly}, x0)) is None
+    assert look("average measured", patient({"last": good, "ema": slightly}, x0)) is None
     bad = gaussian(means, 0.6, 0.3)
-    found = look("average measured", patient({"weights": good, "ema": bad}, x0))
+    found = look("average measured", patient({"last": good, "ema": bad}, x0))
     assert found is not None
     assert "above that of the last weights" in found.says
     assert found.change == "a longer run, or a lower ema.max_decay"
@@ -126,31 +126,33 @@ def test_an_average_that_is_worse_than_the_weights() -> None:
         return good(x, sigma) + 3.0 * (torch.arange(len(x)) == 5).reshape(-1, 1, 1, 1)
 
     # Much, but chance.
-    assert look("average measured", patient({"weights": good, "ema": bad_at_one}, x0)) is None
+    assert look("average measured", patient({"last": good, "ema": bad_at_one}, x0)) is None
     # That weights are worse is what averages are for.
-    assert look("average measured", patient({"weights": bad, "ema": good}, x0)) is None
+    assert look("average measured", patient({"last": bad, "ema": good}, x0)) is None
 
 
 def test_another_average_that_is_better() -> None:
     x0, _ = digits()
     good, bad = gaussian(class_means(), 0.6), gaussian(class_means(), 0.6, 0.3)
-    at = patient({"weights": bad, "ema": bad, "ema_0.05": bad, "ema_0.1": good}, x0)
+    at = patient({"last": bad, "ema": bad, "ema_0.05": bad, "ema_0.1": good}, x0)
     found = look("average measured", at)
     assert found is not None
     assert "above that of ema_0.1" in found.says
-    assert found.change.startswith("k-diffusion sample --ema ema_0.1")
-    at = patient({"weights": good, "ema": bad, "ema_0.05": bad, "ema_0.1": good}, x0)
+    assert found.change.startswith("k-diffusion sample --weights ema_0.1")
+    at = patient({"last": good, "ema": bad, "ema_0.05": bad, "ema_0.1": good}, x0)
     found = look("average measured", at)
     assert found is not None
-    assert found.change.startswith("k-diffusion sample --ema ema_0.1, a better average, or a long")
+    assert found.change.startswith(
+        "k-diffusion sample --weights ema_0.1, a better average, or a long"
+    )
 
 
 def test_without_data_or_average() -> None:
     good = gaussian(class_means(), 0.6)
     with pytest.raises(NotSeen, match="no data here"):
-        look("average measured", patient({"weights": good, "ema": good}))
+        look("average measured", patient({"last": good, "ema": good}))
     with pytest.raises(NotSeen, match="one set of weights alone"):
-        look("average measured", patient({"weights": good}, digits()[0]))
+        look("average measured", patient({"last": good}, digits()[0]))
 
 
 # ---------------------------------------------------------------- conditioning
@@ -263,7 +265,7 @@ def test_what_is_not_at_hand_is_said(make_run_config: MakeConfig, tmp_path: Path
     at = open_patient(result.checkpoint, "cpu", 8)
     assert at.x0 is not None
     assert len(at.x0) == 8
-    assert set(at.weights) == {"weights", "ema"}
+    assert set(at.weights) == {"last", "ema"}
     assert not torch.equal(*(next(iter(d.network.parameters())) for d in at.weights.values()))
     from k_diffusion.training import dataset
 

@@ -28,6 +28,8 @@ from k_diffusion.training.restore import load_conditioner, load_denoiser
 from k_diffusion.training.sections import DataConfig
 from k_diffusion.utils.scheduler import make_scheduler
 
+LAST = "last"
+"""What `load_denoiser` calls the weights after the last step."""
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Noise over signal at which losses are compared, in standard deviations of the data."""
 ERRORS = 3.0
@@ -52,7 +54,7 @@ class Patient:
 
     Attributes:
         info: of the checkpoint.
-        weights: name of an average, or "weights" for the last ones -> denoiser; "ema" among them
+        weights: name of an average, or "last" -> denoiser; "ema" among them
             where the checkpoint has it.
         conditioner: makes what the network is told; None: nothing, or without data.
         x0: some images of the data, floats of shape (B, ...); None: there are none at hand.
@@ -90,10 +92,10 @@ def open_patient(checkpoint: Path, device: torch.device | str, count: int) -> Pa
     Raises:
         CheckpointError: it cannot be used.
     """
-    denoiser, info = load_denoiser(checkpoint, ema=False, device=device)
-    weights = {"weights": denoiser}
+    denoiser, info = load_denoiser(checkpoint, LAST, device)
+    weights = {LAST: denoiser}
     for name in info.averages:
-        weights[name] = load_denoiser(checkpoint, ema=name, device=device)[0]
+        weights[name] = load_denoiser(checkpoint, name, device)[0]
     conditioner = load_conditioner(info, device)
     try:
         source = _open_data(info)
@@ -183,10 +185,10 @@ def average_measured(patient: Patient) -> Finding | None:
         for name, denoiser in patient.weights.items()
     }
     figures = {name: float(loss.mean(1).mean()) for name, loss in losses.items()}
-    over, error = excess(losses[MAIN], losses["weights"])
+    over, error = excess(losses[MAIN], losses[LAST])
     if over > WORSE and over > ERRORS * error:
         shorter = _better(losses, MAIN)
-        other = f"k-diffusion sample --ema {shorter}, a better average, or " if shorter else ""
+        other = f"k-diffusion sample --weights {shorter}, a better average, or " if shorter else ""
         return Finding(
             f"on {len(x0)} images of the data the average's loss is {over:.1%} above that of the "
             f"last weights (standard error {error:.1%}): it is too long for so short a run",
@@ -199,7 +201,7 @@ def average_measured(patient: Patient) -> Finding | None:
         return Finding(
             f"on {len(x0)} images of the data the average's loss is {over:.1%} above that of "
             f"{better} (standard error {error:.1%})",
-            f"k-diffusion sample --ema {better}, or a higher ema.max_decay",
+            f"k-diffusion sample --weights {better}, or a higher ema.max_decay",
             {"losses": figures, "excess": over, "standard_error": error, "better": better},
         )
     return None
@@ -207,7 +209,7 @@ def average_measured(patient: Patient) -> Finding | None:
 
 def _better(losses: Mapping[str, Tensor], than: str) -> str:
     """The average whose loss is lowest, if that of another is well above it; else nothing."""
-    averages = [name for name in losses if name not in ("weights", than)]
+    averages = [name for name in losses if name not in (LAST, than)]
     if not averages:
         return ""
     best = min(averages, key=lambda name: excess(losses[name], losses[than])[0])
