@@ -17,11 +17,13 @@ from k_diffusion.utils import maths
 
 from .compare import Compare
 from .config import Config
+from .doctor import Doctor
 from .ema import MakeEma
 from .encode import Encode
 from .evaluate import Evaluate
 from .export import Export
 from .info import Info
+from .plot_run import Plot
 from .problems import Stopped, UsageError, one_line, process_number, unboxed
 from .sample import Sample
 from .samplers import Samplers
@@ -46,6 +48,8 @@ COMMANDS: dict[str, type[Any]] = {
     "evaluate": Evaluate,
     "compare": Compare,
     "info": Info,
+    "plot": Plot,
+    "doctor": Doctor,
     "samplers": Samplers,
     "schedule": Schedule,
     "export": Export,

@@ -13,6 +13,20 @@ ROW = 0.24
 """Height of a schedule's row, in inches."""
 
 
+def need_matplotlib() -> None:
+    """
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{str(error.name).partition('.')[0]} is not installed: pip install "
+            "'k-diffusion[plot]' brings what draws"
+        ) from None
+
+
 def draw(schedules: dict[str, Levels], path: Path) -> None:
     """A picture of the levels: sigma and half log-SNR by step, and where they lie in log-SNR.
 
@@ -26,15 +40,10 @@ def draw(schedules: dict[str, Levels], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{str(error.name).partition('.')[0]} is not installed: pip install "
-            "'k-diffusion[plot]' brings what draws"
-        ) from None
+    need_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     rows = 0.75 + ROW * len(schedules)
     figure = Figure(figsize=(10, 4.2 + rows), dpi=150, layout="constrained")

@@ -22,6 +22,7 @@ from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import DataError, Source, as_float
 from k_diffusion.training.gradient import even_parts
 from k_diffusion.training.lock import refuse_busy
+from k_diffusion.training.loggers import check_loggers
 from k_diffusion.training.run import _start_point
 from k_diffusion.training.trainer import Trainer, TrainingError
 
@@ -147,6 +148,7 @@ def check_run(
             or memory holds not even one image.
     """
     out = Path(config.out)
+    check_loggers(config.loggers)
     refuse_busy(out)
     start = _start_point(out, resume, overwrite, lambda line: None)
     free = _writable(out)

@@ -90,10 +90,28 @@ class Conditioning:
     def _of(self, batch: Batch, x0: Tensor, places: Sequence[int]) -> dict[str, Tensor]:
         """What the conditioner makes of a batch; places: the samples' in the whole run."""
         assert self.conditioner is not None
-        raws: dict[str, Any] = {"clean": x0}
-        names = self.source.class_names
-        if names:
-            raws["label"] = batch.labels
-            raws["class_name"] = [names[label] for label in batch.labels.tolist()]
         seeds = [fold_seed(self.config.seed, Purpose.CONDITION, place) for place in places]
-        return self.conditioner.from_batch({**raws, **batch.raws}, seeds)
+        return condition_of(self.conditioner, batch, x0, self.source.class_names, seeds)
+
+
+def condition_of(
+    conditioner: Conditioner,
+    batch: Batch,
+    x0: Tensor,
+    class_names: Sequence[str],
+    seeds: Sequence[int],
+) -> dict[str, Tensor]:
+    """What a conditioner makes of a batch.
+
+    Args:
+        conditioner: on its device.
+        batch: of a source.
+        x0: its images, on the device.
+        class_names: of the source.
+        seeds: one a sample, for what is left to chance.
+    """
+    raws: dict[str, Any] = {"clean": x0}
+    if class_names:
+        raws["label"] = batch.labels
+        raws["class_name"] = [class_names[label] for label in batch.labels.tolist()]
+    return conditioner.from_batch({**raws, **batch.raws}, seeds)

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from k_diffusion.denoiser import DENOISERS
 from k_diffusion.models import CONDITIONERS, make_model
@@ -28,9 +28,11 @@ from k_diffusion.training.sections import (
     LossConfig,
     OptimizerConfig,
     Positive,
+    PreviewConfig,
     Share,
     SpikesConfig,
     StrictConfig,
+    from_list,
     is_number,
 )
 from k_diffusion.utils.maths import unknown
@@ -151,6 +153,19 @@ class TrainConfig(StrictConfig):
     spikes: SpikesConfig = Field(
         default=SpikesConfig(), description="Losses far above the usual, and going back."
     )
+    preview: PreviewConfig = Field(
+        default=PreviewConfig(), description="Pictures drawn from the average on the way."
+    )
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(from_list)] = (
+        Field(
+            default=(),
+            description="Where else the facts of metrics.jsonl go: event files in the folder "
+            "tensorboard of out; Weights & Biases.",
+        )
+    )
+    wandb_project: str | None = Field(
+        default=None, description="For wandb; none: as WANDB_PROJECT says."
+    )
 
     evaluate: EvaluateConfig = Field(
         default=EvaluateConfig(), description="Figures of samples along the run."
@@ -226,6 +241,19 @@ class TrainConfig(StrictConfig):
         if self.parallel == "fsdp" and self.compile:
             raise ValueError(
                 "compile = true does not go with parallel = 'fsdp': leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _told_and_shown(self) -> TrainConfig:
+        if len(set(self.loggers)) < len(self.loggers):
+            raise ValueError(f"loggers = {list(self.loggers)} has one twice")
+        if self.wandb_project is not None and "wandb" not in self.loggers:
+            raise ValueError("wandb_project is for loggers = ['wandb']: leave it out")
+        if self.preview.every_images is not None and self.parallel == "fsdp":
+            raise ValueError(
+                "preview.every_images does not go with parallel = 'fsdp', where no process has the "
+                "whole network: leave one of them out"
             )
         return self
 

@@ -10,11 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from k_diffusion.training.bands import means
+from k_diffusion.training.history import METRICS
 from k_diffusion.training.learning_rate import learning_rate
+from k_diffusion.training.loggers import Loggers
 from k_diffusion.training.retention import passed
 from k_diffusion.training.trainer import Trainer, TrainState
 
-METRICS = "metrics.jsonl"
+__all__ = ["METRICS", "LineFile", "Log"]
 
 
 class Log:
@@ -28,12 +31,19 @@ class Log:
         path: the file; None: this process writes none.
         resumed: whether the run goes on, so that the lines it has written stay.
         say: takes a line when the file cannot be written.
+        loggers: are told each line, too.
     """
 
     def __init__(
-        self, trainer: Trainer, path: Path | None, resumed: bool, say: Callable[[str], None]
+        self,
+        trainer: Trainer,
+        path: Path | None,
+        resumed: bool,
+        say: Callable[[str], None],
+        loggers: Loggers | None = None,
     ) -> None:
         self.trainer = trainer
+        self._loggers = loggers
         self._recent: list[float] = []
         self._file: LineFile | None = None
         sums = self._sums
@@ -74,6 +84,8 @@ class Log:
             terms = sums.setdefault("terms", {})
             for name, value in state.terms.items():
                 terms[name] = terms.get(name, 0.0) + value
+            before = sums.get("bands") or [0.0] * len(state.bands)
+            sums["bands"] = [a + b for a, b in zip(before, state.bands, strict=True)]
         every = config.log_every_images
         if not (passed(state.images_seen, config.batch_size, every) or state.step == config.steps):
             return
@@ -114,10 +126,11 @@ class Log:
             loss=sums["loss"] / steps if steps else None,
             grad_norm=sums["grad_norm"] / steps if steps else None,
             **({"terms": terms} if terms else {}),
+            **({"bands": means(sums["bands"])} if sums.get("bands") else {}),
             **({} if noise_scale is None else {"noise_scale": noise_scale}),
             **facts,
         )
-        sums.update(steps=0, loss=0.0, grad_norm=0.0, terms={})
+        sums.update(steps=0, loss=0.0, grad_norm=0.0, terms={}, bands=[])
 
     def went_back(self) -> None:
         """The trainer has taken up an earlier checkpoint; what was written meanwhile stays."""
@@ -129,11 +142,15 @@ class Log:
             self._file.write(json.dumps({"event": event, **facts}))
             self._lines += 1
             self._sums["lines"] = self._lines
+        if self._loggers is not None:
+            self._loggers.fact(event, facts)
 
     def flush(self) -> None:
         """Make the system write all lines to the disk, before a checkpoint that counts them."""
         if self._file is not None:
             self._file.flush()
+        if self._loggers is not None:
+            self._loggers.flush()
 
     def close(self) -> None:
         if self._file is not None:
@@ -147,6 +164,7 @@ def _start_line(trainer: Trainer) -> dict[str, Any]:
         "event": "start",
         "config": trainer.config.to_json(),
         "data": trainer.source.facts(),
+        "band_edges": trainer.bands.edges,
         "parameters": sum(p.numel() for p in trainer.network.parameters()),
         "versions": {name: version(name) for name in ("k-diffusion", "torch", "accelerate")},
     }

@@ -1,15 +1,18 @@
 """A training run in a folder: progress, metrics, checkpoints, an orderly end, and going on.
 
 The folder holds `checkpoint-<images seen>.safetensors` (see `retention`), `ema/` with snapshots of
-the averages where the config asks for them, `metrics.jsonl`, and `.lock` while a run works there.
+the averages and `previews/` where the config asks for them, `metrics.jsonl`, and `.lock` while a
+run works there.
 The metrics are one JSON object a line:
 
-- {"event": "start", "config", "data", "parameters", "versions"}: once;
+- {"event": "start", "config", "data", "parameters", "versions", "band_edges"}: once; the edges are
+  the sigmas between the bands of noise levels, each with an equal share of the levels drawn;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
   "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
   over the finite steps since the line before, null where there was none; images_per_second is null
   where the run ends on steps that it passes over; also "terms", what the
-  loss is made of (name -> mean), where it has several, and "noise_scale", where that is measured;
+  loss is made of (name -> mean), where it has several, "bands", its mean in each band of levels,
+  from the noiseless to the noisy (null: no sample), and "noise_scale", where that is measured;
 - {"event": "skipped", "images_seen", "step", "loss", "grad_norm", "images", "more_images",
   "sigmas", "where"}: for each step that was not finite, see `BadStep`; loss and grad_norm are
   words where they are no number ("nan", "inf");
@@ -51,8 +54,10 @@ from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
 from k_diffusion.training.evaluating import Evaluation
 from k_diffusion.training.lock import RunLock, refuse_busy
+from k_diffusion.training.loggers import Loggers, check_loggers
 from k_diffusion.training.metrics import METRICS, Log
 from k_diffusion.training.opening import evaluation_line, micro_batch_line, opening_lines
+from k_diffusion.training.previews import Previews, remove_previews_after
 from k_diffusion.training.progress import Progress
 from k_diffusion.training.recovery import Recovery
 from k_diffusion.training.retention import (
@@ -144,6 +149,7 @@ def run_training(
     out = Path(config.out)
     display = Progress(shown=progress)
     tell = say or display.say
+    check_loggers(config.loggers)
     refuse_busy(out)
     put_back(out)
     start = _start_point(out, resume, overwrite, tell)
@@ -156,6 +162,7 @@ def run_training(
         conditioner=conditioner,
         optimizer=optimizer,
     )
+    previews = Previews(trainer)
     main = trainer.accelerator.is_main_process
     tell_once = tell if main else lambda line: None  # what all processes know alike
     config = trainer.config
@@ -177,9 +184,18 @@ def run_training(
             if going_on:
                 set_aside(out, trainer.images_seen, tell)
             remove_snapshots_after(out, trainer.images_seen if going_on else 0, tell)
+            remove_previews_after(out, trainer.images_seen if going_on else 0)
 
         trainer.processes.on_main(take_folder)
-        log = Log(trainer, out / METRICS if main else None, resumed=going_on, say=tell)
+        loggers: Loggers | None = None  # of the main process
+
+        def open_loggers() -> None:
+            nonlocal loggers
+            loggers = Loggers(config, trainer.images_seen, going_on, tell)
+            stack.callback(loggers.close)
+
+        trainer.processes.on_main(open_loggers)
+        log = Log(trainer, out / METRICS if main else None, going_on, tell, loggers)
         stack.callback(log.close)
         stack.callback(display.close)
         for file, reason in trainer.source.bad_files.items():
@@ -228,6 +244,11 @@ def run_training(
                     writer.save(path, contents, after=after)
             return path
 
+        def show_preview() -> None:
+            grid = previews.save(tell)
+            if grid is not None and loggers is not None:
+                loggers.picture(trainer.images_seen, grid)
+
         for state in trainer:
             if state.micro_batch != micro_batch:
                 tell_once(micro_batch_line(micro_batch, state.micro_batch))
@@ -250,6 +271,7 @@ def run_training(
             back = recovery.went_back(state)
             if back and main:
                 remove_snapshots_after(out, trainer.images_seen, tell)
+                remove_previews_after(out, trainer.images_seen)
             ended = state.step == config.steps and not back
             if main:
                 display.show(state, log.recent, last=ended)
@@ -265,6 +287,8 @@ def run_training(
             ):
                 # Before the checkpoint: a run that goes on from that one lacks none.
                 save_snapshot(trainer)
+            if not back and previews.due(state.images_seen, ended):
+                show_preview()
             if ended or stopped is not None or (_due(state, config) and not back):
                 checkpoint, written = save(ended), trainer.step
                 if not ended and stopped is None:  # a signal during the write needs no other one
@@ -283,6 +307,8 @@ def run_training(
                 evaluate()
                 if config.ema.snapshot_every_images:
                     save_snapshot(trainer)
+                if previews.due(trainer.images_seen, True):
+                    show_preview()
                 checkpoint = save(True)
         sha256 = writer.wait()
         trainer.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""The sections of a run's config: loss, optimiser, averages, spikes.
+"""The sections of a run's config: loss, optimiser, averages, spikes, previews, evaluation.
 
 `data_sections` has that of the data; `config` puts them together.
 """
@@ -18,8 +18,10 @@ from pydantic import (
     model_validator,
 )
 
+from k_diffusion.sampling import find_solver
 from k_diffusion.training.ema import average_name, exponent_of
 from k_diffusion.training.loss import check_options
+from k_diffusion.utils.scheduler import make_scheduler
 
 AUTO = "auto"
 
@@ -325,4 +327,37 @@ class EvaluateConfig(StrictConfig):
         check_metrics(self.metrics)
         find_solver(self.sampler)
         make_scheduler(self.scheduler)
+        return self
+
+
+class PreviewConfig(StrictConfig):
+    """Pictures of what the average draws on the way; they change nothing of the run."""
+
+    every_images: Count | None = Field(
+        default=None,
+        description="Images between previews, into the folder previews of out; none: no previews.",
+    )
+    count: Count = Field(default=16, description="Images in the grid; classes take turns.")
+    seed: Amount = Field(default=0, description="Of the first image; the next ones count up.")
+    sampler: str = Field(
+        default="dpmpp_2m", description="The method; k-diffusion samplers lists them."
+    )
+    scheduler: str = Field(
+        default="karras",
+        description="How the noise levels are laid; k-diffusion schedule lists the ways.",
+    )
+    steps: Count = Field(default=20, description="Steps from noise to image.")
+    guidance: Positive = Field(
+        default=1.0, description="Strength of classifier-free guidance; 1: none."
+    )
+
+    @model_validator(mode="after")
+    def _can_sample(self) -> PreviewConfig:
+        solver, scheduler = find_solver(self.sampler), make_scheduler(self.scheduler)
+        scheduler.levels(self.steps)
+        if getattr(solver, "outputs", 1) != 1:
+            raise ValueError(
+                f"sampler = {self.sampler!r} takes two estimates at each step, which previews do "
+                "not give: take another"
+            )
         return self

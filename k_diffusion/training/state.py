@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from k_diffusion.training.health import BadStep
@@ -34,6 +34,7 @@ class TrainState:
         skipped: whether this step changed nothing, because loss or gradient were not finite.
         report: what was wrong with a skipped step.
         terms: name -> mean over the batch of what the loss is made of, see `Objective.terms`.
+        bands: sums of losses and numbers of samples by noise level, see `SigmaBands.sums`.
         noise_scale: the gradient noise scale in images; None where it is not measured, or not yet
             told from noise.
         micro_batch: the most images that a process computes at once.
@@ -55,6 +56,7 @@ class TrainState:
     seconds_left: float
     report: BadStep | None = None
     terms: Mapping[str, float] = field(default_factory=dict)
+    bands: Sequence[float] = ()
     noise_scale: float | None = None
     micro_batch: int | None = None
 

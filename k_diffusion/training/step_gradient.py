@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,7 @@ class Totals:
         part_square: mean squared norm of the gradients of the batch's parts, scaled as the loss
             was; None where noise is not measured.
         bad_files: broken files that the processes know, each one's counted.
+        bands: sums and counts by noise level, as `SigmaBands.sums` has them.
     """
 
     loss: float
@@ -55,6 +56,7 @@ class Totals:
     terms: Mapping[str, float]
     part_square: float | None
     bad_files: int
+    bands: Sequence[float]
 
     @property
     def grad_norm(self) -> float:
@@ -171,12 +173,15 @@ class StepGradient:
             return losses, [self._bucket_norms.take()[0].double() / self.processes.count]
         return losses, [norms.total] if norms is not None and norms.total is not None else []
 
-    def totals(self, losses: Tensor, part_squares: list[Tensor], bad_files: int) -> Totals:
+    def totals(
+        self, losses: Tensor, part_squares: list[Tensor], bad_files: int, bands: Tensor
+    ) -> Totals:
         """Sum up over the processes what `compute` gave, in one message.
 
         Args:
             losses, part_squares: of this process.
             bad_files: broken files that it knows.
+            bands: its losses by noise level, see `SigmaBands.sums`.
         """
         count, terms = self.processes.count, self.objective.terms()
         facts = [losses.mean().double() / count]
@@ -184,10 +189,11 @@ class StepGradient:
         facts += [term.to(losses).double() / count for term in terms.values()]
         facts += part_squares
         facts += [torch.full_like(facts[0], bad_files)]
-        totals = self.processes.total(torch.stack(facts))
+        totals = self.processes.total(torch.cat([torch.stack(facts), bands]))
         norm = totals[1].sqrt().float()
         # The one place where the host waits for the device: what follows depends on it.
-        loss, square, *rest, known = totals.tolist()
+        values = totals.tolist()
+        loss, square, *rest, known = values[: len(facts)]
         return Totals(
             loss=loss,
             square=square,
@@ -195,6 +201,7 @@ class StepGradient:
             terms=dict(zip(terms, rest, strict=False)),
             part_square=rest[len(terms)] if part_squares else None,
             bad_files=int(known),
+            bands=values[len(facts) :],
         )
 
     def clip(self, largest: float, totals: Totals) -> None:

@@ -20,6 +20,7 @@ from k_diffusion.denoiser import NetworkDenoiser, make_denoiser
 from k_diffusion.models import ClassConditioner, Conditioner, make_conditioner, make_model
 from k_diffusion.models.registry import known_classes
 from k_diffusion.training.augmentation import Augmentation
+from k_diffusion.training.bands import SigmaBands
 from k_diffusion.training.broken import check_bad_share
 from k_diffusion.training.checkpoint import SUFFIX, Contents, make_contents, write_checkpoint
 from k_diffusion.training.compare import full_model
@@ -137,6 +138,8 @@ class Trainer:
         self.objective: Objective = make_objective(config, self.denoiser).to(self.device)
         self.named = self.objective.named_with(self.network)
         """The network, with the loss's own weights among its named ones."""
+        self.bands = SigmaBands(density, self.denoiser.path.sigma, self.device)
+        """In which the loss is told by noise level."""
         self.inputs = StepInputs(
             config,
             self.stream,
@@ -231,6 +234,7 @@ class Trainer:
                 seconds_left=(total - self.images_seen) / images_per_second,
                 report=report,
                 terms=self._terms,
+                bands=self._band_sums,
                 noise_scale=self.noise_scale.value if self.noise_scale else None,
                 micro_batch=self.micro_batch,
             )
@@ -282,8 +286,10 @@ class Trainer:
         """
         inputs = self.inputs.draw(batch, self.step)
         losses, part_squares = self.gradient.compute(inputs)
-        found = self.gradient.totals(losses, part_squares, len(self.source.bad_files))
-        self._terms = found.terms
+        found = self.gradient.totals(
+            losses, part_squares, len(self.source.bad_files), self.bands.sums(losses, inputs.sigma)
+        )
+        self._terms, self._band_sums = found.terms, found.bands
         self._share_bad_files(found.bad_files)
         report = None
         if not found.finite:

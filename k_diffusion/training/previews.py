@@ -1,0 +1,208 @@
+"""Pictures of what a run's average draws, on the way: the same noises and conditions each time.
+
+They change nothing of the run: network, buffers and random generators are afterwards as before,
+and each picture is a function of the weights alone. So a resumed run leaves the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from k_diffusion.guidance import cfg
+from k_diffusion.sampling import KSampler
+from k_diffusion.training.conditioning import condition_of
+from k_diffusion.training.config import ConfigError
+from k_diffusion.training.dataset import Purpose, as_float
+from k_diffusion.training.health import unchanged_buffers, unchanged_generators
+from k_diffusion.training.retention import checkpoint_path, passed
+from k_diffusion.utils.images import image_grid, save_png
+from k_diffusion.utils.maths import fold_seed
+from k_diffusion.utils.scheduler import make_scheduler
+from k_diffusion.utils.words import reason_of
+
+if TYPE_CHECKING:
+    from k_diffusion.training.trainer import Trainer
+
+FOLDER = "previews"
+SHOWN = 64
+"""Pixels across, at least, of a small image in the grid."""
+
+
+class Previews:
+    """Draws and writes a run's previews.
+
+    Args:
+        trainer: whose average draws.
+
+    Raises:
+        ConfigError: the data is no images, or guidance is asked for where nothing is told.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._config = trainer, trainer.config.preview
+        if self._config.every_images is None:
+            return
+        shape = trainer.source.shape
+        if len(shape) != 3 or not 1 <= shape[0] <= 4:
+            raise ConfigError(
+                f"preview draws images, but the data has shape {tuple(shape)}: leave "
+                "preview.every_images out"
+            )
+        if "autoencoder" in trainer.source.facts():
+            raise ConfigError(
+                "preview draws images, but the data is latents: leave preview.every_images out"
+            )
+        if self._config.guidance != 1 and trainer.conditioner is None:
+            raise ConfigError(
+                f"preview.guidance = {self._config.guidance} compares with a network that is told "
+                "nothing, and this one is told nothing anyway: leave it out"
+            )
+
+    def due(self, images_seen: int, ended: bool) -> bool:
+        """Whether there is one after the step that ended at this time."""
+        every = self._config.every_images
+        return every is not None and (
+            ended or passed(images_seen, self._trainer.config.batch_size, every)
+        )
+
+    def save(self, say: Callable[[str], None]) -> Tensor | None:
+        """Draw the average of this moment into its file, on the main process.
+
+        Args:
+            say: takes a line where there can be none: what it draws is not finite, or the disk
+                refuses the file. The run goes on.
+
+        Returns:
+            The grid, uint8; None where there is none.
+        """
+        trainer = self._trainer
+        if not trainer.processes.main:
+            return None
+        path = preview_path(trainer.config.out, trainer.images_seen)
+        try:
+            grid = self._grid()
+            path.parent.mkdir(exist_ok=True)
+            save_png(path, grid, self.text())
+        except (ValueError, OSError, ArithmeticError) as error:
+            say(f"no preview at {trainer.images_seen} images: {reason_of(error)}")
+            return None
+        return grid
+
+    def _grid(self) -> Tensor:
+        images = self.draw()
+        labels, names = self._labels(), self._trainer.source.class_names
+        turn = list(dict.fromkeys(labels))
+        columns: list[str] = []
+        if 1 < len(turn) <= 20 and len(labels) >= len(turn):
+            columns = [names[k] if k < len(names) else str(k) for k in turn]
+        return image_grid(images, columns_named=columns, scale=max(1, SHOWN // images.shape[-1]))
+
+    def draw(self) -> Tensor:
+        """The images of this moment, floats near [-1, 1] on the CPU, shape (count, C, H, W)."""
+        trainer, config = self._trainer, self._config
+        network = trainer.network
+        with (
+            unchanged_generators(network),
+            unchanged_buffers(network),
+            _evaluating(network),
+            trainer.ema.swapped(),
+            torch.no_grad(),
+        ):
+            denoiser: Any = trainer.denoiser
+            if config.guidance != 1:
+                denoiser = cfg(denoiser, config.guidance)
+            sampler = KSampler(denoiser, make_scheduler(config.scheduler), config.sampler)
+            return sampler.sample_many(
+                config.count,
+                steps=config.steps,
+                shape=trainer.source.shape,
+                condition=self._condition(),
+                seed=config.seed,
+                rank=0,
+                world=1,
+            ).collect()
+
+    def _labels(self) -> list[int]:
+        """All classes in turn; empty where the network is told something else, or nothing."""
+        trainer = self._trainer
+        kind = getattr(trainer.conditioner, "keywords", ())
+        classes = trainer.num_classes if tuple(kind) == ("class_label",) else 0
+        return [k % classes for k in range(self._config.count)] if classes else []
+
+    def _condition(self) -> dict[str, Tensor] | None:
+        """What the images are told: classes in turn, or what some images of the data are."""
+        trainer, count = self._trainer, self._config.count
+        if trainer.conditioner is None:
+            return None
+        if labels := self._labels():
+            return {"class_label": torch.tensor(labels, device=trainer.device)}
+        source = trainer.source
+        batch = source.batch(torch.arange(count) * len(source) // count)
+        seeds = [fold_seed(self._config.seed, Purpose.CONDITION, k) for k in range(count)]
+        x0 = as_float(batch.images.to(trainer.device))
+        return condition_of(trainer.conditioner, batch, x0, source.class_names, seeds)
+
+    def text(self) -> dict[str, str]:
+        """What the picture says of itself: all that it takes to draw it again."""
+        trainer, config = self._trainer, self._config
+        labels = self._labels()
+        said = {
+            "images seen": trainer.images_seen,
+            "step": trainer.step,
+            "weights": "ema",
+            "seeds": f"{config.seed} to {config.seed + config.count - 1}",
+            "sampler": config.sampler,
+            "scheduler": config.scheduler,
+            "steps": config.steps,
+            "guidance": config.guidance,
+            "classes": ",".join(map(str, labels)) if labels else "none",
+            "config": json.dumps(trainer.config.to_json()),
+        }
+        if labels or trainer.conditioner is None:
+            said["command"] = shlex.join(self._command(labels))
+        return {name: str(value) for name, value in said.items()}
+
+    def _command(self, labels: Sequence[int]) -> list[str]:
+        """That draws the same images, where the run has kept its checkpoint of this moment."""
+        trainer, config = self._trainer, self._config
+        words = [
+            "k-diffusion",
+            "sample",
+            str(checkpoint_path(trainer.config.out, trainer.images_seen)),
+        ]
+        for option in ("seed", "sampler", "scheduler", "steps", "guidance"):
+            words += [f"--{option}", str(getattr(config, option))]
+        return [*words, "-n", str(config.count)]
+
+
+def preview_path(run: str | Path, images_seen: int) -> Path:
+    """Where a run's preview of this time lies."""
+    return Path(run) / FOLDER / f"preview-{images_seen:012d}.png"
+
+
+def remove_previews_after(run: str | Path, images_seen: int) -> None:
+    """Remove those from after a time to which the run has gone back; 0: all."""
+    last = preview_path(run, images_seen).name
+    for path in (Path(run) / FOLDER).glob(f"preview-{'[0-9]' * 12}.png"):
+        if path.name > last:
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Within the block all modules evaluate; afterwards each does as before."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
