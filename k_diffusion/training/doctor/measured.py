@@ -18,7 +18,7 @@ from torch import Tensor
 
 from k_diffusion.models import Conditioner
 from k_diffusion.sampling import KSampler, unit_noise
-from k_diffusion.training.checkpoint import CheckpointInfo
+from k_diffusion.training.checkpoint import LAST, CheckpointInfo
 from k_diffusion.training.conditioning import condition_of
 from k_diffusion.training.data_sections import DataConfig
 from k_diffusion.training.dataset import DataError, Source, as_float, make_source
@@ -28,8 +28,6 @@ from k_diffusion.training.loss import noisy
 from k_diffusion.training.restore import load_conditioner, load_denoiser
 from k_diffusion.utils.scheduler import make_scheduler
 
-LAST = "last"
-"""What `load_denoiser` calls the weights after the last step."""
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 """Noise over signal at which losses are compared, in standard deviations of the data."""
 ERRORS = 3.0
