@@ -134,7 +134,9 @@ def read_conventions(scheduler: Any) -> Conventions:
     name = config["_class_name"]
     said = config.get("prediction_type", "flow_prediction" if name in FLOWS else "epsilon")
     if said not in PREDICTIONS:
-        raise ValueError(maths.unknown(f"prediction_type in the config of {name},", said, PREDICTIONS))
+        raise ValueError(
+            maths.unknown(f"prediction_type in the config of {name},", said, PREDICTIONS)
+        )
     prediction = PREDICTIONS[said]
     limits = _limits(config)
     if name in FLOWS or prediction == "flow":

@@ -43,38 +43,49 @@ class DynamicThreshold(Wrapper):
         denoiser: a Denoiser, or whatever `make_denoiser` takes.
         quantile: in (0, 1]; the paper's p.
         bound: the largest absolute value of data.
+        largest: of s; None: any.
 
     Raises:
         ValueError: a quantile or bound out of range.
     """
 
-    def __init__(self, denoiser: Any, quantile: float = 0.995, bound: float = 1.0) -> None:
+    def __init__(
+        self,
+        denoiser: Any,
+        quantile: float = 0.995,
+        bound: float = 1.0,
+        largest: float | None = None,
+    ) -> None:
         super().__init__(denoiser)
         if not (is_number(quantile) and 0 < quantile <= 1):
             raise ValueError(f"quantile must lie in (0, 1], got {quantile!r}")
         if not (is_number(bound) and bound > 0):
             raise ValueError(f"bound must be above 0, got {bound!r}")
-        self.quantile, self.bound = quantile, bound
+        if largest is not None and not (is_number(largest) and largest >= bound):
+            raise ValueError(f"largest must be at least bound, {bound}, got {largest!r}")
+        self.quantile, self.bound, self.largest = quantile, bound, largest
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
         """The thresholded estimate; of a pair, both."""
         return _each(
             self.denoiser(x, sigma, **condition),
-            lambda d: dynamic_threshold(d, self.quantile, self.bound),
+            lambda d: dynamic_threshold(d, self.quantile, self.bound, self.largest),
         )
 
 
-def dynamic_threshold(x0: Tensor, quantile: float = 0.995, bound: float = 1.0) -> Tensor:
+def dynamic_threshold(
+    x0: Tensor, quantile: float = 0.995, bound: float = 1.0, largest: float | None = None
+) -> Tensor:
     """Values of each sample cut at their quantile and scaled into [-bound, bound].
 
     Args:
         x0: shape (B, ...).
-        quantile, bound: see `DynamicThreshold`.
+        quantile, bound, largest: see `DynamicThreshold`.
     """
     size = x0.flatten(1).abs().float()
     # The quantile by counting, without interpolation: torch.quantile refuses large samples.
     place = min(size.shape[1], max(1, -int(-quantile * size.shape[1] // 1)))
-    s = size.kthvalue(place, dim=1).values.clamp_min(bound)
+    s = size.kthvalue(place, dim=1).values.clamp(bound, largest)
     s = along(s, x0)
     return x0.clamp(-s, s) * (bound / s)
 
