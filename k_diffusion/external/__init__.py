@@ -19,6 +19,10 @@ if TYPE_CHECKING:
         OpenAIDenoiser,
         VDenoiser,
     )
+    from k_diffusion.external.lays import ForeignScheduler
+    from k_diffusion.external.networks import ForeignNetwork, foreign_denoiser, limited
+    from k_diffusion.external.others import compvis_denoiser, function_denoiser, openai_denoiser
+    from k_diffusion.external.process import Conventions, read_conventions
     from k_diffusion.external.text import TextEncoder
 
 _HOMES = {
@@ -32,6 +36,10 @@ _HOMES = {
         "OpenAIDenoiser",
         "VDenoiser",
     ),
+    "lays": ("ForeignScheduler",),
+    "networks": ("ForeignNetwork", "foreign_denoiser", "limited"),
+    "others": ("compvis_denoiser", "function_denoiser", "openai_denoiser"),
+    "process": ("Conventions", "read_conventions"),
     "text": ("TextEncoder",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -39,13 +47,22 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "CompVisDenoiser",
     "CompVisVDenoiser",
+    "Conventions",
     "DiscreteEpsDDPMDenoiser",
     "DiscreteSchedule",
     "DiscreteVDDPMDenoiser",
+    "ForeignNetwork",
+    "ForeignScheduler",
     "OpenAIDenoiser",
     "PretrainedAutoencoder",
     "TextEncoder",
     "VDenoiser",
+    "compvis_denoiser",
+    "foreign_denoiser",
+    "function_denoiser",
+    "limited",
+    "openai_denoiser",
+    "read_conventions",
 ]
 
 

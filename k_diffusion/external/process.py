@@ -107,7 +107,12 @@ def config_of(scheduler: Any) -> dict[str, Any]:
             f"a diffusers scheduler or its config is needed, got {type(scheduler).__name__}"
         )
     plain = dict(config)
-    name = plain.get("_class_name") or type(scheduler).__name__
+    name = plain.get("_class_name") or (type(scheduler).__name__ if config is not scheduler else "")
+    if not name:
+        raise ValueError(
+            "a config needs its _class_name, the diffusers scheduler whose it is: give the "
+            "scheduler itself, or what save_pretrained wrote"
+        )
     if name == "PlanScheduler":  # it stands in the place of another
         name = plain.get("lays")
     if name not in KNOWN:
@@ -115,12 +120,13 @@ def config_of(scheduler: Any) -> dict[str, Any]:
     plain["_class_name"] = name
     known = _options(name)
     for key in plain:
-        # A config keeps the keys of schedulers that stood there before: they decide nothing here.
         if not key.startswith("_") and key not in known and key not in OURS:
             others = (other for other in KNOWN if key in _options(other))
             if next(others, None) is None:
                 raise ValueError(maths.unknown(f"key in the config of {name},", key, known))
-    return {**known, **plain}
+    # A config keeps the keys of schedulers that stood there before: they decide nothing here.
+    kept = {k: v for k, v in plain.items() if k in known or k.startswith("_") or k in OURS}
+    return {**known, **kept}
 
 
 def read_conventions(scheduler: Any) -> Conventions:
@@ -156,7 +162,7 @@ def read_conventions(scheduler: Any) -> Conventions:
                 f"{said!r} and {config['sigma_data']}"
             )
         # Time is atan(sigma) · 2 / pi: the angle of the cosine schedule.
-        return Conventions("v", ShiftedCosineScheduler(64, 64), "unit", **limits)
+        return Conventions("v", ShiftedCosineScheduler(64, 64, -60.0, 60.0), "unit", **limits)
     continuous = config.get("timestep_type") == "continuous"
     time = "log_sigma" if continuous else "timestep"
     # The established sigmas begin at sigma times the noise; those of the others at 1, or at
