@@ -135,5 +135,5 @@ def compvis_denoiser(model: nn.Module) -> NetworkDenoiser:
     def call(x: Tensor, time: Tensor, cond: Any = None) -> Tensor:
         return apply_model(x, time, cond)
 
-    process = CustomScheduler(alphas_cumprod=[float(a) for a in model.alphas_cumprod])  # type: ignore[union-attr, arg-type]
+    process = CustomScheduler(alphas_cumprod=[float(a) for a in model.alphas_cumprod])  # type: ignore[union-attr]
     return DENOISERS[kind](FunctionNetwork(call, model), process)
