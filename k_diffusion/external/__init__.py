@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         VDenoiser,
     )
     from k_diffusion.external.lays import ForeignScheduler
+    from k_diffusion.external.names import Named, foreign_name, foreign_schedule
     from k_diffusion.external.networks import ForeignNetwork, foreign_denoiser, limited
     from k_diffusion.external.others import compvis_denoiser, function_denoiser, openai_denoiser
     from k_diffusion.external.process import Conventions, read_conventions
@@ -37,6 +38,7 @@ _HOMES = {
         "VDenoiser",
     ),
     "lays": ("ForeignScheduler",),
+    "names": ("Named", "foreign_name", "foreign_schedule"),
     "networks": ("ForeignNetwork", "foreign_denoiser", "limited"),
     "others": ("compvis_denoiser", "function_denoiser", "openai_denoiser"),
     "process": ("Conventions", "read_conventions"),
@@ -53,12 +55,15 @@ __all__ = [
     "DiscreteVDDPMDenoiser",
     "ForeignNetwork",
     "ForeignScheduler",
+    "Named",
     "OpenAIDenoiser",
     "PretrainedAutoencoder",
     "TextEncoder",
     "VDenoiser",
     "compvis_denoiser",
     "foreign_denoiser",
+    "foreign_name",
+    "foreign_schedule",
     "function_denoiser",
     "limited",
     "openai_denoiser",

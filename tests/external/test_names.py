@@ -1,0 +1,48 @@
+"""The names of other programs: each leads to a solver and a schedule that are there."""
+
+from __future__ import annotations
+
+import pytest
+
+from k_diffusion.external.names import (
+    A1111,
+    A1111_SCHEDULES,
+    COMFYUI,
+    COMFYUI_SCHEDULES,
+    DIFFUSERS,
+    foreign_name,
+    foreign_schedule,
+)
+from k_diffusion.external.process import KNOWN
+from k_diffusion.sampling.ksampler import find_solver
+from k_diffusion.utils.scheduler import make_scheduler
+
+
+@pytest.mark.parametrize("name", [*DIFFUSERS, *COMFYUI, *A1111])
+def test_a_name_leads_to_a_solver(name):
+    named = foreign_name(name)
+    find_solver(named.solver).check_options(dict(named.options))
+    if named.schedule is not None:
+        make_scheduler(named.schedule)
+
+
+@pytest.mark.parametrize("name", [*COMFYUI_SCHEDULES, *A1111_SCHEDULES])
+def test_a_name_leads_to_a_schedule(name):
+    make_scheduler(foreign_schedule(name))
+
+
+def test_every_scheduler_that_can_be_read_has_a_solver():
+    assert set(DIFFUSERS) == set(KNOWN)
+
+
+def test_the_web_uis_names_with_a_schedule():
+    assert foreign_name("DPM++ 2M SDE Karras")[:2] == ("dpmpp_2m_sde", "karras")
+    assert foreign_name("DPM++ 2M SDE Heun Exponential")[:2] == ("dpmpp_2m_sde_heun", "exponential")
+    assert foreign_name("DPM++ 2M") == ("dpmpp_2m", None, {})
+
+
+def test_unknown_names_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown foreign sampler 'DPM\\+\\+ 2N'.*DPM\\+\\+ 2M"):
+        foreign_name("DPM++ 2N")
+    with pytest.raises(ValueError, match="unknown foreign schedule 'Karas'.*Karras"):
+        foreign_schedule("Karas")
