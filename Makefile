@@ -24,6 +24,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_samplers.py --check
 	$(BIN)/python docs/make_schedules.py --check
+	$(BIN)/python docs/make_names.py --check
 	$(BIN)/python docs/make_models.py --check
 
 format: $(STAMP)
