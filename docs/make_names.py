@@ -72,7 +72,8 @@ def page() -> str:
     return "".join([
         HEAD,
         "\n## diffusers\n", _table(DIFFUSERS, "scheduler"), NOTES["diffusers"],
-        "\n## ComfyUI\n", _table(COMFYUI, "sampler"), _schedules(COMFYUI_SCHEDULES), NOTES["ComfyUI"],
+        "\n## ComfyUI\n", _table(COMFYUI, "sampler"),
+        _schedules(COMFYUI_SCHEDULES), NOTES["ComfyUI"],
         "\n## Stable Diffusion web UI (A1111, Forge)\n", _table(A1111, "sampler"),
         _schedules(A1111_SCHEDULES), NOTES["web"],
     ])  # fmt: skip
