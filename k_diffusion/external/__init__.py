@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from k_diffusion.external.lays import ForeignScheduler
     from k_diffusion.external.names import Named, foreign_name, foreign_schedule
     from k_diffusion.external.networks import ForeignNetwork, foreign_denoiser, limited
+    from k_diffusion.external.noise import GeneratorNoise
     from k_diffusion.external.others import compvis_denoiser, function_denoiser, openai_denoiser
+    from k_diffusion.external.plan_scheduler import PlanScheduler
     from k_diffusion.external.process import Conventions, read_conventions
     from k_diffusion.external.text import TextEncoder
 
@@ -40,7 +42,9 @@ _HOMES = {
     "lays": ("ForeignScheduler",),
     "names": ("Named", "foreign_name", "foreign_schedule"),
     "networks": ("ForeignNetwork", "foreign_denoiser", "limited"),
+    "noise": ("GeneratorNoise",),
     "others": ("compvis_denoiser", "function_denoiser", "openai_denoiser"),
+    "plan_scheduler": ("PlanScheduler",),
     "process": ("Conventions", "read_conventions"),
     "text": ("TextEncoder",),
 }
@@ -55,8 +59,10 @@ __all__ = [
     "DiscreteVDDPMDenoiser",
     "ForeignNetwork",
     "ForeignScheduler",
+    "GeneratorNoise",
     "Named",
     "OpenAIDenoiser",
+    "PlanScheduler",
     "PretrainedAutoencoder",
     "TextEncoder",
     "VDenoiser",

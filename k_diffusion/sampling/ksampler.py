@@ -18,6 +18,7 @@ from k_diffusion.sampling.enhance import Enhance, make_enhance
 from k_diffusion.sampling.finish import Normalise, make_finish, with_known
 from k_diffusion.sampling.many import Many, described
 from k_diffusion.sampling.masks import Resample, make_resample, make_stages
+from k_diffusion.sampling.noise import NoiseSource
 from k_diffusion.sampling.passes import Passes
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
 from k_diffusion.sampling.preview import Preview
@@ -154,7 +155,7 @@ class KSampler:
         strength: float | None = None,
         mask: Tensor | None = None,
         resample: Resample | int | None = None,
-        noise: str | NoiseSampler = "independent",
+        noise: str | NoiseSampler | NoiseSource = "independent",
         noise_on_cpu: bool = False,
         progress: bool = False,
         callback: Callback | None = None,
@@ -196,7 +197,8 @@ class KSampler:
                 for any number of steps and any levels, so that a sample converges as its steps are
                 refined. Or a function `noise_sampler(sigma, sigma_next)`, called with two numbers
                 in the solver's order, that returns unit noise of x's shape; noise that lies between
-                no two levels (churn) still comes from the seeds.
+                no two levels (churn) still comes from the seeds. Or a noise source, an object
+                with `draw(interval)`, which gives unit noise of x's shape, dtype and device.
             noise_on_cpu: make that noise on the CPU, so that seeds give the same on every device.
             progress: show a progress bar on standard error.
             callback: called as `callback(k, x, sigma, denoised)` after the k-th call of the model,
