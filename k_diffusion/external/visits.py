@@ -20,15 +20,20 @@ from k_diffusion.external.process import KNOWN, OURS, Conventions, config_of, re
 from k_diffusion.sampling.plan import Plan, make_plan
 from k_diffusion.sampling.registry import Solver
 from k_diffusion.utils.levels import CLEAN, FLOW, VP, Level, Levels
-from k_diffusion.utils.scheduler import FlowScheduler, Scheduler, make_scheduler
+from k_diffusion.utils.scheduler import (
+    FlowScheduler,
+    Scheduler,
+    ShiftedCosineScheduler,
+    make_scheduler,
+)
 
 
 def named(config: Any) -> dict[str, Any]:
     """A config with the class that it belongs to as `_class_name`.
 
     Configs that were saved or loaded tell it. That of a scheduler made in code does not, and is
-    known by its keys, which are all that its class has; of two classes with the same keys (the
-    parallel ones of DDIM and DDPM, which lay the same levels) the plain one is taken.
+    known by its keys, which are all that its class has; of classes with the same keys, which lay
+    the same levels, the one of the shortest name is taken.
     """
     plain = dict(getattr(config, "config", config))
     plain.pop("_use_default_values", None)
@@ -102,6 +107,11 @@ def visited(
     if own is None and name is not None:
         if isinstance(process, FlowScheduler) and shift != 1:
             process = dataclasses.replace(process, shift=shift)
+        if isinstance(process, ShiftedCosineScheduler):  # its range is in the config alone
+            ends = (-2 * math.log(config[key]) for key in ("sigma_max", "sigma_min"))
+            process = dataclasses.replace(
+                process, **dict(zip(("log_snr_min", "log_snr_max"), ends, strict=True))
+            )
         schedule = make_scheduler(name, **config["schedule_options"]).within(process)
         return schedule.levels(_whole(steps)).on(process.path)
     if name is None:

@@ -1,0 +1,354 @@
+"""What a `PlanScheduler` keeps: its config, its state, where it begins, and what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import diffusers
+import pytest
+import torch
+
+import k_diffusion
+from k_diffusion.denoiser import EpsDenoiser, make_denoiser
+from k_diffusion.external.networks import limited
+from k_diffusion.external.plan_scheduler import PlanScheduler
+from k_diffusion.external.process import read_conventions
+from k_diffusion.external.visits import visited
+from k_diffusion.sampling.engine import Run
+from k_diffusion.utils.levels import FLOW, VP
+from tests.external import tiny_pipelines as tiny
+
+# numpy's word about torch, in diffusers' own lines.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+]
+SIZE = {"height": 16, "width": 16, "output_type": "latent"}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def ddim(**options):
+    return diffusers.DDIMScheduler(**{**tiny.BETAS, "clip_sample": False, **options})
+
+
+def plan(config=None, *args, **options):
+    return PlanScheduler.from_config((config or ddim()).config, *args, **options)
+
+
+class Network(torch.nn.Module):
+    """A fixed answer that depends on all that a network sees."""
+
+    def forward(self, x, time):
+        return torch.tanh(x) + 0.1 * torch.cos(time / 100).reshape(-1, 1)
+
+
+def walk(scheduler, x, dtype=None, edit=None, generator=None):
+    """The loop of a pipeline."""
+    network = Network()
+    x = x * scheduler.init_noise_sigma
+    for i, t in enumerate(scheduler.timesteps):
+        seen = scheduler.scale_model_input(x, t)
+        output = network(seen, t.expand(len(x)).to(x.dtype))
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+        assert dtype is None or x.dtype == dtype
+        x = x if edit is None else edit(i, x)
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun"])
+def test_the_state_is_float32_whatever_the_pipeline_computes_in(dtype, solver):
+    scheduler = plan(solver=solver, schedule="karras")
+    scheduler.set_timesteps(8)
+    start = torch.randn(2, 5, generator=seeded()).to(dtype)
+    inside = walk(scheduler, start, dtype)
+
+    class Half(Network):
+        def forward(self, x, time):
+            return super().forward(x.to(dtype), time.to(dtype))
+
+    process = read_conventions(ddim()).process
+    denoiser = EpsDenoiser(Half(), process)
+    run = Run(scheduler._visit.plan, start, sigma_dtype=torch.float64)
+    while not run.done:
+        run.advance(denoiser(run.x, run.sigma))
+    assert torch.equal(inside, run.result.to(dtype))
+    # A copy of each sample is taken as edited, so that what was rounded off is lost.
+    scheduler.set_timesteps(8)
+    lost = walk(scheduler, start, dtype, lambda i, x: x.clone())
+    assert not torch.equal(inside, lost)
+    assert relative(lost.float(), inside.float()) < 0.1
+
+
+def test_an_edit_between_steps_is_taken_even_in_place():
+    scheduler = plan(solver="dpmpp_2m", schedule="karras")
+    start = torch.randn(1, 5, generator=seeded())
+    results = []
+    for edit in (lambda i, x: x, lambda i, x: x + 0.5, lambda i, x: x.add_(0.5)):
+        scheduler.set_timesteps(5)
+        results.append(walk(scheduler, start, edit=edit))
+    assert not torch.equal(results[0], results[1] - 0.5)
+    assert torch.equal(results[1], results[2])
+
+
+def test_the_callers_tensors_are_not_written_into():
+    scheduler = plan(solver="dpmpp_3m_sde", schedule="karras")
+    scheduler.set_timesteps(4)
+    start = torch.randn(1, 5, generator=seeded())
+    before, kept = start.clone(), []
+    walk(scheduler, start, edit=lambda i, x: kept.append((x, x.clone())) or x, generator=seeded(1))
+    assert torch.equal(before, start)
+    assert all(torch.equal(x, copy) for x, copy in kept)
+
+
+def test_a_solver_that_corrects_its_samples_refuses_edits_but_takes_copies():
+    scheduler = plan(solver="unipc", schedule="karras")
+    start = torch.randn(1, 5, generator=seeded())
+    scheduler.set_timesteps(5)
+    whole = walk(scheduler, start)
+    scheduler.set_timesteps(5)
+    assert torch.equal(walk(scheduler, start, edit=lambda i, x: x.clone()), whole)
+    scheduler.set_timesteps(5)
+    with pytest.raises(ValueError, match="assigning x would be undone: use another sampler"):
+        walk(scheduler, start, edit=lambda i, x: x + 1)
+
+
+@pytest.mark.parametrize("options", [
+    {"clip_sample": True, "clip_sample_range": 0.7},
+    {"thresholding": True, "sample_max_value": 1.2, "dynamic_thresholding_ratio": 0.9},
+])  # fmt: skip
+def test_estimates_are_limited_as_the_config_says(options):
+    scheduler = plan(ddim(**options), solver="dpmpp_2m")
+    scheduler.set_timesteps(5)
+    start = torch.randn(2, 5, generator=seeded())
+    said = read_conventions(ddim(**options))
+    denoiser = limited(make_denoiser(EpsDenoiser(Network(), said.process)), said)
+    run = Run(scheduler._visit.plan, start, sigma_dtype=torch.float64)
+    while not run.done:
+        run.advance(denoiser(run.x, run.sigma))
+    assert relative(walk(scheduler, start), run.result) < 1e-6
+
+
+def test_variances_that_follow_the_prediction_are_left_out():
+    scheduler = plan(solver="euler")
+    x = torch.randn(2, 3, 4, 4, generator=seeded())
+    output = torch.randn(2, 6, 4, 4, generator=seeded(1))
+    scheduler.set_timesteps(5)
+    both = scheduler.step(output, scheduler.timesteps[0], x, return_dict=False)
+    scheduler.set_timesteps(5)
+    first = scheduler.step(output[:, :3], scheduler.timesteps[0], x)
+    assert torch.equal(both[0], first.prev_sample)
+    assert torch.equal(both[1], first.pred_original_sample)
+
+
+@functools.cache
+def images():
+    """An image and a mask of its right half."""
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    return torch.rand(1, 3, 16, 16, generator=seeded(9)), mask
+
+
+def pictured(kind, scheduler, strength, steps=10):
+    pipe = tiny.tiny_sd(kind=kind, scheduler=scheduler)
+    image, mask = images()
+    size = {} if kind == "Img2Img" else {"mask_image": mask, "height": 16, "width": 16}
+    return pipe(
+        "a red fox", image=image, strength=strength, num_inference_steps=steps,
+        generator=seeded(), output_type="latent", **size,
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("strength", [0.6, 1.0])
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
+def test_image_to_image_and_inpainting_give_what_ddim_of_diffusers_gives(kind, strength):
+    theirs = pictured(kind, ddim(steps_offset=1), strength)
+    scheduler = plan(ddim(steps_offset=1), solver="ddim")
+    assert relative(pictured(kind, scheduler, strength), theirs) < 1e-4
+    assert scheduler.step_index == 10
+    heun = plan(ddim(steps_offset=1), solver="heun", schedule="karras")
+    assert pictured(kind, heun, strength).isfinite().all()
+    assert heun.begin_index == (0 if strength == 1 else 8)
+    sde = plan(ddim(steps_offset=1), solver="dpmpp_3m_sde", schedule="karras")
+    assert pictured(kind, sde, strength).isfinite().all()
+
+
+def test_a_run_that_begins_later_is_that_of_the_last_levels():
+    scheduler = plan(solver="dpmpp_2m", schedule="karras")
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(4)
+    x0, noise = torch.randn(2, 1, 5, generator=seeded()).unbind()
+    x = scheduler.add_noise(x0, noise, scheduler.timesteps[4:5])
+    levels = scheduler._visit.levels[4:]
+    assert torch.allclose(x, levels[0].alpha * x0 + levels[0].sigma * noise, atol=1e-6)
+    assert torch.equal(x, scheduler.scale_noise(x0, scheduler.timesteps[4:5], noise))
+    whole = x
+    network = Network()
+    for t in scheduler.timesteps[4:]:
+        output = network(x, t.expand(1))
+        x = scheduler.step(output, t, x, return_dict=False)[0]
+    other = plan(solver="dpmpp_2m")
+    other.set_timesteps(sigmas=[level.ratio for level in levels[:-1]])
+    x = whole
+    for t in other.timesteps:
+        x = other.step(network(x, t.expand(1)), t, x).prev_sample
+        last = x
+    assert relative(last, x) < 1e-6
+
+
+def test_flow_from_pure_noise_lists_its_first_call_twice_and_begins_where_pipelines_think():
+    own = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0)
+    scheduler = plan(own, solver="heun")
+    scheduler.set_timesteps(6)
+    assert scheduler.order == 2
+    assert len(scheduler.timesteps) == 11
+    assert scheduler.timesteps[0] == scheduler.timesteps[1] == 1000
+    sigmas = scheduler._visit.levels.sigmas
+    for step in range(6):
+        assert scheduler.timesteps[2 * step].item() == pytest.approx(1000 * sigmas[step], rel=1e-6)
+        assert scheduler._visit.starts[2 * step]
+    start = torch.randn(1, 5, generator=seeded())
+    inside = walk(scheduler, start)
+    denoiser = scheduler._formulas.__class__(Network())
+    run = Run(scheduler._visit.plan, start, sigma_dtype=torch.float64)
+    while not run.done:
+        run.advance(denoiser(run.x, run.sigma))
+    assert relative(inside, run.result) < 1e-6
+    scheduler.set_timesteps(6)
+    scheduler.set_begin_index(4)  # strength 2 / 3
+    x = start
+    for t in scheduler.timesteps[4:]:
+        x = scheduler.step(x, t, x).prev_sample
+    assert x.isfinite().all()
+
+
+def test_own_levels_and_the_flows_shift():
+    scheduler = plan(solver="euler")
+    scheduler.set_timesteps(timesteps=[900, 500.5, 100])
+    assert scheduler.timesteps.tolist() == pytest.approx([900, 500.5, 100], rel=1e-6)
+    scheduler.set_timesteps(sigmas=[10.0, 3.0, 0.0])
+    assert scheduler.num_inference_steps == 2
+    assert scheduler.sigmas.tolist() == pytest.approx(
+        [VP.at(-torch.tensor(s).log().item()).sigma for s in (10.0, 3.0)] + [0.0], rel=1e-5
+    )
+    own = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    shifted = [FLOW.at(FLOW.at(0.0).half_log_snr - 0.8).sigma]
+    for schedule in (None, "flow", "sgm_uniform"):
+        scheduler = plan(own, solver="euler", schedule=schedule)
+        scheduler.set_timesteps(sigmas=[1.0, 0.5], mu=0.8)  # even: a pipeline's own
+        assert scheduler.num_inference_steps == 2
+        if schedule != "flow":
+            assert scheduler.sigmas[1].item() == pytest.approx(shifted[0], rel=1e-3)
+    scheduler = plan(own, solver="euler", schedule="karras")
+    scheduler.set_timesteps(sigmas=[0.9, 0.3], mu=0.8)
+    assert scheduler.sigmas.tolist() == pytest.approx([0.9, 0.3, 0.0])
+    with pytest.raises(ValueError, match="shifts its levels by the size of the image: give mu"):
+        plan(own).set_timesteps(4)
+
+
+def test_the_config_is_that_of_the_one_it_replaces(tmp_path):
+    own = ddim(steps_offset=1, prediction_type="v_prediction")
+    scheduler = plan(own, solver="dpmpp_2m_sde", schedule="karras", options={"eta": 0.5},
+                     schedule_options={"rho": 5.0})  # fmt: skip
+    for key, value in own.config.items():
+        assert key.startswith("_") or scheduler.config[key] == value
+    assert scheduler.config.prediction_type == "v_prediction"
+    scheduler.save_pretrained(tmp_path)
+    json.loads((tmp_path / "scheduler_config.json").read_text())
+    loaded = PlanScheduler.from_pretrained(tmp_path)
+    assert {**loaded.config} == {**scheduler.config}
+    again = PlanScheduler.from_config(loaded.config, solver="euler")
+    assert again.config.options == {}
+    assert again.config.schedule_options == {"rho": 5.0}
+    for one in (scheduler, loaded):
+        one.set_timesteps(5)
+    assert loaded._visit.plan is scheduler._visit.plan
+    back = diffusers.DDIMScheduler.from_config(scheduler.config)
+    assert {k: v for k, v in back.config.items() if k in own.config and k[0] != "_"} == {
+        k: v for k, v in own.config.items() if k[0] != "_"
+    }
+    assert len(scheduler) == 1000
+
+
+def test_a_whole_pipeline_is_saved_and_loaded_with_it(tmp_path):
+    pipe = tiny.tiny_sd(scheduler=plan(ddim(steps_offset=1), solver="heun", schedule="karras"))
+    call = {"num_inference_steps": 3, **SIZE}
+    before = pipe("a red fox", generator=seeded(), **call).images
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["k_diffusion", "PlanScheduler"]
+    again = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, local_files_only=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again.scheduler) is k_diffusion.PlanScheduler
+    assert torch.equal(again("a red fox", generator=seeded(), **call).images, before)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"solver": "eluer"}, "unknown sampler 'eluer'"),
+    ({"solver": "dpm_adaptive"}, "finds its own steps, which a pipeline cannot follow"),
+    ({"solver": "euler_cfg_pp"}, "use KSampler, or a solver without cfg_pp"),
+    ({"schedule": "karas"}, "unknown scheduler 'karas'"),
+    ({"options": {"etta": 1.0}}, "unknown option of dpmpp_2m, 'etta'"),
+    ({"schedule": "karras", "schedule_options": {"roh": 1.0}}, "unknown option of scheduler"),
+    ({"schedule_options": {"rho": 1.0}}, "need a schedule"),
+    ({"steps_ofset": 1}, "unknown option of PlanScheduler for DDIMScheduler, 'steps_ofset'"),
+])  # fmt: skip
+def test_what_is_unknown_is_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**options)
+
+
+def test_misuse_is_refused_by_name():
+    x = torch.zeros(1, 3, 4, 4)
+    scheduler = plan(solver="heun", schedule="karras")
+    with pytest.raises(RuntimeError, match="no levels yet: call set_timesteps first"):
+        scheduler.step(x, 1, x)
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="timestep 3 begins no step of this run"):
+        scheduler.step(x, 3, x)
+    scheduler.set_begin_index(3)
+    with pytest.raises(ValueError, match="cannot begin at timestep 3 of 7"):
+        scheduler.step(x, scheduler.timesteps[3], x)
+    scheduler.set_timesteps(1)
+    t = scheduler.timesteps[0]
+    with pytest.raises(ValueError, match="model_output has shape"):
+        scheduler.step(x[:, :2], t, x)
+    scheduler.set_timesteps(1)
+    x = scheduler.step(x, t, x).prev_sample
+    with pytest.raises(RuntimeError, match="has made its 1 calls"):
+        scheduler.step(x, t, x)
+    for told, message in (
+        ({}, "needs num_inference_steps, sigmas or timesteps"),
+        ({"num_inference_steps": 0}, "whole number above 0, got 0"),
+        ({"sigmas": [1.0], "timesteps": [1.0]}, "not both"),
+        ({"num_inference_steps": 3, "sigmas": [1.0]}, "but 1 levels were given"),
+        ({"sigmas": [-1.0]}, "is no level of the vp path"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scheduler.set_timesteps(**told)
+    zero = ddim(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    with pytest.raises(ValueError, match="begins at pure noise"):
+        plan(zero).set_timesteps(4)
+    scheduler = plan(solver="dpmpp_sde", schedule="karras")
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match="2 samples need as many generators"):
+        scheduler.step(torch.zeros(2, 3), scheduler.timesteps[0], torch.zeros(2, 3),
+                       generator=[seeded()] * 3)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler",
+                                  "UniPCMultistepScheduler", "LMSDiscreteScheduler"])  # fmt: skip
+def test_a_config_without_its_class_is_known_by_its_keys(name):
+    own = getattr(diffusers, name)()
+    assert "_class_name" not in own.config
+    scheduler = PlanScheduler.from_config(own.config, solver="euler")
+    assert scheduler.config.lays == name
+    assert len(visited(scheduler.config, 5, None, None, None)) == 6
