@@ -6,6 +6,10 @@
 
 It runs in the coordinates of the network's kind, with the config of the scheduler in whose place
 it stands: what the network predicts is read there and never changed.
+
+Saved pipelines name this module and the class; diffusers loads them where the program has imported
+it before (`from k_diffusion import PlanScheduler`), and looks here for `SchedulerMixin` too: so
+neither can be moved.
 """
 
 from __future__ import annotations
@@ -48,7 +52,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     """A solver of this library in the place of a diffusers scheduler; see `from_config`.
 
     The state between steps is float32 or better, whatever the pipeline computes in. Solvers of
-    several calls a step have as many timesteps: `order` of them.
+    several calls a step have as many timesteps: `order` of them in most steps.
 
     Args:
         config: of the scheduler in whose place it stands, or that scheduler, or the config of a

@@ -182,7 +182,7 @@ class Visit:
     Attributes:
         calls: of each timestep of the pipeline, the number of its query in the plan.
         starts: of each, whether a step begins there.
-        order: calls a step.
+        order: calls of most steps.
     """
 
     def __init__(self, solver: Solver, options: Mapping[str, Any], levels: Levels) -> None:
@@ -192,7 +192,7 @@ class Visit:
         begins = [k for k, step in enumerate(self.plan.steps) if step.start]
         ends = [*begins[1:], self.plan.evaluations]
         sizes = [end - begin for begin, end in zip(begins, ends, strict=True)]
-        self.order = max(sizes)
+        self.order = max(sizes, key=lambda size: (sizes.count(size), size))
         self.calls = list(range(self.plan.evaluations))
         if levels[0].alpha == 0 and len(sizes) > 2 and sizes[0] == 1 and min(sizes[1:-1]) > 1:
             self.calls = [0] * (self.order - 1) + self.calls

@@ -103,8 +103,8 @@ def made(name):
 OWN = {
     "sd": lambda: diffusers.DDIMScheduler(**tiny.BETAS, clip_sample=False, set_alpha_to_one=False),
     "sd v": lambda: diffusers.DDIMScheduler(
-        **tiny.BETAS, clip_sample=False, prediction_type="v_prediction", rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
+        **tiny.BETAS, clip_sample=False, prediction_type="v_prediction",
+        timestep_spacing="trailing", rescale_betas_zero_snr=True,
     ),
     "sd euler": lambda: diffusers.EulerDiscreteScheduler(**tiny.BETAS, use_karras_sigmas=True),
     "sdxl": lambda: diffusers.EulerDiscreteScheduler(**tiny.BETAS, timestep_spacing="leading"),
