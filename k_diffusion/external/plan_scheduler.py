@@ -25,11 +25,9 @@ from torch import Tensor
 
 from k_diffusion.external.noise import GeneratorNoise, Generators
 from k_diffusion.external.process import KNOWN, OURS, config_of, read_conventions
-from k_diffusion.external.visits import Visit, at_timestep, formulas, named, visited
+from k_diffusion.external.visits import Visit, at_timestep, fixed_solver, formulas, named, visited
 from k_diffusion.guidance.threshold import dynamic_threshold
 from k_diffusion.sampling.engine import Run
-from k_diffusion.sampling.ksampler import find_solver
-from k_diffusion.sampling.registry import Solver
 from k_diffusion.utils import maths
 from k_diffusion.utils.levels import VE, Level
 from k_diffusion.utils.scheduler import make_scheduler
@@ -94,7 +92,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             ours["options"] = {}  # those of another solver
         if schedule is not None and schedule_options is None and schedule != kept.get("schedule"):
             ours["schedule_options"] = {}
-        self._chosen = _fixed(ours["solver"])
+        self._chosen = fixed_solver(ours["solver"])
         self._chosen.check_options(ours["options"])
         if ours["schedule"] is not None:
             make_scheduler(ours["schedule"], **ours["schedule_options"])
@@ -169,7 +167,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return self._step_index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Has the run begin at a later timestep, as image to image does: at a step's start."""
+        """Has the run begin at a later timestep, as image to image does.
+
+        Inside a step of several calls it begins with the next step: the calls before go unused.
+        """
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -210,7 +211,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._times = self.timesteps.tolist()
         self.timesteps = self.timesteps.to(device)
         self.sigmas = torch.tensor([visit.level(i).sigma for i in (*places, len(times))])
-        self.order = visit.order
+        # Where pipelines give the levels, they count the timesteps as their steps.
+        self.order = visit.order if sigmas is None and timesteps is None else 1
         self.num_inference_steps = len(levels) - 1
         self._visit = visit
         self._forget()
@@ -261,6 +263,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             )
         run = self._run
         if run is None:
+            if visit.start(place) > place:
+                self._step_index = place + 1
+                return self._output(sample, sample, return_dict)
             run = self._begin(visit, place, sample, generator)
         elif self._noise is not None:
             self._noise.generators = generator
@@ -274,8 +279,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._handed = prev, _version(prev)
         if run.done:
             self._run = self._handed = None
-        denoised = denoised.to(sample.dtype)
-        return PlanSchedulerOutput(prev, denoised) if return_dict else (prev, denoised)
+        return self._output(prev, denoised.to(sample.dtype), return_dict)
+
+    @staticmethod
+    def _output(prev: Tensor, denoised: Tensor, named: bool) -> Any:
+        return PlanSchedulerOutput(prev, denoised) if named else (prev, denoised)
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Clean data at the level of timesteps, in this scheduler's coordinates.
@@ -322,6 +330,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     def _level(self, timestep: float) -> Level:
         """The level of one of this run's timesteps, or of any of the process."""
         now = self._step_index or self._begin_index or 0
+        if self._run is None and self._times[now : now + 1] == [timestep]:
+            return self._laid().level(self._laid().start(now))
         for place in (*range(now, len(self._times)), *range(now)):
             if self._times[place] == timestep:  # levels beyond the process share its ends' times
                 return self._laid().level(place)
@@ -381,19 +391,3 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
 def _version(tensor: Tensor) -> int:
     """How often it was written into; tensors made in inference mode do not tell."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _fixed(name: str) -> Solver:
-    """A solver that can be stepped from outside, by one answer at a time."""
-    solver = find_solver(name)
-    if not isinstance(solver, Solver):
-        raise ValueError(
-            f"{solver.name} finds its own steps, which a pipeline cannot follow: use KSampler, or "
-            "a solver of fixed steps"
-        )
-    if solver.outputs != 1:
-        raise ValueError(
-            f"{solver.name} needs the guided and the unconditional answer, of which a pipeline "
-            "hands over one: use KSampler, or a solver without cfg_pp"
-        )
-    return solver

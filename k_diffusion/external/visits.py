@@ -17,6 +17,7 @@ from torch import nn
 from k_diffusion.denoiser import DENOISERS, EDMDenoiser, NetworkDenoiser
 from k_diffusion.external.lays import levels_of
 from k_diffusion.external.process import KNOWN, OURS, Conventions, config_of, read_conventions
+from k_diffusion.sampling.ksampler import find_solver
 from k_diffusion.sampling.plan import Plan, make_plan
 from k_diffusion.sampling.registry import Solver
 from k_diffusion.utils.levels import CLEAN, FLOW, VP, Level, Levels
@@ -108,10 +109,8 @@ def visited(
         if isinstance(process, FlowScheduler) and shift != 1:
             process = dataclasses.replace(process, shift=shift)
         if isinstance(process, ShiftedCosineScheduler):  # its range is in the config alone
-            ends = (-2 * math.log(config[key]) for key in ("sigma_max", "sigma_min"))
-            process = dataclasses.replace(
-                process, **dict(zip(("log_snr_min", "log_snr_max"), ends, strict=True))
-            )
+            least, most = (-2 * math.log(config[key]) for key in ("sigma_max", "sigma_min"))
+            process = dataclasses.replace(process, log_snr_min=least, log_snr_max=most)
         schedule = make_scheduler(name, **config["schedule_options"]).within(process)
         return schedule.levels(_whole(steps)).on(process.path)
     if name is None:
@@ -167,6 +166,22 @@ def _shift(config: Mapping[str, Any], mu: float | None) -> float:
     return float(known.get("shift", known.get("flow_shift")) or 1.0)
 
 
+def fixed_solver(name: str) -> Solver:
+    """A solver that can be stepped from outside, by one answer at a time."""
+    solver = find_solver(name)
+    if not isinstance(solver, Solver):
+        raise ValueError(
+            f"{solver.name} finds its own steps, which a pipeline cannot follow: use KSampler, or "
+            "a solver of fixed steps"
+        )
+    if solver.outputs != 1:
+        raise ValueError(
+            f"{solver.name} needs the guided and the unconditional answer, of which a pipeline "
+            "hands over one: use KSampler, or a solver without cfg_pp"
+        )
+    return solver
+
+
 class Visit:
     """What one `set_timesteps` settled: levels, their plan, and the calls in a pipeline's order.
 
@@ -206,19 +221,28 @@ class Visit:
         ended = place >= len(self.calls)
         return self.levels[-1] if ended else self.plan.steps[self.calls[place]].level
 
-    def plan_from(self, place: int) -> Plan:
-        """The plan of the rest, for a sample that begins there, without history.
+    def start(self, place: int) -> int:
+        """The timestep at which the first step begins that begins at `place` or after it.
 
         Raises:
-            ValueError: no step begins there, or the rest alone would ask other questions.
+            ValueError: none does.
+        """
+        for i in range(place, len(self.calls)):
+            if i >= 0 and self.starts[i]:
+                return i
+        raise ValueError(
+            f"{self._solver.name} cannot begin at timestep {place} of {len(self.calls)}, after "
+            "which no step begins: take a larger strength, or a solver of one call a step"
+        )
+
+    def plan_from(self, place: int) -> Plan:
+        """The plan of the rest, for a sample that begins at this start, without history.
+
+        Raises:
+            ValueError: the rest alone would ask other questions.
         """
         if place == 0:
             return self.plan
-        if not 0 < place < len(self.calls) or not self.starts[place]:
-            raise ValueError(
-                f"{self._solver.name} cannot begin at timestep {place} of {len(self.calls)}, "
-                "where no step begins: take another strength, or a solver of one call a step"
-            )
         rest = self.calls[place:]
         if sum(self.starts) == len(self.levels) - 1:
             plan = make_plan(self._solver, self.levels[sum(self.starts[:place]) :], **self._options)

@@ -211,3 +211,28 @@ def test_a_batch_with_a_generator_for_each_is_its_single_runs():
     for i, (prompt, seed) in enumerate([("a red fox", 5), ("a blue cat", 6)]):
         single = call(prompt, generator=seeded(seed)).images
         assert relative(both[i], single[0]) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Img2Img", "Inpaint"])
+def test_flux_begins_at_the_strength_for_solvers_of_several_calls_too(kind):
+    base = made("flux")
+    own = OWN["flux"]()
+    without = ("image_encoder", "feature_extractor")
+    parts = {name: part for name, part in base.components.items() if name not in without}
+    pipe = getattr(diffusers, f"Flux{kind}Pipeline")(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    mask = torch.zeros(1, 1, 16, 16)
+    mask[..., 8:] = 1
+    given = {"image": torch.rand(1, 3, 16, 16, generator=seeded(9)), "strength": 0.6}
+    if kind == "Inpaint":
+        given["mask_image"] = mask
+    results = []
+    for scheduler in (
+        own,
+        PlanScheduler.from_config(own.config, solver="euler"),
+        PlanScheduler.from_config(own.config, solver="heun"),
+    ):
+        pipe.scheduler = scheduler
+        results.append(CALLS["flux"](pipe, num_inference_steps=10, generator=seeded(), **given))
+    assert relative(results[1], results[0]) < 1e-4
+    assert relative(results[2], results[0]) < 0.1

@@ -246,6 +246,26 @@ def test_flow_from_pure_noise_lists_its_first_call_twice_and_begins_where_pipeli
     assert x.isfinite().all()
 
 
+def test_a_run_that_begins_inside_a_step_begins_with_the_next():
+    scheduler = plan(solver="heun", schedule="karras")
+    x0, noise = torch.randn(2, 1, 5, generator=seeded()).unbind()
+    network, results = Network(), []
+    for begin in (5, 6):
+        scheduler.set_timesteps(6)
+        scheduler.set_begin_index(begin)
+        x = scheduler.add_noise(x0, noise, scheduler.timesteps[begin : begin + 1])
+        for t in scheduler.timesteps[begin:]:
+            x = scheduler.step(network(x, t.expand(1)), t, x).prev_sample
+        results.append(x)
+    assert torch.equal(*results)
+    # Pipelines that hand over levels take the number of timesteps for that of steps.
+    assert scheduler.order == 2
+    scheduler.set_timesteps(sigmas=[3.0, 1.0, 0.3])
+    assert scheduler.order == 1
+    assert scheduler.num_inference_steps == 3
+    assert len(scheduler.timesteps) == 5
+
+
 def test_own_levels_and_the_flows_shift():
     scheduler = plan(solver="euler")
     scheduler.set_timesteps(timesteps=[900, 500.5, 100])
@@ -331,9 +351,17 @@ def test_misuse_is_refused_by_name():
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match="timestep 3 begins no step of this run"):
         scheduler.step(x, 3, x)
-    scheduler.set_begin_index(3)
-    with pytest.raises(ValueError, match="cannot begin at timestep 3 of 7"):
-        scheduler.step(x, scheduler.timesteps[3], x)
+    other = plan(solver="rk3", schedule="karras")
+    other.set_timesteps(4)
+    other.set_begin_index(len(other.timesteps) - 1)
+    with pytest.raises(ValueError, match="after which no step begins: take a larger strength"):
+        other.step(x, other.timesteps[-1], x)
+    other = plan(solver="exp_ab", schedule="karras")
+    other.set_timesteps(6)
+    other.set_begin_index(3)
+    with pytest.raises(ValueError, match="exp_ab asks other questions when it begins at timestep"):
+        other.step(x, other.timesteps[3], x)
+    scheduler = plan(solver="heun", schedule="karras")
     scheduler.set_timesteps(1)
     t = scheduler.timesteps[0]
     with pytest.raises(ValueError, match="model_output has shape"):
