@@ -153,7 +153,8 @@ def test_pipelines_run_unchanged(name, solver):
     assert out.isfinite().all()
     calls = 4 if solver == "dpmpp_3m_sde" else 7
     assert len(pipe.scheduler.timesteps) == calls
-    assert pipe.scheduler.order == (1 if calls == 4 else 2)
+    # Flux hands over its levels, and so takes the number of timesteps for that of steps.
+    assert pipe.scheduler.order == (1 if calls == 4 or name == "flux" else 2)
     assert pipe.scheduler.step_index == calls
     assert name == "dit" or len(seen) == (4 if name == "stable_audio" else calls)
 

@@ -115,6 +115,16 @@ def test_the_callers_tensors_are_not_written_into():
     assert all(torch.equal(x, copy) for x, copy in kept)
 
 
+def test_what_is_handed_out_is_not_the_state_itself():
+    scheduler = plan(solver="heun", schedule="karras")
+    scheduler.set_timesteps(4)
+    start = torch.randn(1, 5, generator=seeded())
+    handed = []
+    walk(scheduler, start, edit=lambda i, x: handed.append((x, scheduler._run)) or x)
+    assert all(x is not run.x and x.data_ptr() != run.x.data_ptr() for x, run in handed if run)
+    assert handed[-1][1] is None
+
+
 def test_a_solver_that_corrects_its_samples_refuses_edits_but_takes_copies():
     @solver(order=1, source="made here", predictor=True)
     def corrected(x, levels, noise):
@@ -247,7 +257,7 @@ def test_flow_from_pure_noise_lists_its_first_call_twice_and_begins_where_pipeli
 
 
 def test_a_run_that_begins_inside_a_step_begins_with_the_next():
-    scheduler = plan(solver="heun", schedule="karras")
+    scheduler = plan(solver="dpmpp_2s", schedule="karras")
     x0, noise = torch.randn(2, 1, 5, generator=seeded()).unbind()
     network, results = Network(), []
     for begin in (5, 6):
@@ -351,7 +361,7 @@ def test_misuse_is_refused_by_name():
     scheduler.set_timesteps(4)
     with pytest.raises(ValueError, match="timestep 3 begins no step of this run"):
         scheduler.step(x, 3, x)
-    other = plan(solver="rk3", schedule="karras")
+    other = plan(ddim(set_alpha_to_one=False), solver="rk3")
     other.set_timesteps(4)
     other.set_begin_index(len(other.timesteps) - 1)
     with pytest.raises(ValueError, match="after which no step begins: take a larger strength"):
