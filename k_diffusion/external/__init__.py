@@ -20,9 +20,11 @@ if TYPE_CHECKING:
         VDenoiser,
     )
     from k_diffusion.external.lays import ForeignScheduler
+    from k_diffusion.external.loading import load
     from k_diffusion.external.names import Named, foreign_name, foreign_schedule
     from k_diffusion.external.networks import ForeignNetwork, foreign_denoiser, limited
     from k_diffusion.external.others import compvis_denoiser, function_denoiser, openai_denoiser
+    from k_diffusion.external.pipelines import PipelineSampler
     from k_diffusion.external.process import Conventions, read_conventions
     from k_diffusion.external.text import TextEncoder
 
@@ -38,9 +40,11 @@ _HOMES = {
         "VDenoiser",
     ),
     "lays": ("ForeignScheduler",),
+    "loading": ("load",),
     "names": ("Named", "foreign_name", "foreign_schedule"),
     "networks": ("ForeignNetwork", "foreign_denoiser", "limited"),
     "others": ("compvis_denoiser", "function_denoiser", "openai_denoiser"),
+    "pipelines": ("PipelineSampler",),
     "process": ("Conventions", "read_conventions"),
     "text": ("TextEncoder",),
 }
@@ -57,6 +61,7 @@ __all__ = [
     "ForeignScheduler",
     "Named",
     "OpenAIDenoiser",
+    "PipelineSampler",
     "PretrainedAutoencoder",
     "TextEncoder",
     "VDenoiser",
@@ -66,6 +71,7 @@ __all__ = [
     "foreign_schedule",
     "function_denoiser",
     "limited",
+    "load",
     "openai_denoiser",
     "read_conventions",
 ]

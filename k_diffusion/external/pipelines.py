@@ -9,6 +9,7 @@ changed. Without a scheduler and a solver it is what the pipeline itself would d
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,8 +69,7 @@ class PipelineSampler:
         self.denoiser: Any = foreign_denoiser(network, self.conventions)
         self.scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
         if solver is None:
-            solver, _, known = foreign_name(config_of(pipeline.scheduler)["_class_name"])
-            options = {**known, **options}
+            solver = own_solver(pipeline.scheduler)
         # Checks what is given; the runs, whose levels may depend on the size, make their own.
         self._checked = KSampler(self.denoiser, None, solver, churn=churn, **options)
 
@@ -309,10 +309,26 @@ class PipelineSampler:
         )
         if to == "latent":
             return drawn
-        made = self.decode(drawn)
+        made = self._checked_for_safety(self.decode(drawn))
         if self.family.kind == "sound":
             return made[..., : int(self._seconds(seconds) * self.pipeline.vae.config.sampling_rate)]
         return codec.to_pil(made) if to == "pil" else made
+
+    def _checked_for_safety(self, images: Tensor) -> Tensor:
+        """Black images for those that the pipeline's own safety checker objects to."""
+        if getattr(self.pipeline, "safety_checker", None) is None:
+            return images
+        _, flagged = self.pipeline.run_safety_checker(
+            images.clone(), self.device, self.codec.network.dtype
+        )
+        for i in (i for i, objects in enumerate(flagged or ()) if objects):
+            images[i] = -1
+            warnings.warn(
+                f"the pipeline's safety checker objects to image {i}, which is black now",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return images
 
     def _start(self, sampler: KSampler, steps: Any) -> float:
         """By what unit noise is multiplied before KSampler multiplies it by the first sigma.
@@ -387,6 +403,23 @@ class PipelineSampler:
         if to not in known:
             raise ValueError(maths.unknown("output", to, known))
         return to
+
+
+def own_solver(scheduler: Any) -> str:
+    """Our solver that does what a diffusers scheduler does, by its class and its config."""
+    config = config_of(scheduler)
+    name = config["_class_name"]
+    if config.get("solver") and not isinstance(config["solver"], Mapping):  # a PlanScheduler's
+        return str(config["solver"])
+    if name == "DPMSolverMultistepScheduler":
+        stochastic = str(config.get("algorithm_type")).startswith("sde")
+        order = config.get("solver_order", 2)
+        if stochastic:
+            return "dpmpp_3m_sde" if order == 3 else "dpmpp_2m_sde"
+        return "ddim" if order == 1 else "dpmpp_2m"
+    if name == "FlowMatchEulerDiscreteScheduler" and config.get("stochastic_sampling"):
+        return "lcm"
+    return foreign_name(name).solver
 
 
 def _texts(name: str, given: Any) -> list[str] | None:
