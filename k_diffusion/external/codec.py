@@ -1,4 +1,4 @@
-"""A pipeline's latents: their shape, noise as diffusers draws it, and the way to images and back."""
+"""A pipeline's latents: their shape, noise as diffusers draws it, the way to images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.external.families import Family
+from k_diffusion.external.asked import Family
 
 
 class Codec:
@@ -101,7 +101,7 @@ class Codec:
         return channels, *space
 
     def noise(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Unit noise of each seed, the very numbers that the pipeline draws from generators of them.
+        """Unit noise of each seed, the numbers that the pipeline draws from generators of them.
 
         Made on the CPU, one generator for each sample, in the network's dtype; float32 thereafter.
         """

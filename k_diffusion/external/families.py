@@ -9,97 +9,23 @@ textual inversions) counts. What differs between the kinds stands here, one func
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from k_diffusion.external.asked import (
+    FAMILIES,
+    Asked,
+    Family,
+    Keywords,
+    Told,
+    encode,
+    encode_options,
+    family,
+)
 from k_diffusion.utils import maths
-
-Keywords = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What is wanted of a pipeline.
-
-    Attributes:
-        count: how many samples are told differently; rows of a condition.
-        guidance: the scale; 1 is none.
-        prompts, negatives: texts, one for each; None: what the pipeline takes then.
-        labels: classes, one for each.
-        height, width: in pixels.
-        frames: of a video.
-        seconds: of sound, from its start.
-        options: the pipeline's own names: prompt_embeds, prompt_2, clip_skip, original_size...
-    """
-
-    count: int
-    guidance: float
-    prompts: list[str] | None = None
-    negatives: list[str] | None = None
-    labels: list[int] | None = None
-    height: int = 0
-    width: int = 0
-    frames: int = 1
-    seconds: float = 0.0
-    options: Keywords = field(default_factory=dict)
-
-    @property
-    def guided(self) -> bool:
-        return self.guidance != 1
-
-
-class Told(NamedTuple):
-    """What a network is told.
-
-    Attributes:
-        condition: keywords of the network; tensors have one row for each that was asked.
-        negative: those of them that differ in the second estimate of guidance.
-        scale: of classifier-free guidance; 1: none.
-    """
-
-    condition: Keywords
-    negative: Keywords
-    scale: float
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one kind of pipeline is driven.
-
-    Attributes:
-        network: name of the component that is sampled from.
-        tell: the function of the kind.
-        options: what it takes beside those of `encode_prompt`.
-        guidance: the usual scale.
-        needs: other components that it cannot do without.
-        kind: what its samples are: "image", "video" or "sound".
-    """
-
-    network: str
-    tell: Callable[[Any, Asked], Told]
-    options: tuple[str, ...] = ()
-    guidance: float = 7.5
-    needs: tuple[str, ...] = ("vae",)
-    kind: str = "image"
-
-
-FAMILIES: dict[str, Family] = {}
-_NOT_OURS = ("self", "prompt", "negative_prompt", "device", "do_classifier_free_guidance", "kwargs")
-
-
-def family(*names: str, **options: Any) -> Callable[..., Any]:
-    """Registers how pipelines of these class names are driven; options: those of `Family`."""
-
-    def register(tell: Callable[[Any, Asked], Told]) -> Callable[[Any, Asked], Told]:
-        FAMILIES.update(dict.fromkeys(names, Family(tell=tell, **options)))
-        return tell
-
-    return register
 
 
 def find_family(pipeline: Any) -> Family:
@@ -133,7 +59,7 @@ def tell(pipeline: Any, asked: Asked) -> Told:
         ValueError: an unknown option, a missing component, or what the pipeline itself refuses.
     """
     found = find_family(pipeline)
-    known = {*found.options, *_encodes(pipeline)}
+    known = {*found.options, *encode_options(pipeline)}
     for name in asked.options:
         if name not in known:
             raise ValueError(maths.unknown(f"option of {type(pipeline).__name__},", name, known))
@@ -160,32 +86,6 @@ def tell(pipeline: Any, asked: Asked) -> Told:
     return told
 
 
-def _encodes(pipeline: Any) -> list[str]:
-    """The options of its `encode_prompt` that one may give."""
-    encode = getattr(pipeline, "encode_prompt", None)
-    if encode is None:
-        return []
-    taken = inspect.signature(encode).parameters
-    return [n for n in taken if n not in _NOT_OURS and not n.startswith("num_")]
-
-
-def _encode(pipeline: Any, asked: Asked, **changed: Any) -> Any:
-    """What `encode_prompt` gives for one sample of each prompt."""
-    taken = inspect.signature(pipeline.encode_prompt).parameters
-    given: Keywords = {
-        "prompt": asked.prompts,
-        "negative_prompt": asked.negatives,
-        "device": pipeline._execution_device,
-        "do_classifier_free_guidance": asked.guided,
-        **{name: 1 for name in taken if name.startswith("num_")},
-        **{name: None for name in ("prompt_2", "prompt_3")},
-        **{name: value for name, value in asked.options.items() if name in taken},
-        **changed,
-    }
-    with torch.no_grad():
-        return pipeline.encode_prompt(**{k: v for k, v in given.items() if k in taken})
-
-
 def _guidance_embedding(pipeline: Any, asked: Asked) -> Keywords:
     """`timestep_cond` of networks distilled under guidance, which are told its scale."""
     width = pipeline.unet.config.time_cond_proj_dim
@@ -210,7 +110,7 @@ def _without_guidance(pipeline: Any, asked: Asked) -> Asked:
 )  # fmt: skip
 def _stable_diffusion(pipeline: Any, asked: Asked) -> Told:
     plain = _without_guidance(pipeline, asked)
-    text, negative = _encode(pipeline, plain)
+    text, negative = encode(pipeline, plain)
     condition = {"encoder_hidden_states": text, **_guidance_embedding(pipeline, asked)}
     against = {} if negative is None else {"encoder_hidden_states": negative}
     return Told(condition, against, plain.guidance)
@@ -228,7 +128,7 @@ def _stable_diffusion(pipeline: Any, asked: Asked) -> Told:
 )  # fmt: skip
 def _stable_diffusion_xl(pipeline: Any, asked: Asked) -> Told:
     plain = _without_guidance(pipeline, asked)
-    text, negative, pooled, negative_pooled = _encode(pipeline, plain)
+    text, negative, pooled, negative_pooled = encode(pipeline, plain)
     size = (asked.height, asked.width)
     own = asked.options
 
@@ -279,7 +179,7 @@ def _check_time_ids(pipeline: Any, condition: Keywords) -> None:
     network="transformer", guidance=7.0,
 )  # fmt: skip
 def _stable_diffusion_3(pipeline: Any, asked: Asked) -> Told:
-    text, negative, pooled, negative_pooled = _encode(pipeline, asked)
+    text, negative, pooled, negative_pooled = encode(pipeline, asked)
     condition = {"encoder_hidden_states": text, "pooled_projections": pooled}
     if not asked.guided:
         return Told(condition, {}, 1.0)
@@ -299,14 +199,14 @@ def _flux(pipeline: Any, asked: Asked) -> Told:
     """The scale is told the network; a second estimate is made under `true_cfg_scale`."""
     own = asked.options
     scale = float(own.get("true_cfg_scale", 1.0))
-    text, pooled, _ = _encode(pipeline, asked)
+    text, pooled, _ = encode(pipeline, asked)
     condition = {"encoder_hidden_states": text, "pooled_projections": pooled}
     if pipeline.transformer.config.guidance_embeds:
         condition["guidance"] = torch.full((asked.count,), asked.guidance, device=text.device)
     against: Keywords = {}
     given = own.get("negative_prompt_embeds")
     if scale != 1 and (asked.negatives is not None or given is not None):
-        text, pooled, _ = _encode(
+        text, pooled, _ = encode(
             pipeline,
             asked,
             prompt=asked.negatives,
@@ -322,13 +222,11 @@ def _flux(pipeline: Any, asked: Asked) -> Told:
     return Told(condition, against, scale)
 
 
-@family(
-    "PixArtAlphaPipeline", "PixArtSigmaPipeline", network="transformer", guidance=4.5
-)
+@family("PixArtAlphaPipeline", "PixArtSigmaPipeline", network="transformer", guidance=4.5)
 def _pixart(pipeline: Any, asked: Asked) -> Told:
     negative = [""] * asked.count if asked.negatives is None else asked.negatives
     clean = asked.options.get("clean_caption", True)
-    text, mask, against, against_mask = _encode(
+    text, mask, against, against_mask = encode(
         pipeline, asked, negative_prompt=negative, clean_caption=clean
     )
     condition: Keywords = {"encoder_hidden_states": text, "encoder_attention_mask": mask}
@@ -374,7 +272,7 @@ def _stable_audio(pipeline: Any, asked: Asked) -> Told:
     two = asked.guided and (
         asked.negatives is not None or asked.options.get("negative_prompt_embeds") is not None
     )
-    text = _encode(pipeline, asked, do_classifier_free_guidance=two)
+    text = encode(pipeline, asked, do_classifier_free_guidance=two)
     with torch.no_grad():
         start, end = pipeline.encode_duration(0.0, asked.seconds, device, False, asked.count)
     parts = text.chunk(2) if two else (text,)
@@ -399,7 +297,7 @@ def _wan(pipeline: Any, asked: Asked) -> Told:
     if getattr(pipeline.config, "expand_timesteps", False):
         raise ValueError("this WanPipeline has a time for each token: give it a PlanScheduler")
     options = {"max_sequence_length": 512, **asked.options}
-    text, negative = _encode(pipeline, Asked(**{**vars(asked), "options": options}))
+    text, negative = encode(pipeline, Asked(**{**vars(asked), "options": options}))
     against = {"encoder_hidden_states": negative} if asked.guided else {}
     return Told({"encoder_hidden_states": text}, against, asked.guidance)
 

@@ -112,7 +112,9 @@ def check_weights(file: Path) -> None:
         with safe_open(file, "pt"):
             pass
     except FileNotFoundError:
-        raise ValueError(f"{file} does not exist: give a .safetensors file, a folder or an id") from None
+        raise ValueError(
+            f"{file} does not exist: give a .safetensors file, a folder or an id"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} is damaged or not whole ({' '.join(str(error).split())}): copy or download it "

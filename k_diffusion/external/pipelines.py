@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from k_diffusion.external import codec, families
+from k_diffusion.external.asked import Asked, Told
 from k_diffusion.external.codec import Codec
-from k_diffusion.external.families import Asked, Told
 from k_diffusion.external.lays import ForeignScheduler
-from k_diffusion.external.names import foreign_name
 from k_diffusion.external.networks import foreign_denoiser, limited
-from k_diffusion.external.process import config_of, read_conventions
+from k_diffusion.external.process import read_conventions
 from k_diffusion.external.prompted import joined, prompted, refined
+from k_diffusion.external.settle import own_solver, repeated, rows_of, settle_seeds, texts
 from k_diffusion.sampling import Churn, KSampler
 from k_diffusion.utils import maths
 from k_diffusion.utils.levels import FLOW
@@ -110,16 +110,18 @@ class PipelineSampler:
         scale = self.family.guidance if guidance is None else guidance
         if not maths.is_number(scale):
             raise ValueError(f"guidance must be a number, 1 for none, got {scale!r}")
-        prompts = _texts("prompt", prompt)
+        prompts = texts("prompt", prompt)
         classes = [labels] if isinstance(labels, int) else labels
         embeds = options.get("prompt_embeds")
         counts = [len(v) for v in (prompts, classes, embeds) if v is not None]
         count = counts[0] if counts else 1
         if len(set(counts)) > 1:
             raise ValueError(f"prompts, labels or embeds of {counts} rows: give one kind of them")
-        negatives = _texts("negative", negative)
+        negatives = texts("negative", negative)
         if negatives is not None and len(negatives) not in (1, count):
-            raise ValueError(f"{len(negatives)} negatives for {count} prompts: give one, or as many")
+            raise ValueError(
+                f"{len(negatives)} negatives for {count} prompts: give one, or as many"
+            )
         if negatives is not None and len(negatives) == 1:
             negatives = negatives * count
         high, wide = self.codec.size(height, width)
@@ -276,17 +278,15 @@ class PipelineSampler:
             seconds=seconds,
             **options,
         )
-        rows = _rows(told)
-        chosen = _seeds(seed, seeds, n, rows, latents)
+        rows = rows_of(told)
+        chosen = settle_seeds(seed, seeds, n, rows, latents)
         repeat = len(chosen) // (rows or 1)
         shape = self.codec.shape(high, wide, frames)
-        condition = joined(_repeated(told, repeat))
+        condition = joined(repeated(told, repeat))
         extra: dict[str, Any] = {}
         if refiner is not None:
-            second = refiner.encode(
-                prompt, negative, guidance=guidance, height=height, width=width
-            )
-            condition |= joined(_repeated(second, repeat), "refiner_")
+            second = refiner.encode(prompt, negative, guidance=guidance, height=height, width=width)
+            condition |= joined(repeated(second, repeat), "refiner_")
             extra = {
                 "refiner": refiner,
                 "refine_at": refine_at,
@@ -366,7 +366,7 @@ class PipelineSampler:
                 "make them alike"
             )
         if not told:
-            small = torch.nn.functional.adaptive_avg_pool2d(wanted, start.shape[-2:])
+            small = torch.nn.functional.adaptive_avg_pool2d(wanted, tuple(start.shape[-2:]))
             return {"init": start, "strength": strength, "mask": small.to(x)}
         if takes != 2 * known + 1:
             raise ValueError(
@@ -403,73 +403,3 @@ class PipelineSampler:
         if to not in known:
             raise ValueError(maths.unknown("output", to, known))
         return to
-
-
-def own_solver(scheduler: Any) -> str:
-    """Our solver that does what a diffusers scheduler does, by its class and its config."""
-    config = config_of(scheduler)
-    name = config["_class_name"]
-    if config.get("solver") and not isinstance(config["solver"], Mapping):  # a PlanScheduler's
-        return str(config["solver"])
-    if name == "DPMSolverMultistepScheduler":
-        stochastic = str(config.get("algorithm_type")).startswith("sde")
-        order = config.get("solver_order", 2)
-        if stochastic:
-            return "dpmpp_3m_sde" if order == 3 else "dpmpp_2m_sde"
-        return "ddim" if order == 1 else "dpmpp_2m"
-    if name == "FlowMatchEulerDiscreteScheduler" and config.get("stochastic_sampling"):
-        return "lcm"
-    return foreign_name(name).solver
-
-
-def _texts(name: str, given: Any) -> list[str] | None:
-    if given is None:
-        return None
-    texts = [given] if isinstance(given, str) else list(given)
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise TypeError(f"{name} must be a text, or a list of texts, got {given!r}")
-    return texts
-
-
-def _rows(told: Told) -> int | None:
-    """How many are told different things; None: nobody is told anything."""
-    return next((len(v) for v in told.condition.values() if isinstance(v, Tensor)), None)
-
-
-def _repeated(told: Told, times: int) -> Told:
-    def repeat(keywords: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: value.repeat_interleave(times, 0) if isinstance(value, Tensor) else value
-            for name, value in keywords.items()
-        }
-
-    return Told(repeat(told.condition), repeat(told.negative), told.scale)
-
-
-def _seeds(
-    seed: int | None, seeds: Any, n: int | None, rows: int | None, latents: Tensor | None
-) -> list[int]:
-    """One seed for each image.
-
-    Raises:
-        ValueError: seeds of another number than images.
-    """
-    if seed is not None and seeds is not None:
-        raise ValueError("give seed or seeds, not both: seeds is one for each image")
-    if n is not None and (not isinstance(n, int) or n < 1):
-        raise ValueError(f"n must be a whole number of at least 1, got {n!r}")
-    if n is None and rows in (None, 1):
-        given = seeds if seeds is not None else latents
-        n = 1 if given is None else len(given)
-    count = (rows or 1) * (n or 1)
-    if seeds is not None:
-        chosen = [int(s) for s in seeds]
-        if len(chosen) != count:
-            raise ValueError(
-                f"{len(chosen)} seeds for {count} images ({rows or 1} prompts, {n or 1} of each): "
-                "give one seed for each image"
-            )
-        return chosen
-    if seed is None:
-        return [int(s) for s in torch.randint(0, 2**31, (count,))]
-    return [seed + i for i in range(count)]

@@ -39,9 +39,7 @@ class Negative:
     ) -> tuple[Tensor, Tensor]:
         """See `guidance.Second`."""
         own = _own(condition)
-        d, u = batched_call(
-            denoiser, x, sigma, [own, {**own, **_without(condition, NEGATIVE)}]
-        )
+        d, u = batched_call(denoiser, x, sigma, [own, {**own, **_without(condition, NEGATIVE)}])
         return d, u
 
 
