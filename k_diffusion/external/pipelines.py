@@ -366,7 +366,8 @@ class PipelineSampler:
                 "make them alike"
             )
         if not told:
-            small = torch.nn.functional.adaptive_avg_pool2d(wanted, tuple(start.shape[-2:]))
+            rows, columns = start.shape[-2:]
+            small = torch.nn.functional.adaptive_avg_pool2d(wanted, (rows, columns))
             return {"init": start, "strength": strength, "mask": small.to(x)}
         if takes != 2 * known + 1:
             raise ValueError(
