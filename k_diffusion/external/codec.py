@@ -148,17 +148,18 @@ class Codec:
         if wide:
             vae.float()
         try:
-            for way in ("slicing", "tiling", None):
+            ways = [way for way in ("slicing", "tiling") if hasattr(vae, f"enable_{way}")]
+            for way in (*(w for w in ways if not getattr(vae, f"use_{w}", False)), None):
                 try:
                     with torch.no_grad():
                         return work(vae)
                 except torch.OutOfMemoryError:
-                    if way is None or not hasattr(vae, f"enable_{way}"):
+                    if way is None:
                         raise
                 warnings.warn(
                     f"memory ran out in the VAE: it goes on with {way}, which stays on",
                     RuntimeWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
                 getattr(vae, f"enable_{way}")()
             raise AssertionError("unreachable")

@@ -65,7 +65,7 @@ def load(
     elif not_there(str(source)):
         raise ValueError(f"{source} does not exist: give a folder, an id or a .safetensors file")
     else:
-        where = {"local_files_only": local, "use_safetensors": True, "torch_dtype": dtype}
+        where = {"local_files_only": local, "use_safetensors": True, _dtype_word(): dtype}
         where |= {k: v for k, v in (("revision", revision), ("variant", variant)) if v}
         where = {name: value for name, value in where.items() if value is not None}
         if path.is_dir():
@@ -166,7 +166,7 @@ def _single_file(
     if kind not in FAMILIES:
         raise ValueError(maths.unknown("diffusers pipeline", kind, FAMILIES))
     check_weights(path)
-    given = {"config": None if config is None else str(config), "torch_dtype": dtype}
+    given = {"config": None if config is None else str(config), _dtype_word(): dtype}
     try:
         return getattr(diffusers, kind).from_single_file(
             str(path),
@@ -204,6 +204,13 @@ def _single_network(folder: Path, where: dict[str, Any]) -> Any:
         return diffusers.DDPMPipeline(unet=unet, scheduler=kind.from_pretrained(plans[0]))
     except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise _refused(str(folder), error) from None
+
+
+def _dtype_word() -> str:
+    """diffusers renamed this option, and warns of the old name."""
+    from diffusers.utils import deprecation_utils
+
+    return "dtype" if hasattr(deprecation_utils, "_resolve_dtype") else "torch_dtype"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from PIL import Image
 from k_diffusion.external import PipelineSampler
 from k_diffusion.sampling import KSampler
 from tests.external import tiny_pipelines as tiny
+from tests.external.test_pipelines import _changed
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -74,7 +75,7 @@ def test_what_a_mask_keeps_is_kept():
 def _inpainting():
     torch.manual_seed(0)
     pipeline = tiny.tiny_sd(kind="Inpaint")
-    config = {**pipeline.unet.config, "in_channels": 9}
+    config = _changed(pipeline.unet, in_channels=9)
     pipeline.unet = diffusers.UNet2DConditionModel.from_config(config).eval()
     with torch.no_grad():
         pipeline.vae.quant_conv.weight[4:] = 0
@@ -123,12 +124,12 @@ def test_decoding_goes_on_in_slices_and_tiles_where_memory_runs_out():
     assert pipeline.vae.use_slicing
     assert not pipeline.vae.use_tiling
     assert (sliced - expected).abs().max() < 1e-5
-    failures += [torch.OutOfMemoryError("full")] * 2
+    failures.append(torch.OutOfMemoryError("full"))
     with pytest.warns(RuntimeWarning, match="tiling"):
         sampler.decode(latents)
     assert pipeline.vae.use_tiling
-    failures += [torch.OutOfMemoryError("full")] * 3
-    with pytest.warns(RuntimeWarning), pytest.raises(torch.OutOfMemoryError):
+    failures.append(torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError):
         sampler.decode(latents)
 
 
@@ -140,7 +141,7 @@ def test_encoding_is_undone_by_decoding_in_scale():
         raw = pipeline.vae.encode(image).latent_dist.mode()
         latents = sampler.encode_images(image)
         assert (latents - (raw - 0.06) * 1.5).abs().max() < 1e-6
-        assert (sampler.decode(latents) - pipeline.vae.decode(raw).sample).abs().max() < 1e-6
+        assert (sampler.decode(latents) - pipeline.vae.decode(raw).sample).abs().max() < 1e-5
 
 
 def test_what_a_safety_checker_objects_to_is_black():
@@ -158,7 +159,9 @@ def test_pictures_videos_and_sound():
     image = PipelineSampler(tiny.tiny_sd()).sample(PROMPT, steps=2, seed=1, height=16, width=24)
     assert [picture.size for picture in image] == [(24, 16)]
     asked = {"height": 16, "width": 16, "frames": 5, "max_sequence_length": 12}
-    video = PipelineSampler(tiny.tiny_video()).sample(PROMPT, steps=2, seed=1, **asked)
+    video = PipelineSampler(tiny.tiny_video(), None, "euler").sample(
+        PROMPT, steps=2, seed=1, **asked
+    )
     assert [len(frames) for frames in video] == [5]
     sound = PipelineSampler(tiny.tiny_stable_audio())
     assert sound.sample(PROMPT, steps=2, seed=1, seconds=1.5).shape == (1, 2, 24)
