@@ -31,7 +31,8 @@ class Sample:
     """Draw images from a checkpoint into a folder: single PNGs and a grid.
 
     Image i has the seed `--seed` + i and does not depend on the others drawn with it. Its PNG text
-    holds the settings and the command that draws it again.
+    holds the settings and the command that draws it again. With `--model`, from a diffusers
+    pipeline: `k-diffusion sample --model NAME --help`.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
@@ -114,7 +115,7 @@ class Sample:
             f"seed{seed:06d}" + (f"_class{label}" if labels else "") + ".png"
             for seed, label in zip(seeds, labels or seeds, strict=True)
         ]
-        self._make_room([*names, "grid.png"])
+        make_room(self.out, [*names, "grid.png"], self.overwrite)
 
         from tqdm import tqdm
 
@@ -252,19 +253,6 @@ class Sample:
                 said if "--condition" in said else f"--condition {word}: {said}"
             ) from error
 
-    def _make_room(self, names: list[str]) -> None:
-        """Make the folder, and refuse, before the work, to replace what is there unasked."""
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UsageError(f"--out {self.out} is a file; give a folder") from None
-        there = [name for name in names if (self.out / name).exists()]
-        if there and not self.overwrite:
-            raise UsageError(
-                f"--out {self.out} holds {there[0]} already ({len(there)} of {len(names)} files); "
-                "give another folder, or --overwrite"
-            )
-
     def _text(self, info: CheckpointInfo, index: int | None, labels: list[int]) -> dict[str, str]:
         """What the PNG of image `index` says (None: of the grid)."""
         from importlib.metadata import version
@@ -306,6 +294,20 @@ class Sample:
         command += ["--ema", self.ema] if self.ema else ["--no-ema"] * self.no_ema
         said["command"] = shlex.join(command)
         return {key: value for key, value in said.items() if value}
+
+
+def make_room(out: Path, names: list[str], overwrite: bool) -> None:
+    """Make the folder, and refuse, before the work, to replace what is there unasked."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"--out {out} is a file; give a folder") from None
+    there = [name for name in names if (out / name).exists()]
+    if there and not overwrite:
+        raise UsageError(
+            f"--out {out} holds {there[0]} already ({len(there)} of {len(names)} files); "
+            "give another folder, or --overwrite"
+        )
 
 
 def _split_churn(

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
         VDenoiser,
     )
     from k_diffusion.external.lays import ForeignScheduler
+    from k_diffusion.external.loading import load
     from k_diffusion.external.names import Named, foreign_name, foreign_schedule
     from k_diffusion.external.networks import ForeignNetwork, foreign_denoiser, limited
     from k_diffusion.external.noise import GeneratorNoise
     from k_diffusion.external.others import compvis_denoiser, function_denoiser, openai_denoiser
+    from k_diffusion.external.pipelines import PipelineSampler
     from k_diffusion.external.plan_scheduler import PlanScheduler
     from k_diffusion.external.process import Conventions, read_conventions
     from k_diffusion.external.text import TextEncoder
@@ -40,11 +42,13 @@ _HOMES = {
         "VDenoiser",
     ),
     "lays": ("ForeignScheduler",),
+    "loading": ("load",),
     "names": ("Named", "foreign_name", "foreign_schedule"),
     "networks": ("ForeignNetwork", "foreign_denoiser", "limited"),
     "noise": ("GeneratorNoise",),
     "others": ("compvis_denoiser", "function_denoiser", "openai_denoiser"),
     "plan_scheduler": ("PlanScheduler",),
+    "pipelines": ("PipelineSampler",),
     "process": ("Conventions", "read_conventions"),
     "text": ("TextEncoder",),
 }
@@ -62,6 +66,7 @@ __all__ = [
     "GeneratorNoise",
     "Named",
     "OpenAIDenoiser",
+    "PipelineSampler",
     "PlanScheduler",
     "PretrainedAutoencoder",
     "TextEncoder",
@@ -72,6 +77,7 @@ __all__ = [
     "foreign_schedule",
     "function_denoiser",
     "limited",
+    "load",
     "openai_denoiser",
     "read_conventions",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -102,6 +103,24 @@ class KSampler:
         self._advised: set[str] = set()
         if churn is not None and isinstance(self.solver, AdaptiveSolver):
             raise ValueError(f"{self.solver.name} has no plan to churn: give it eta instead")
+
+    @staticmethod
+    def from_pipeline(
+        pipeline: Any,
+        scheduler: Scheduler | str | None = None,
+        solver: Solver | AdaptiveSolver | str | None = None,
+        **options: Any,
+    ) -> Any:
+        """A `external.PipelineSampler`: a diffusers pipeline, texts to images, by our solvers.
+
+        Args:
+            pipeline: of diffusers, with its modules where and as they are to compute.
+            scheduler, solver: None: what the pipeline's own scheduler stands for.
+            options: the solver's own, and churn.
+        """
+        # Resolved here: sampling knows nothing of what comes from elsewhere.
+        module = importlib.import_module("k_diffusion.external.pipelines")
+        return module.PipelineSampler(pipeline, scheduler, solver, **options)
 
     def levels(self, steps: int) -> Levels:
         """The `steps + 1` levels of a run, in the denoiser's coordinates.

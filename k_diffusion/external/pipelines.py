@@ -1,0 +1,406 @@
+"""Whole diffusers pipelines, sampled by our solvers.
+
+    sampler = KSampler.from_pipeline(pipe, "karras", "dpmpp_2m")
+    images = sampler.sample("a red fox", negative="grey", steps=20, guidance=7, seeds=[1, 2])
+
+The pipeline's own modules are used as they are, with all that was loaded into them; it is not
+changed. Without a scheduler and a solver it is what the pipeline itself would do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k_diffusion.external import codec, families
+from k_diffusion.external.asked import Asked, Told
+from k_diffusion.external.codec import Codec
+from k_diffusion.external.lays import ForeignScheduler
+from k_diffusion.external.networks import foreign_denoiser, limited
+from k_diffusion.external.process import read_conventions
+from k_diffusion.external.prompted import joined, prompted, refined
+from k_diffusion.external.settle import own_solver, repeated, rows_of, settle_seeds, texts
+from k_diffusion.sampling import Churn, KSampler
+from k_diffusion.utils import maths
+from k_diffusion.utils.levels import FLOW
+from k_diffusion.utils.scheduler import Scheduler, make_scheduler
+
+OUTPUTS = ("pil", "tensor", "latent")
+
+
+class PipelineSampler:
+    """Draws from a diffusers pipeline; final.
+
+    Args:
+        pipeline: of a kind in `families.FAMILIES`.
+        scheduler: lays the noise levels: a Scheduler or its name. None: the levels of the
+            pipeline's own scheduler.
+        solver: a registered solver or its name. None: what the pipeline's own scheduler stands for,
+            by `foreign_name`.
+        churn, options: see `KSampler`.
+
+    Attributes:
+        denoiser: the network as a Denoiser, without guidance.
+        codec: draws noise, encodes images and decodes latents.
+
+    Raises:
+        TypeError: a pipeline or a network of an unknown class.
+        ValueError: a missing component; an unknown key or value in a config, or option.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        scheduler: Scheduler | str | None = None,
+        solver: Any = None,
+        *,
+        churn: Churn | None = None,
+        **options: Any,
+    ) -> None:
+        self.pipeline = pipeline
+        self.family = families.find_family(pipeline)
+        self.codec = Codec(pipeline, self.family)
+        self.conventions = read_conventions(pipeline.scheduler)
+        network = getattr(pipeline, self.family.network)
+        self.denoiser: Any = foreign_denoiser(network, self.conventions)
+        self.scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
+        if solver is None:
+            solver = own_solver(pipeline.scheduler)
+        # Checks what is given; the runs, whose levels may depend on the size, make their own.
+        self._checked = KSampler(self.denoiser, None, solver, churn=churn, **options)
+
+    @property
+    def solver(self) -> Any:
+        return self._checked.solver
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes."""
+        return torch.device(self.pipeline._execution_device)
+
+    def encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative: str | Sequence[str] | None = None,
+        *,
+        guidance: float | None = None,
+        labels: int | Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seconds: float | None = None,
+        **options: Any,
+    ) -> Told:
+        """What the network is told: one row for each prompt, or label.
+
+        Args:
+            prompt, negative: texts; one negative serves all.
+            guidance: scale; None: the usual one of this kind of pipeline.
+            labels: classes, of a DiT.
+            height, width: in pixels, for networks that are told them.
+            seconds: of sound.
+            options: the pipeline's own names: `prompt_embeds`, `prompt_2`, `clip_skip`...
+
+        Raises:
+            ValueError: an unknown option, a wrong length, or what the pipeline refuses.
+        """
+        scale = self.family.guidance if guidance is None else guidance
+        if not maths.is_number(scale):
+            raise ValueError(f"guidance must be a number, 1 for none, got {scale!r}")
+        prompts = texts("prompt", prompt)
+        classes = [labels] if isinstance(labels, int) else labels
+        embeds = options.get("prompt_embeds")
+        counts = [len(v) for v in (prompts, classes, embeds) if v is not None]
+        count = counts[0] if counts else 1
+        if len(set(counts)) > 1:
+            raise ValueError(f"prompts, labels or embeds of {counts} rows: give one kind of them")
+        negatives = texts("negative", negative)
+        if negatives is not None and len(negatives) not in (1, count):
+            raise ValueError(
+                f"{len(negatives)} negatives for {count} prompts: give one, or as many"
+            )
+        if negatives is not None and len(negatives) == 1:
+            negatives = negatives * count
+        high, wide = self.codec.size(height, width)
+        asked = Asked(
+            count,
+            float(scale),
+            prompts,
+            negatives,
+            None if classes is None else [int(c) for c in classes],
+            high,
+            wide,
+            seconds=self._seconds(seconds),
+            options=options,
+        )
+        return families.tell(self.pipeline, asked)
+
+    def latents(
+        self,
+        seeds: Sequence[int],
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int = 1,
+    ) -> Tensor:
+        """Unit noise of each seed: what the pipeline draws from CPU generators of these seeds."""
+        return self.codec.noise(
+            list(seeds), self.codec.shape(*self.codec.size(height, width), frames)
+        )
+
+    def encode_images(self, images: Any) -> Tensor:
+        """Latents of PIL images, or of tensors in [-1, 1], shape (B, 3, H, W)."""
+        pixels = codec.as_images(images)
+        if self.family.kind == "image":
+            self.codec.size(int(pixels.shape[-2]), int(pixels.shape[-1]))
+        return self.codec.encode(pixels).to(self.device)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1], float32; see `Codec.decode`."""
+        return self.codec.decode(latents)
+
+    def ksampler(
+        self,
+        shape: Sequence[int],
+        *,
+        guidance: float = 1.0,
+        guidance_rescale: float = 0.0,
+        refiner: PipelineSampler | None = None,
+        refine_at: float | None = None,
+        refiner_guidance: float = 1.0,
+    ) -> KSampler:
+        """The KSampler of a run; its condition is what `prompted.joined` makes of `encode`'s.
+
+        Args:
+            shape: of one sample's latents, on which levels may depend.
+            guidance, guidance_rescale: see `sample`.
+            refiner, refine_at, refiner_guidance: see `sample`.
+        """
+        pair = getattr(self.solver, "outputs", 1) == 2
+        model = prompted(self.denoiser, guidance, guidance_rescale, pair)
+        if refiner is not None:
+            if refine_at is None:
+                raise ValueError("refine_at says where the refiner takes over: sigma / alpha")
+            second = prompted(refiner.denoiser, refiner_guidance, guidance_rescale, pair)
+            model = refined(model, second, refine_at)
+        scheduler = self.scheduler
+        if scheduler is None:
+            mu, even = families.shift(self.pipeline, tuple(shape))
+            scheduler = ForeignScheduler(self.pipeline.scheduler, mu, even)
+        made = self._checked
+        return KSampler(
+            limited(model, self.conventions),
+            scheduler,
+            made.solver,
+            churn=made.churn,
+            **made.options,
+        )
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative: str | Sequence[str] | None = None,
+        *,
+        steps: int = 20,
+        guidance: float | None = None,
+        guidance_rescale: float = 0.0,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        n: int | None = None,
+        labels: int | Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        frames: int | None = None,
+        seconds: float | None = None,
+        init: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
+        latents: Tensor | None = None,
+        refiner: PipelineSampler | None = None,
+        refine_at: float | None = None,
+        to: str | None = None,
+        run: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Images, videos or sound of texts.
+
+        Args:
+            prompt, negative: a text, or one for each; see `encode`.
+            steps: see `KSampler.sample`.
+            guidance: scale of classifier-free guidance; 1: none. Networks that are told their scale
+                (latent consistency models, Flux) are told it. None: the usual one of the kind.
+            guidance_rescale: see `guidance.Rescaled`; it is done on the estimate of x0.
+            seed: image i has seed + i.
+            seeds: one for each image. One prompt is drawn once for each seed.
+            n: images for each prompt.
+            labels: classes, of a DiT.
+            height, width: in pixels. None: those of init, or the network's own.
+            frames, seconds: of a video, of sound.
+            init: images to begin from: PIL, or tensors in [-1, 1].
+            strength: how far init is noised, from 0 to 1; needed with init alone.
+            mask: white or 1 where to repaint. A network for inpainting is told it; with others the
+                rest is kept at each step.
+            latents: unit noise to begin from, shape (B, ...); None: `latents` of the seeds.
+            refiner: a sampler of another pipeline with the same latents, whose network takes over
+                at the level refine_at.
+            refine_at: sigma / alpha.
+            to: "pil", "tensor" (in [-1, 1]) or "latent". None: pictures for images and videos, a
+                tensor for sound.
+            run: more keywords of `KSampler.sample`: progress, callback, preview, noise...
+            options: those of `encode`.
+
+        Returns:
+            A list of PIL images (of lists of frames), or a tensor.
+
+        Raises:
+            TypeError, ValueError: see `encode` and `KSampler.sample`.
+        """
+        to = self._output(to)
+        pixels = None if init is None else codec.as_images(init)
+        if pixels is not None and self.family.kind == "image":
+            height, width = height or int(pixels.shape[-2]), width or int(pixels.shape[-1])
+        high, wide = self.codec.size(height, width)
+        if frames is None:
+            frames = 81 if self.family.kind == "video" else 1
+        elif self.family.kind != "video":
+            raise ValueError(f"frames are of videos, and {type(self.pipeline).__name__} draws none")
+        told = self.encode(
+            prompt,
+            negative,
+            guidance=guidance,
+            labels=labels,
+            height=height,
+            width=width,
+            seconds=seconds,
+            **options,
+        )
+        rows = rows_of(told)
+        chosen = settle_seeds(seed, seeds, n, rows, latents)
+        repeat = len(chosen) // (rows or 1)
+        shape = self.codec.shape(high, wide, frames)
+        condition = joined(repeated(told, repeat))
+        extra: dict[str, Any] = {}
+        if refiner is not None:
+            second = refiner.encode(prompt, negative, guidance=guidance, height=height, width=width)
+            condition |= joined(repeated(second, repeat), "refiner_")
+            extra = {
+                "refiner": refiner,
+                "refine_at": refine_at,
+                "refiner_guidance": second.scale,
+            }
+        sampler = self.ksampler(
+            shape, guidance=told.scale, guidance_rescale=guidance_rescale, **extra
+        )
+        x = self.codec.noise(chosen, shape) if latents is None else latents.float()
+        if tuple(x.shape) != (len(chosen), *shape):
+            raise ValueError(
+                f"latents have shape {tuple(x.shape)}, but {(len(chosen), *shape)} is drawn"
+            )
+        x = x.to(self.device)
+        begin = self._begin(pixels, strength, mask, x, condition)
+        if "init" not in begin:
+            x = x * self._start(sampler, steps)
+        drawn = sampler.sample(
+            x, steps, condition, seed=chosen, **begin, **(dict(run) if run else {})
+        )
+        if to == "latent":
+            return drawn
+        made = self._checked_for_safety(self.decode(drawn))
+        if self.family.kind == "sound":
+            return made[..., : int(self._seconds(seconds) * self.pipeline.vae.config.sampling_rate)]
+        return codec.to_pil(made) if to == "pil" else made
+
+    def _checked_for_safety(self, images: Tensor) -> Tensor:
+        """Black images for those that the pipeline's own safety checker objects to."""
+        if getattr(self.pipeline, "safety_checker", None) is None:
+            return images
+        _, flagged = self.pipeline.run_safety_checker(
+            images.clone(), self.device, self.codec.network.dtype
+        )
+        for i in (i for i, objects in enumerate(flagged or ()) if objects):
+            images[i] = -1
+            warnings.warn(
+                f"the pipeline's safety checker objects to image {i}, which is black now",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+        return images
+
+    def _start(self, sampler: KSampler, steps: Any) -> float:
+        """By what unit noise is multiplied before KSampler multiplies it by the first sigma.
+
+        Most pipelines begin at unit variance: what is missing there is the signal, of which nothing
+        is known.
+        """
+        if not (self.conventions.unit_start and isinstance(steps, int)):
+            return 1.0
+        first = sampler.levels(steps)[0]
+        if sampler.denoiser.path is FLOW:
+            return float(1 / first.sigma)
+        return float((first.alpha**2 + first.sigma**2) ** 0.5 / first.sigma)
+
+    def _begin(
+        self, pixels: Tensor | None, strength: float | None, mask: Any, x: Tensor, condition: Any
+    ) -> dict[str, Any]:
+        """The keywords of a run that begins from images; a network's own mask to its condition."""
+        known, takes = x.shape[1], self.codec.network.config.in_channels
+        told = self.family.network == "unet" and takes > known
+        if pixels is None:
+            if mask is not None or strength is not None or told:
+                what = "this network for inpainting" if told else "a mask or a strength"
+                raise ValueError(f"{what} needs init, the images to begin from")
+            return {}
+        if told and mask is None:
+            raise ValueError("this network is for inpainting: give mask, 1 where to repaint")
+        start = self.encode_images(pixels)
+        if mask is None:
+            return {"init": start, "strength": strength}
+        wanted = codec.as_mask(mask)
+        if wanted.shape[-2:] != pixels.shape[-2:]:
+            raise ValueError(
+                f"mask has size {tuple(wanted.shape[-2:])} and init {tuple(pixels.shape[-2:])}: "
+                "make them alike"
+            )
+        if not told:
+            rows, columns = start.shape[-2:]
+            small = torch.nn.functional.adaptive_avg_pool2d(wanted, (rows, columns))
+            return {"init": start, "strength": strength, "mask": small.to(x)}
+        if takes != 2 * known + 1:
+            raise ValueError(
+                f"this UNet takes {takes} channels for {known} of latents: only {known} and "
+                f"{2 * known + 1} (for inpainting) are understood"
+            )
+        hidden = (wanted >= 0.5).float()
+        kept = self.encode_images(pixels * (1 - hidden))
+        small = torch.nn.functional.interpolate(hidden, start.shape[-2:]).to(kept)
+        both = torch.cat([small.expand(len(kept), -1, -1, -1), kept], dim=1)
+        condition["concat"] = both.expand(len(x), -1, -1, -1)
+        if strength is None or strength == 1:
+            return {}
+        return {"init": start, "strength": strength}
+
+    def _seconds(self, seconds: float | None) -> float:
+        if self.family.kind != "sound":
+            if seconds is not None:
+                raise ValueError(f"{type(self.pipeline).__name__} draws no sound: leave seconds")
+            return 0.0
+        vae = self.pipeline.vae
+        longest = self.codec.network.config.sample_size * vae.hop_length / vae.config.sampling_rate
+        if seconds is None:
+            return float(longest)
+        if not maths.is_number(seconds) or not 0 < seconds <= longest:
+            raise ValueError(f"seconds must be above 0 and at most {longest:g}, got {seconds!r}")
+        return float(seconds)
+
+    def _output(self, to: str | None) -> str:
+        sound = self.family.kind == "sound"
+        if to is None:
+            return "tensor" if sound else "pil"
+        known = OUTPUTS[sound:]
+        if to not in known:
+            raise ValueError(maths.unknown("output", to, known))
+        return to

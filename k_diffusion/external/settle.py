@@ -1,0 +1,83 @@
+"""What a caller says of a pipeline's run, settled: texts, seeds, the solver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from k_diffusion.external.asked import Told
+from k_diffusion.external.names import foreign_name
+from k_diffusion.external.process import config_of
+
+
+def own_solver(scheduler: Any) -> str:
+    """Our solver that does what a diffusers scheduler does, by its class and its config."""
+    config = config_of(scheduler)
+    name = config["_class_name"]
+    if config.get("solver") and not isinstance(config["solver"], Mapping):  # a PlanScheduler's
+        return str(config["solver"])
+    if name == "DPMSolverMultistepScheduler":
+        stochastic = str(config.get("algorithm_type")).startswith("sde")
+        order = config.get("solver_order", 2)
+        if stochastic:
+            return "dpmpp_3m_sde" if order == 3 else "dpmpp_2m_sde"
+        return "ddim" if order == 1 else "dpmpp_2m"
+    if name == "FlowMatchEulerDiscreteScheduler" and config.get("stochastic_sampling"):
+        return "lcm"
+    return foreign_name(name).solver
+
+
+def texts(name: str, given: Any) -> list[str] | None:
+    if given is None:
+        return None
+    texts = [given] if isinstance(given, str) else list(given)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"{name} must be a text, or a list of texts, got {given!r}")
+    return texts
+
+
+def rows_of(told: Told) -> int | None:
+    """How many are told different things; None: nobody is told anything."""
+    return next((len(v) for v in told.condition.values() if isinstance(v, Tensor)), None)
+
+
+def repeated(told: Told, times: int) -> Told:
+    def repeat(keywords: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.repeat_interleave(times, 0) if isinstance(value, Tensor) else value
+            for name, value in keywords.items()
+        }
+
+    return Told(repeat(told.condition), repeat(told.negative), told.scale)
+
+
+def settle_seeds(
+    seed: int | None, seeds: Any, n: int | None, rows: int | None, latents: Tensor | None
+) -> list[int]:
+    """One seed for each image.
+
+    Raises:
+        ValueError: seeds of another number than images.
+    """
+    if seed is not None and seeds is not None:
+        raise ValueError("give seed or seeds, not both: seeds is one for each image")
+    if n is not None and (not isinstance(n, int) or n < 1):
+        raise ValueError(f"n must be a whole number of at least 1, got {n!r}")
+    if n is None and rows in (None, 1):
+        given = seeds if seeds is not None else latents
+        n = 1 if given is None else len(given)
+    count = (rows or 1) * (n or 1)
+    if seeds is not None:
+        chosen = [int(s) for s in seeds]
+        if len(chosen) != count:
+            raise ValueError(
+                f"{len(chosen)} seeds for {count} images ({rows or 1} prompts, {n or 1} of each): "
+                "give one seed for each image"
+            )
+        return chosen
+    if seed is None:
+        return [int(s) for s in torch.randint(0, 2**31, (count,))]
+    return [seed + i for i in range(count)]
