@@ -17,12 +17,17 @@ Each part of `jump` steps is walked `times` times. Sampling noise of the figures
 Of a trained model: the share of real digits whose class stays the same, for a classifier, when
 their lower half is drawn anew; the model told the class, or not, or not but guided by the upper
 half.
+
+Either writes its part of benchmarks/results/inpainting.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +36,7 @@ from k_diffusion.sampling import Levels, Resample, Run, SampleNoise, make_plan
 from k_diffusion.sampling.masks import make_stages, noise_back
 from k_diffusion.utils.scheduler import KarrasScheduler
 
+OUT = Path(__file__).resolve().parent / "results" / "inpainting.json"
 WEIGHTS = torch.tensor([0.35, 0.4, 0.25], dtype=torch.float64)
 MEANS = torch.tensor([[-1.0, -0.8], [0.3, 0.9], [1.0, -0.6]], dtype=torch.float64)
 SPREADS = ((0.3, 0.35, 0.8), (0.35, 0.25, -0.6), (0.25, 0.3, 0.3))
@@ -94,14 +100,15 @@ def inpaint(
     return distance(x[:, 1], a)
 
 
-def digits(checkpoint: str, count: int) -> None:
+def digits(checkpoint: str, count: int) -> dict[str, Any]:
     """What a trained model makes of the upper halves of digits."""
     from k_diffusion.evaluation import classify, share_of, train_classifier
     from k_diffusion.guidance import pseudo_inverse
     from k_diffusion.sampling import KSampler
     from k_diffusion.training import Digits, load_denoiser
 
-    denoiser, _ = load_denoiser(checkpoint)
+    denoiser, info = load_denoiser(checkpoint)
+    found: dict[str, Any] = {"checkpoint sha256": info.sha256}
     real, held_out = Digits("train"), Digits("test")
     judge = train_classifier(real.images, real.labels, epochs=20)
     images, labels = held_out.images[:count], held_out.labels[:count]
@@ -120,7 +127,16 @@ def digits(checkpoint: str, count: int) -> None:
                 seeds=range(len(images)),
             )  # fmt: skip
             share = share_of(classify(judge, drawn)[0], labels)
+            found[f"{name}, {times} times"] = share
             print(f"{name:26} {times} times: {share:.1%} keep their class", flush=True)
+    return found
+
+
+def write(part: str, figures: dict[str, Any]) -> None:
+    """Put figures beside those of the other part."""
+    both = json.loads(OUT.read_text(encoding="utf-8")) if OUT.exists() else {}
+    both[part] = figures
+    OUT.write_text(json.dumps(both, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -130,22 +146,28 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="", help="of a model of the digits")
     options = parser.parse_args()
     if options.checkpoint:
-        digits(options.checkpoint, min(options.count, 300))
+        write("digits", digits(options.checkpoint, min(options.count, 300)))
         return
+    found: dict[str, Any] = {"samples": options.count}
     count = options.count
     cases = [(20, 1, 1), (20, 4, 1), (20, 10, 1), (20, 10, 5), (20, 10, 10), (60, 1, 1), (60, 4, 1)]
     for solver in options.solvers.split(","):
         for steps, times, jump in cases:
             levels = KarrasScheduler(0.002, 80).levels(steps)
-            figures = "   ".join(
-                f"{way} "
-                + " ".join(
-                    f"{inpaint(way, solver, levels, Resample(times, jump), a, count):.3f}"
+            row = {
+                way: [
+                    round(inpaint(way, solver, levels, Resample(times, jump), a, count), 3)
                     for a in (-0.4, 0.6)
-                )
+                ]
                 for way in ("fresh", "fixed", "estimate")
+            }
+            found[f"{solver}, {steps} steps, {times} times {jump}"] = row
+            figures = "   ".join(
+                f"{way} " + " ".join(f"{value:.3f}" for value in values)
+                for way, values in row.items()
             )
             print(f"{solver:16} {steps:3} steps, {times:2} times {jump:2}: {figures}", flush=True)
+    write("mixture", found)
 
 
 if __name__ == "__main__":

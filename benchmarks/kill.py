@@ -9,10 +9,10 @@ command line. Each goes on with `--resume auto`, and is killed at a random momen
 kinds: in its start; within a step's cycle, after a random number of steps; or in a write, when a
 half-written checkpoint has appeared after such a number. The run has all that a resume must carry:
 averages of three kinds with snapshots, a learned loss, the gradient noise scale, checkpoints that
-stay. At the end every tensor of the last checkpoint and of every snapshot, the state for a resume,
-which files there are, and metrics.jsonl apart from speeds must be bitwise those of the run that was
-never killed. Writes benchmarks/results/kill.json; exits with 1 where anything differs or an attempt
-failed.
+stay; and in some steps its images are spoilt, so that it diverges and goes back. At the end every
+tensor of the last checkpoint and of every snapshot, the state for a resume, which files there are,
+and metrics.jsonl apart from speeds must be bitwise those of the run that was never killed. Writes
+benchmarks/results/kill.json; exits with 1 where anything differs or an attempt failed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from k_diffusion.training import run_training
 from k_diffusion.training.checkpoint import (
@@ -44,13 +46,18 @@ from k_diffusion.training.checkpoint import (
 )
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.config_file import make_config
+from k_diffusion.training.dataset import SOURCES, Batch, Digits, Purpose
 from k_diffusion.training.retention import latest_checkpoint, list_checkpoints
 from k_diffusion.training.snapshots import snapshot_files
+from k_diffusion.utils.maths import fold_seed
 
 HERE = Path(__file__).parent
 KINDS = ("step", "write", "step", "start")
 OF_THE_CLOCK = ("images_per_second", "seconds")
 BATCH = 16
+SEED = 7
+SPOILT = {step + i for step in (40, 290, 540) for i in range(3)}
+"""Steps, counted from 1, whose images are no digits any more: each three a divergence."""
 STEPS_A_LINE = 3
 STARTS = {True: 3.0, False: 0.6}
 """Seconds within which the kills in a start are spread, of whole programs and of forked ones."""
@@ -79,7 +86,7 @@ def config_of(out: Path, steps: int, workers: int) -> dict[str, Any]:
         "data": {"source": "digits"},
         "total_images": BATCH * steps,
         "batch_size": BATCH,
-        "seed": 7,
+        "seed": SEED,
         "workers": workers,
         "micro_batch_size": BATCH // 2,
         "loss": {"uncertainty": True},
@@ -88,8 +95,31 @@ def config_of(out: Path, steps: int, workers: int) -> dict[str, Any]:
         "checkpoint_every_images": BATCH * 5,
         "keep_every_images": BATCH * 50,
         "log_every_images": BATCH * STEPS_A_LINE,
-        "spikes": {"factor": 1.5, "window": 20},
+        "spikes": {"factor": 3.0, "window": 20, "patience": 3, "roll_back": True},
     }
+
+
+class Spoilt(Digits):
+    """The digits, but in some steps: which one it is the seeds tell."""
+
+    def __init__(self, split: str = "train", split_seed: int = 0) -> None:
+        super().__init__(split, split_seed)
+        self.augments = True
+        places = (BATCH * (step - 1) + i for step in SPOILT for i in range(BATCH))
+        self._spoilt = {fold_seed(SEED, Purpose.AUGMENT, place) for place in places}
+
+    def batch(self, indices: Tensor, seeds: Sequence[int] | None = None) -> Batch:
+        batch = super().batch(indices)
+        spoilt = torch.tensor([seed in self._spoilt for seed in seeds or ()], dtype=torch.bool)
+        if spoilt.any():
+            factor = torch.where(spoilt, 30.0, 1.0)[:, None, None, None]
+            batch = batch._replace(images=factor * batch.images)
+        return batch
+
+
+def spoil() -> None:
+    """Have the run's images spoilt, in this process and in its children."""
+    SOURCES["digits"] = Spoilt
 
 
 @dataclass
@@ -154,10 +184,14 @@ def forked(config: TrainConfig, report: Path) -> int:
 
 
 def program(config_file: Path, report: Path) -> int:
+    plugin = config_file.with_suffix(".py")
+    plugin.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport kill\nkill.spoil()\n")
     with report.open("a", encoding="utf-8") as errors:
         command = [sys.executable, "-m", "k_diffusion.cli", "train", "--config", str(config_file)]
         started = subprocess.Popen(
-            [*command, "--resume", "auto"], stdout=subprocess.DEVNULL, stderr=errors
+            [*command, "--plugin", str(plugin), "--resume", "auto"],
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
         )
     started.returncode = 0  # `end_of` takes its end away, so Popen need not look for it
     return started.pid
@@ -262,6 +296,12 @@ def killed_run(
             return attempts
 
 
+def roll_backs(out: Path) -> int:
+    """How often the run has gone back, by its metrics as they are, whole lines or not."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b'"roll_back", "step"') if path.exists() else 0
+
+
 def metrics(out: Path) -> list[dict[str, Any]]:
     """The lines without what only the clock or the folder's name decides."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -300,6 +340,7 @@ def compared(out: Path) -> dict[str, int]:
         "checkpoints": len(list_checkpoints(out)),
         "snapshots": len(snapshot_files(out)),
         "lines of metrics": len(metrics(out)),
+        "roll-backs": roll_backs(out),
     }
 
 
@@ -333,6 +374,7 @@ def main() -> None:
     seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
     draw = random.Random(seed)
     torch.set_num_threads(1)
+    spoil()
     print(f"seed {seed}; torch {torch.__version__}, {platform.machine()}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
@@ -341,6 +383,8 @@ def main() -> None:
         # In a child as well: the parent must not have trained when it forks.
         if os.waitpid(forked(config, whole.with_suffix(".log")), 0)[1]:
             sys.exit(whole.with_suffix(".log").read_text())
+        if not roll_backs(whole):
+            sys.exit("the run never went back: give more --steps")
         for workers in args.workers:
             out = Path(folder) / f"killed{workers}"
             begin = time.monotonic()

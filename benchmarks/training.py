@@ -28,16 +28,16 @@ PEER = "denoising_diffusion_pytorch"
 NETWORK = {"dim": 32, "dim_mults": [1, 2, 4, 8]}
 QUICK = {"dim": 8, "dim_mults": [1, 2]}
 BATCH, IMAGES = 16, 2000  # the peer's default batch, which is its smallest
-ROUNDS = (("ours", 1, "updated in every step"), (PEER, 10, "updated every tenth step"),
-          (PEER, 1, "updated in every step"))  # fmt: skip
-"""Library, steps between updates of the average, and what the report calls that."""
+SETTINGS = {1: "updated in every step", 10: "updated every tenth step"}
+"""Steps between updates of the average, and what the report calls that."""
+ROUNDS = tuple((name, every) for every in SETTINGS for name in ("ours", PEER))
 
 
 def measure(workers: dict[str, Any], rounds: int, steps: int, skipped: int) -> list[list[Any]]:
     """The steps of each turn, for each of ROUNDS."""
     turns: list[list[Any]] = [[] for _ in ROUNDS]
     for _ in range(rounds):
-        for found, (name, ema_every, _) in zip(turns, ROUNDS, strict=True):
+        for found, (name, ema_every) in zip(turns, ROUNDS, strict=True):
             order = {"steps": steps, "skipped": skipped, "ema_every": ema_every}
             found.append(workers[name].ask(do="steps", **order))
     return turns
@@ -60,7 +60,7 @@ def main() -> None:
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[variable] = str(args.threads)
     rounds, images = (1, 100) if args.quick else (args.rounds, IMAGES)
-    steps = 10  # a whole number of times the steps between the peer's updates of its average
+    steps = max(SETTINGS)  # a whole number of times the steps between updates of the average
     # Two batches a worker are made ahead while the other library has its turn.
     skipped = 2 * args.workers + 1
     with tempfile.TemporaryDirectory() as scratch:
@@ -81,8 +81,8 @@ def main() -> None:
             worker.ask(do="end")
             worker.close()
     rows = []
-    for found, (name, _, average) in zip(turns, ROUNDS, strict=True):
-        head = {"key": name, "library": about[name]["name"], "setting": average}
+    for found, (name, ema_every) in zip(turns, ROUNDS, strict=True):
+        head = {"key": name, "library": about[name]["name"], "setting": SETTINGS[ema_every]}
         rows.append(report.row(head, found, BATCH))
         rows[-1]["a batch, ms"] = round(1e3 * loading[name], 4)
     results: dict[str, Any] = {

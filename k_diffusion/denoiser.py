@@ -17,7 +17,7 @@ flow       flow  x - sigma F
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -60,10 +60,12 @@ class Call:
     Attributes:
         k: how many calls came before, in this run.
         level: of x, and of every sample.
+        run: one object for each run, which is told from others by `is`; None: not told.
     """
 
     k: int
     level: Level
+    run: object = field(default=None, compare=False, repr=False)
 
 
 def mark_call(sigma: Tensor, call: Call) -> Tensor:

@@ -11,10 +11,10 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), 
 
 
 def test_there_are_blocks():
-    assert len(BLOCKS) == 8
+    assert len(BLOCKS) == 9
 
 
-@pytest.mark.parametrize("block", range(8))
+@pytest.mark.parametrize("block", range(9))
 def test_a_block_runs(block, capsys):
     names = {}
     exec(compile(BLOCKS[block], f"README.md, block {block + 1}", "exec"), names)

@@ -59,11 +59,10 @@ class Ours:
         self._loop: Iterator[Any] | None = None
 
     def run(self, steps: int, ema_every: int, watch: Stopwatch) -> None:
-        if ema_every != 1:
-            raise ValueError(f"ema_every = {ema_every}: ours is updated in every step")
         if self._loop is None:
             self._begin(watch)
         assert self._loop is not None
+        self.trainer.ema.every = ema_every  # as ema.update_every_steps has it
         for _ in range(steps):
             state = next(self._loop)
             self._log.add(state)

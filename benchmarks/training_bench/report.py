@@ -47,11 +47,12 @@ def row(head: Mapping[str, Any], turns: Sequence[Sequence[Mapping[str, float]]],
 
 
 def goals(results: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """What is asked, the bound, the figure, and whether it is met."""
-    (ours,) = (r for r in results["rows"] if r["key"] == OURS)
+    """What is asked, the bound, the figure, and whether it is met: at equal settings."""
+    ours_at = {r["setting"]: r for r in results["rows"] if r["key"] == OURS}
     found = []
     for theirs in (r for r in results["rows"] if r["key"] != OURS):
-        beside = f"beside {theirs['library']}, {theirs['setting']}"
+        ours = ours_at[theirs["setting"]]
+        beside = f"beside {theirs['library']}, both averages {theirs['setting']}"
         share = ours["outside, ms"] / theirs["outside, ms"]
         faster = ours["images/s"] / theirs["images/s"]
         found += [
@@ -79,8 +80,10 @@ steps, by the wall clock.
 *Outside* is all of a step that is neither the network's forward nor the backward pass: waiting for
 *data*, drawing noise, the loss, the *clipping* of the gradient, the *optimiser* (ours AdamW, theirs
 Adam, both with the same learning rate and betas), the averaged weights (*EMA*), and *other*, the
-progress line among it. The peer updates its average every tenth step, ours in every one: the last
-row is the peer at the same work. *A batch* is what making one takes without processes that load.
+progress line among it. Like is compared with like: both averages updated in every step, which is
+our default, and both every tenth step, which is the peer's (ours by `ema.update_every_steps = 10`).
+In the second both leave out nine of ten updates; ours gives the tenth the weight of all ten, the
+peer's that of one. *A batch* is what making one takes without processes that load.
 torchvision, through which the peer's images go, has a stand-in that makes the same calls of Pillow.
 """
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from .drawing import check_shape, pick_device
 from .plugins import Plugins, load_plugins
-from .problems import UsageError, as_usage
-from .sample import check_shape, pick_device
+from .problems import UsageError, as_usage, plain_warnings
 from .values import Classes, Names, Wholes, newest_in
 
 if TYPE_CHECKING:
@@ -93,7 +93,11 @@ class Compare:
 
         from tqdm import tqdm
 
-        with tqdm(unit="call", desc="comparing", disable=None) as bar, as_usage():
+        with (
+            tqdm(unit="call", desc="comparing", disable=None) as bar,
+            as_usage(),
+            plain_warnings("k-diffusion compare"),
+        ):
             sheet = compare_samplers(
                 denoiser,
                 info.data["shape"],

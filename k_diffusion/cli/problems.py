@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -42,6 +44,29 @@ def as_usage() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+
+
+@contextmanager
+def plain_warnings(name: str) -> Iterator[None]:
+    """What a sampler warns of inside is a line on stderr of the first process, once.
+
+    Args:
+        name: the command that says so.
+    """
+    from k_diffusion.sampling import SamplingAdvice
+
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        line = _flat(str(message))
+        if process_number() == 0 and line not in said:
+            print(f"{name}: warning: {line}", file=sys.stderr)
+        said.add(line)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SamplingAdvice)
+        warnings.showwarning = show
+        yield
 
 
 def one_line(error: BaseException) -> str:

@@ -11,19 +11,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from .drawing import check_shape, draw, pick_device
+from .drawing import check_shape, pick_device
+from .gallery import GRID, Gallery
+from .guiding import WITHOUT_CONDITION, check_guidance, make_guided
+from .pictures import read_mask, read_picture
 from .plugins import Plugins, load_plugins
-from .problems import Stopped, UsageError, as_usage
+from .problems import Stopped, UsageError, as_usage, plain_warnings, process_number
 from .signals import Terminated
-from .values import Classes, Settings, Words, newest_in, show_settings
+from .telling import Teller
+from .values import Classes, Settings, WholeOrAuto, Words, newest_in, show_setting, show_settings
 
 if TYPE_CHECKING:
     import torch
 
-    from k_diffusion.sampling import Churn
+    from k_diffusion.sampling import Churn, KSampler
     from k_diffusion.training.checkpoint import CheckpointInfo
 
 GRID_HOLDS = 400
+REPEATED = (
+    "sampler", "sampler options", "scheduler", "scheduler options", "steps", "guidance",
+    "guidance method", "guidance options", "guide", "init", "strength", "mask", "resample", "noise",
+)  # fmt: skip
+"""What an image's text says and its command repeats."""
 
 
 @dataclass
@@ -31,8 +40,9 @@ class Sample:
     """Draw images from a checkpoint into a folder: single PNGs and a grid.
 
     Image i has the seed `--seed` + i and does not depend on the others drawn with it. Its PNG text
-    holds the settings and the command that draws it again. With `--model`, from a diffusers
-    pipeline: `k-diffusion sample --model NAME --help`.
+    holds the settings and the command that draws it again. The same command, started again after
+    whatever ended it, draws what is missing; under torchrun the processes share the images. With
+    `--model`, from a diffusers pipeline: `k-diffusion sample --model NAME --help`.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
@@ -42,8 +52,8 @@ class Sample:
     """The method; `k-diffusion samplers` lists them."""
     scheduler: str = "karras"
     """How the noise levels are laid; `k-diffusion schedule` lists the ways."""
-    steps: int = 20
-    """Steps from noise to image."""
+    steps: WholeOrAuto = 20
+    """Steps from noise to image; auto: as many as each image needs."""
     seed: int = 0
     """The seed of the first image."""
     number: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 16
@@ -51,8 +61,28 @@ class Sample:
     class_label: Classes = ()
     """One class, or several such as 0,3 or 0-9, which the images take in turn. Without it, a model
     with classes takes all of them in turn."""
-    batch_size: int = 64
-    """Images drawn at a time; it changes the memory needed, not the images."""
+    batch_size: WholeOrAuto = "auto"
+    """Images drawn at a time, at first: where memory runs out, half as many; auto: 64. It changes
+    the memory needed, not the images."""
+    guidance: float = 1.0
+    """How far to go beyond the model's answer, away from a second one; 1: not at all."""
+    guidance_method: Annotated[str, tyro.conf.arg(metavar="METHOD")] = ""
+    """Where the second answer comes from, and what is made of both: cfg (as it is where nothing is
+    said), apg, cfg_zero_star: the model told nothing; perturbed_attention."""
+    guidance_options: Settings = field(default_factory=dict)
+    """Options of the guidance, such as rescale=0.7,interval=[0.3,5] (bounds of the noise level)."""
+    guide: Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")] = ""
+    """Guidance away from a lesser model (autoguidance): its checkpoint, or its run's folder."""
+    negative: Words = ()
+    """What guidance goes away from, instead of no condition: given as --condition is."""
+    init: Annotated[str, tyro.conf.arg(metavar="IMAGE")] = ""
+    """An image to begin from, scaled and cropped to the model's size."""
+    strength: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    """How far that image is noised: 0 leaves it, 1 leaves nothing of it."""
+    mask: Annotated[str, tyro.conf.arg(metavar="IMAGE")] = ""
+    """What to draw anew of --init: white where to draw, black what to keep, exactly."""
+    resample: int = 1
+    """With a mask, how often each step is walked: more fits the new part better to the old one."""
     out: Path = Path("samples")
     """The folder to write to; made where it is missing."""
     overwrite: bool = False
@@ -81,11 +111,10 @@ class Sample:
 
     def run(self) -> None:
         self._check()
-        import torch
-
         from k_diffusion.models.registry import known_classes
-        from k_diffusion.sampling import NOISES, KSampler, Solver, find_solver
+        from k_diffusion.sampling import NOISES, KSampler, find_solver
         from k_diffusion.training.restore import load_denoiser
+        from k_diffusion.utils.images import image_grid, save_png
         from k_diffusion.utils.maths import unknown
         from k_diffusion.utils.scheduler import make_scheduler
 
@@ -97,67 +126,117 @@ class Sample:
             churn, options = _split_churn(self.sampler_options, solver.options)
             solver.check_options(options)
             scheduler = make_scheduler(self.scheduler, **self.scheduler_options)
+            method = check_guidance(
+                self.guidance, self.guidance_method, self.guidance_options, self.guide,
+                self.negative,
+            )  # fmt: skip
         device = pick_device(self.device)
         checkpoint = newest_in(self.checkpoint)
         denoiser, info = load_denoiser(checkpoint, ema=self.ema or not self.no_ema, device=device)
         check_shape(info)
-        condition = self._condition(info, denoiser, device)
-        seeds = [self.seed + index for index in range(self.number)]
-        labels = self._labels(known_classes(denoiser.network), condition)
+        teller = Teller(info, denoiser, device)
+        condition = teller.condition(self.condition)
+        classes = known_classes(denoiser.network)
+        labels = self._labels(classes, condition)
+        null = None
+        if self.guidance != 1 and method not in WITHOUT_CONDITION:
+            null = teller.null(self.negative, told=bool(classes or condition))
+        guide, said = None, {}
+        if self.guide:
+            guide, lesser = load_denoiser(newest_in(self.guide), device=device)
+            said = {"guide sha256": lesser.sha256}
+        outputs = getattr(solver, "outputs", 1)
+        start: dict[str, Any] = {}
+        for option, read in (("init", read_picture), ("mask", read_mask)):
+            if path := getattr(self, option):
+                start[option], said[f"{option} sha256"] = read(option, path, info.data["shape"])
+                start[option] = start[option].to(device)
+        start["strength"] = self.strength
+        start["resample"] = self.resample if self.resample > 1 else None
         with as_usage():
-            sampler = KSampler(denoiser, scheduler, solver, churn=churn, **options)
-            calls = None  # adaptive steps are not known beforehand
-            if isinstance(solver, Solver):
-                calls = sampler.plan(self.steps).evaluations * -(-self.number // self.batch_size)
-            else:
+            guided = make_guided(
+                denoiser, self.guidance, method, self.guidance_options,
+                guide=guide, null=null, outputs=outputs,
+            )  # fmt: skip
+            sampler = KSampler(guided, scheduler, solver, churn=churn, **options)
+            if isinstance(self.steps, int):
                 sampler.levels(self.steps)
+        seeds = [self.seed + index for index in range(self.number)]
         names = [
             f"seed{seed:06d}" + (f"_class{label}" if labels else "") + ".png"
             for seed, label in zip(seeds, labels or seeds, strict=True)
         ]
-        make_room(self.out, [*names, "grid.png"], self.overwrite)
-
-        from tqdm import tqdm
-
-        from k_diffusion.utils.images import image_grid, save_png
-
-        texts = [self._text(info, index, labels) for index in range(self.number)]
-        kept: list[torch.Tensor] = []
-        written = 0
+        gallery = Gallery(
+            self.out, names, lambda index: {**self._text(info, index, labels), **said}
+        )
+        there = gallery.open(self.overwrite)
         try:
-            with tqdm(
-                total=calls,
-                unit="call",
-                desc="sampling",
-                disable=None,  # where nobody looks on
-            ) as bar:
-                for _, images in draw(
-                    sampler,
-                    info.data["shape"],
-                    seeds,
-                    labels,
-                    condition,
-                    steps=self.steps,
-                    batch_size=self.batch_size,
-                    device=device,
-                    noise=self.noise,
-                    noise_on_cpu=self.noise_on_cpu,
-                    tick=bar.update,
-                ):
-                    for image in images:
-                        save_png(self.out / names[written], image, texts[written])
-                        written += 1
-                    kept += images[: max(0, GRID_HOLDS - len(kept))]
+            with plain_warnings("k-diffusion sample"):
+                kept = self._draw(sampler, gallery, there, info, labels, condition, start)
         except (KeyboardInterrupt, Terminated) as end:
             number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
             raise Stopped(
-                number, f"stopped; {written} of {self.number} images are in {self.out}, each whole"
+                number,
+                f"stopped; {gallery.count()} of {self.number} images are in {self.out}, each "
+                "whole: the same command draws the others",
             ) from None
+        if gallery.count() < self.number:
+            return  # another process has images to draw, and makes the grid
         columns = self._columns(labels, info.data.get("class_names") or [])
-        scale = max(1, 64 // kept[0].shape[-1])  # small images are shown larger
-        grid = image_grid(torch.stack(kept), columns_named=columns, scale=scale)
-        save_png(self.out / "grid.png", grid, self._text(info, None, labels))
-        print(f"{self.number} images and grid.png are in {self.out}")
+        images = gallery.images(GRID_HOLDS)
+        scale = max(1, 64 // images.shape[-1])  # small images are shown larger
+        grid = image_grid(images, columns_named=columns, scale=scale)
+        save_png(self.out / GRID, grid, gallery.text(None))
+        already = f"; {kept} of them were there" if kept else ""
+        print(f"{self.number} images and {GRID} are in {self.out}{already}")
+
+    def _draw(
+        self,
+        sampler: KSampler,
+        gallery: Gallery,
+        there: list[int],
+        info: CheckpointInfo,
+        labels: list[int],
+        condition: Mapping[str, torch.Tensor],
+        start: Mapping[str, Any],
+    ) -> int:
+        """Draw what is missing of this process's share, and write it; how many were not."""
+        import torch
+        from tqdm import tqdm
+
+        from k_diffusion.sampling import Solver
+
+        def told(chosen: list[int]) -> dict[str, torch.Tensor] | None:
+            wide = {k: v.expand(len(chosen), *v.shape[1:]) for k, v in condition.items()}
+            if labels:
+                own = [labels[index] for index in chosen]
+                wide["class_label"] = torch.tensor(own, device=sampler.device)
+            return wide or None
+
+        hidden = True if process_number() else None  # None: where nobody looks on
+        with tqdm(unit="call", desc="sampling", disable=hidden) as bar:
+            with as_usage():
+                many = sampler.sample_many(
+                    self.number,
+                    steps=self.steps,
+                    shape=info.data["shape"],
+                    condition=told,
+                    seed=self.seed,
+                    batch_size="auto" if self.batch_size is None else self.batch_size,
+                    noise=self.noise,
+                    noise_on_cpu=self.noise_on_cpu,
+                    callback=lambda *_: bar.update(),
+                    **start,
+                )
+            missing = sorted(set(many.indices) - set(there))
+            gallery.clear(many.indices if many.world > 1 else range(self.number))
+            # Of adaptive steps, and of parts of a run, the calls are not known beforehand.
+            if isinstance(sampler.solver, Solver) and isinstance(self.steps, int) and not self.init:
+                batches = -(-len(missing) // many.batch_size)
+                bar.total = sampler.plan(self.steps).evaluations * batches
+            for index, image in many.draw(missing):
+                gallery.write(index, image)
+        return len(many) - len(missing)
 
     def _columns(self, labels: list[int], class_names: list[str]) -> list[str]:
         """The classes over the grid's columns, where the images take a few of them in turn."""
@@ -173,13 +252,26 @@ class Sample:
             ("--steps", self.steps),
             ("--number", self.number),
             ("--batch-size", self.batch_size),
+            ("--resample", self.resample),
         ):
-            if value < 1:
+            if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name} is {value}; give a whole number of at least 1")
         if self.ema and self.no_ema:
             raise UsageError(f"--ema is {self.ema}, but --no-ema asks for the last weights")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}; give a whole number of at least 0")
+        if self.strength is not None and not 0 <= self.strength <= 1:
+            raise UsageError(f"--strength is {self.strength}; give a number from 0 to 1")
+        for name in ("strength", "mask"):
+            if getattr(self, name) not in (None, "") and not self.init:
+                raise UsageError(f"--{name} says how much of an image to keep: give it as --init")
+        if self.init and self.strength is None and not self.mask:
+            raise UsageError(
+                f"--init {self.init} alone does not say how much of it to keep: give --strength, "
+                "from 0 (all of it) to 1 (nothing; 0.75 is usual), or a --mask"
+            )
+        if self.resample > 1 and not self.mask:
+            raise UsageError("--resample fits what is drawn to what a mask keeps: give --mask")
 
     def _labels(self, num_classes: int, condition: Mapping[str, torch.Tensor]) -> list[int]:
         """The class of each image; empty for a model without classes, or that is told it already.
@@ -212,47 +304,6 @@ class Sample:
         turn = self.class_label or tuple(range(num_classes))
         return [turn[index % len(turn)] for index in range(self.number)]
 
-    def _condition(
-        self, info: CheckpointInfo, denoiser: Any, device: torch.device
-    ) -> dict[str, torch.Tensor]:
-        """What all images are told, as a batch of one; none where the checkpoint knows of none."""
-        from k_diffusion.training.restore import load_conditioner
-
-        if not self.condition and not info.config.get("conditioner"):
-            return {}
-        conditioner = load_conditioner(info, device)
-        if conditioner is None:
-            raise UsageError(
-                f"--condition is {self.condition[0]!r}, but {self.checkpoint} was trained without "
-                "any; leave the option away"
-            )
-        if not self.condition:
-            try:
-                return conditioner.null(1)
-            except ValueError:  # its shape is not known beforehand
-                return {}
-        with as_usage():
-            raws = [self._read(conditioner, word) for word in self.condition]
-            if isinstance(raws[0], Mapping):
-                raws = [{name: raw for part in raws for name, raw in part.items()}]
-            elif len(raws) > 1:
-                raise ValueError(
-                    f"--condition is given {len(raws)} times, but this model is told one thing"
-                )
-            condition = conditioner(raws[0])
-            denoiser.check_condition(1, **condition)
-        return condition
-
-    @staticmethod
-    def _read(conditioner: Any, word: str) -> Any:
-        try:
-            return conditioner.read(word)
-        except (ValueError, TypeError) as error:
-            said = str(error)
-            raise ValueError(
-                said if "--condition" in said else f"--condition {word}: {said}"
-            ) from error
-
     def _text(self, info: CheckpointInfo, index: int | None, labels: list[int]) -> dict[str, str]:
         """What the PNG of image `index` says (None: of the grid)."""
         from importlib.metadata import version
@@ -271,6 +322,15 @@ class Sample:
             "scheduler": self.scheduler,
             "scheduler options": show_settings(self.scheduler_options),
             "steps": str(self.steps),
+            "guidance": show_setting(self.guidance) if self.guidance != 1 else "",
+            "guidance method": self.guidance_method,
+            "guidance options": show_settings(self.guidance_options),
+            "guide": self.guide,
+            "negative": "; ".join(self.negative),
+            "init": self.init,
+            "strength": "" if self.strength is None else show_setting(self.strength),
+            "mask": self.mask,
+            "resample": str(self.resample) if self.resample > 1 else "",
             "noise": self.noise if self.noise != "independent" else "",
             "noise on cpu": "yes" if self.noise_on_cpu else "",
             "seed": str(seed),
@@ -279,35 +339,22 @@ class Sample:
             "class": ",".join(map(str, dict.fromkeys(classes))),
         }
         command = ["k-diffusion", "sample", str(info.path)]
-        for option in (
-            "sampler", "sampler options", "scheduler", "scheduler options", "steps", "noise",
-        ):  # fmt: skip
+        for option in REPEATED:
             if said[option]:
                 command += ["--" + option.replace(" ", "-"), said[option]]
         command += ["--noise-on-cpu"] * self.noise_on_cpu
         command += ["--seed", str(seed), "-n", str(number)]
         if said["class"]:
             command += ["--class-label", said["class"]]
-        for name, words in (("--condition", self.condition), ("--plugin", self.plugin)):
+        for name, words in (
+            ("--condition", self.condition), ("--negative", self.negative),
+            ("--plugin", self.plugin),
+        ):  # fmt: skip
             for word in words:
                 command += [name, word]
         command += ["--ema", self.ema] if self.ema else ["--no-ema"] * self.no_ema
         said["command"] = shlex.join(command)
         return {key: value for key, value in said.items() if value}
-
-
-def make_room(out: Path, names: list[str], overwrite: bool) -> None:
-    """Make the folder, and refuse, before the work, to replace what is there unasked."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UsageError(f"--out {out} is a file; give a folder") from None
-    there = [name for name in names if (out / name).exists()]
-    if there and not overwrite:
-        raise UsageError(
-            f"--out {out} holds {there[0]} already ({len(there)} of {len(names)} files); "
-            "give another folder, or --overwrite"
-        )
 
 
 def _split_churn(

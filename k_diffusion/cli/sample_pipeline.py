@@ -12,7 +12,6 @@ import tyro
 
 from .drawing import pick_device
 from .problems import Stopped, UsageError, as_usage
-from .sample import make_room
 from .signals import Terminated
 from .values import Classes, Settings, Words, show_settings
 
@@ -236,3 +235,17 @@ class SamplePipeline:
                 command += [option, str(value)]
         said["command"] = shlex.join(command + ["--local"] * self.local)
         return {key: value for key, value in said.items() if value}
+
+
+def make_room(out: Path, names: list[str], overwrite: bool) -> None:
+    """Make the folder, and refuse, before the work, to replace what is there unasked."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UsageError(f"--out {out} is a file; give a folder") from None
+    there = [name for name in names if (out / name).exists()]
+    if there and not overwrite:
+        raise UsageError(
+            f"--out {out} holds {there[0]} already ({len(there)} of {len(names)} files); "
+            "give another folder, or --overwrite"
+        )

@@ -43,6 +43,8 @@ class Train:
     resume: Resume = ""
     """Go on from this checkpoint; `--resume` alone, or `--resume auto`: from the newest whole one
     in the out folder, or from the beginning where there is none."""
+    init_from: str = ""
+    """Begin with the weights and the average in this checkpoint or file for sampling."""
     overwrite: bool = False
     """Begin anew where the out folder holds a run, and remove that one's checkpoints."""
     plugin: Plugins = ()
@@ -99,6 +101,7 @@ class Train:
             "total_images": self.total_images,
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "init_from": self.init_from or None,
         }
         return (
             given

@@ -61,9 +61,11 @@ def load_run(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Tr
             raise ConfigError(f"config {path}: {error}") from None
         overrides = {key: v for key, v in overrides.items() if not _theirs(key)}
     own = data.get("data")
-    if "data.path" in overrides and isinstance(own, Mapping) and own.get("source") != "folder":
-        # The file's own data has other keys: it gives way as a whole.
-        data["data"] = {"source": "folder"}
+    if "data.path" in overrides and isinstance(own, Mapping):
+        source = "archive" if str(overrides["data.path"]).endswith((".zip", ".tar")) else "folder"
+        if own.get("source") not in ("archive", "folder"):
+            own = {}  # the file's own data has other keys: it gives way as a whole
+        data["data"] = {**own, "source": source}
     for key, value in overrides.items():
         override(data, key, value)
     return make_config(data, f"config {path}")

@@ -145,6 +145,9 @@ def _check_index(index: dict[str, Any], file: Path) -> None:
 def _whole(source: str, where: dict[str, Any]) -> Any:
     import diffusers
 
+    # A saved pipeline may name it, and diffusers looks only among what is imported.
+    import k_diffusion.external.plan_scheduler
+
     try:
         if not Path(source).is_dir():  # the index first: it may name code of its own
             named = diffusers.DiffusionPipeline.load_config(

@@ -69,6 +69,7 @@ class TextEncoder(Conditioner):
 
     Config = TextConfig
     config: TextConfig
+    loads_weights = True
 
     def __init__(self, config: TextConfig | None = None, /, **options: Any) -> None:
         super().__init__(config, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,16 +11,32 @@ import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import Call, make_denoiser
+from k_diffusion.guidance.held import Holder
 from k_diffusion.utils.levels import Path
 from k_diffusion.utils.maths import is_number
 
-Scale = float | Tensor | Callable[[Tensor], Tensor]
+Scale = float | Tensor | Callable[[Tensor], Tensor] | str
 """A strength of guidance: one number, one a sample (B,), or a function of the samples' noise-to-
-signal ratios sigma / alpha, shape (B,), that gives one for each, shape (B,)."""
+signal ratios sigma / alpha, shape (B,), that gives one for each, shape (B,); or the name of the
+run's keyword, in its condition, that is one of these."""
 
 
-class Wrapper:
+TOLD = frozenset({
+    "process", "prediction", "sigma_data", "time_convention", "network", "inner_model", "training",
+    "sigmas", "log_sigmas", "sigma_min", "sigma_max", "get_sigmas", "sigma_to_t", "t_to_sigma",
+})  # fmt: skip
+"""What a denoiser tells of itself, which a Wrapper tells of the one inside."""
+SETS = frozenset({
+    "to", "cpu", "cuda", "half", "bfloat16", "float", "double", "train", "eval", "requires_grad_",
+})  # fmt: skip
+"""What sets the denoisers inside; the guidance stays around them."""
+
+
+class Wrapper(Holder):
     """A Denoiser around another, in the same coordinates; abstract: a kind writes `__call__`.
+
+    It is no `nn.Module`, but `to`, `eval`, `train`, `half` and their kin (see `SETS`) do to the
+    models inside what they do to a module, and return the guided denoiser.
 
     Args:
         denoiser: a Denoiser, or whatever `make_denoiser` takes.
@@ -49,20 +66,53 @@ class Wrapper:
         return parameters() if callable(parameters) else ()
 
     def check_condition(self, batch: int, **condition: Any) -> None:
-        """Refuses by name what the denoiser inside cannot take."""
+        """Refuses by name what the denoiser inside cannot take, and a keyword that is missing."""
+        others = (part for part in self.inside() if not isinstance(part, Wrapper))
+        for part in (self, *others):
+            for held in part.held() if isinstance(part, Holder) else ():
+                held.of(condition)
         check = getattr(self.denoiser, "check_condition", None)
         if check is not None:
-            check(batch, **condition)
+            check(batch, **self.passed(condition, self.denoiser))
+
+    def inside(self) -> tuple[Any, ...]:
+        """See `Holder`."""
+        return (self.denoiser,)
+
+    def models(self) -> tuple[Any, ...]:
+        """The denoisers inside, which are moved, cast and set together."""
+        return (self.denoiser,)
 
     def __getattr__(self, name: str) -> Any:
-        # What else a denoiser tells of itself: its process, its prediction, its sigma_data.
         if name.startswith("_") or name == "denoiser":
             raise AttributeError(name)
-        return getattr(self.denoiser, name)
+        if name in TOLD:
+            return getattr(self.denoiser, name)
+        if name in SETS:
+            return functools.partial(self._set, [_setter(m, name) for m in self.models()])
+        raise AttributeError(
+            f"{type(self).__name__} has no {name!r}; the denoiser inside, without this guidance, "
+            "is its .denoiser"
+        )
+
+    def _set(self, setters: Iterable[Callable[..., Any]], *args: Any, **options: Any) -> Any:
+        for setter in setters:
+            setter(*args, **options)
+        return self
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
         """The guided estimate of x0, shape of x (B, ...), at noise standard deviations (B,)."""
         raise NotImplementedError
+
+
+def _setter(model: Any, name: str) -> Callable[..., Any]:
+    """A denoiser's `to` or its kin; of a function in coordinates of its own, the function's."""
+    for owner in (model, getattr(model, "function", None)):
+        if callable(setter := getattr(owner, name, None)):
+            return setter
+    raise AttributeError(
+        f"{type(model).__name__} has no {name!r}: do that to the model before it is guided"
+    )
 
 
 def along(factor: Any, x: Tensor) -> Any:
@@ -78,8 +128,16 @@ def noise_to_signal(denoiser: Any, sigma: Tensor) -> Tensor:
     return ratio
 
 
-def per_sample_scale(scale: Scale, x: Tensor, ratio: Callable[[], Tensor]) -> Any:
+def per_sample_scale(
+    scale: Scale, x: Tensor, ratio: Callable[[], Tensor], name: str = "scale"
+) -> Any:
     """The strength for each sample, as a number or as a tensor that multiplies x.
+
+    Args:
+        scale: what it is, not the name of a keyword.
+        x: the samples, shape (B, ...).
+        ratio: gives sigma / alpha, shape (B,).
+        name: what it is called.
 
     Raises:
         ValueError: a tensor with neither one value nor one a sample.
@@ -91,8 +149,9 @@ def per_sample_scale(scale: Scale, x: Tensor, ratio: Callable[[], Tensor]) -> An
         return value
     if value.shape not in ((), (1,), x.shape[:1]):
         raise ValueError(
-            f"scale must be one number or one a sample, shape ({x.shape[0]},), got "
-            f"{tuple(value.shape)}"
+            f"{name} must be one number or one a sample, shape ({x.shape[0]},), got "
+            f"{tuple(value.shape)}: where a run's samples are another number each time, give the "
+            "name of a keyword instead, and the values in the run's condition"
         )
     return along(value.to(x.device), x)
 
@@ -112,10 +171,11 @@ def check_scale(name: str, scale: Any) -> None:
                 f"{name} must be one number or one a sample, got a tensor of {scale.dtype} and "
                 f"shape {tuple(scale.shape)}"
             )
-    elif not callable(scale):
+    elif not callable(scale) and not (isinstance(scale, str) and scale.isidentifier()):
+        got = repr(scale) if isinstance(scale, str) else type(scale).__name__
         raise TypeError(
-            f"{name} must be a number, a tensor of one a sample, or a function of sigma / alpha, "
-            f"got {type(scale).__name__}"
+            f"{name} must be a number, a tensor of one a sample, a function of sigma / alpha, or "
+            f"the name of a keyword that is one, got {got}"
         )
 
 

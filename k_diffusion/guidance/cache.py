@@ -10,6 +10,7 @@ from torch import Tensor
 
 from k_diffusion.denoiser import call_of
 from k_diffusion.guidance.base import Wrapper
+from k_diffusion.guidance.memory import RunMemory
 from k_diffusion.utils.maths import is_number
 
 
@@ -51,27 +52,17 @@ class Cached(Wrapper):
         if isinstance(most, bool) or not isinstance(most, int) or most < 1:
             raise ValueError(f"most must be a whole number of at least 1, got {most!r}")
         self.threshold, self.most, self.until = float(threshold), most, float(until)
-        self._begin()
-
-    def _begin(self) -> None:
         self.made = self.spared = 0
-        self._k = -1
-        self._place = 0
-        self._memories: dict[int, _Memory] = {}
+        self._memory = RunMemory(_Memory)
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
         """The estimate of x0: the denoiser's, or the line through its last two."""
         call = call_of(sigma)
         if call is None:
             return self.denoiser(x, sigma, **condition)
-        # A guided run may ask more than once at a level, always in the same order.
-        self._place = self._place + 1 if call.k == self._k else 0
-        if call.k == 0 and self._place == 0:
-            self._begin()
-        self._k = call.k
-        memory = self._memories.get(self._place)
-        if memory is None or memory.shape != x.shape:
-            memory = self._memories[self._place] = _Memory(x.shape)
+        if self._memory.turn(call, x.shape):
+            self.made = self.spared = 0
+        memory = self._memory.kept
         at, near = call.level.half_log_snr, call.level.ratio < self.until
         if not near and memory.spares(at, self.threshold, self.most):
             self.spared += 1
@@ -90,8 +81,7 @@ class Cached(Wrapper):
 class _Memory:
     """The last two estimates of a run, and how far the next was off their line."""
 
-    def __init__(self, shape: torch.Size) -> None:
-        self.shape = shape
+    def __init__(self) -> None:
         self.known: list[tuple[float, Tensor]] = []  # (log(alpha / sigma), estimate)
         self.bend = math.inf  # relative error of the line, by the product of both distances
         self.row = 0  # calls spared since the last one made

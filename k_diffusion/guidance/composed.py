@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import call_of
-from k_diffusion.guidance.base import Interval, Wrapper, along
+from k_diffusion.guidance.base import Interval, Wrapper, per_sample_scale
 from k_diffusion.guidance.contrast import Null, batched_call, null_condition
+from k_diffusion.guidance.held import Held, Keywords
 from k_diffusion.utils.maths import is_number
 
 
@@ -21,18 +22,20 @@ class Part:
 
     Attributes:
         condition: keyword arguments that take the place of the run's, or join them.
-        weight: strength of its guidance, as the scale of `cfg`.
+        weight: strength of its guidance: a number, one a sample, or a keyword's name.
         mask: where it holds, from 0 to 1: broadcasts to a sample, such as (1, H, W), or to all of
-            them, (B, 1, H, W); None: everywhere.
+            them, (B, 1, H, W); or the name of a keyword that is one of the latter; None:
+            everywhere.
     """
 
     condition: Mapping[str, Any]
-    weight: float | Tensor = 1.0
-    mask: Tensor | None = field(default=None, compare=False)
+    weight: float | Tensor | str = 1.0
+    mask: Tensor | str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, Tensor) and not is_number(self.weight):
-            raise TypeError(f"weight must be a number or one a sample, got {self.weight!r}")
+        _check_weight(self.weight)
+        if self.mask is not None and not isinstance(self.mask, (str, Tensor)):
+            raise TypeError(f"mask must be a tensor or a keyword's name, got {self.mask!r}")
 
 
 class Composed(Wrapper):
@@ -72,10 +75,11 @@ class Composed(Wrapper):
 
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """The composed estimate of x0."""
-        told = [{**condition, **part.condition} for part in self.parts]
-        null = null_condition(self.null, self.denoiser, told[0], x)
+        told = [self._told(condition, part) for part in self.parts]
+        null = Held(self, "null").of(condition)
+        null = null_condition(null, self.denoiser, told[0], x)
         u, *each = batched_call(self.denoiser, x, sigma, [null, *told], self.batched)
-        weights = [self._weight(part, x) for part in self.parts]
+        weights = [_weight(part, x, condition) for part in self.parts]
         inside = self.interval.holds(call_of(sigma))
         if inside is not False:
             guided = u
@@ -100,21 +104,48 @@ class Composed(Wrapper):
         for part in self.parts:
             super().check_condition(batch, **{**condition, **part.condition})
 
-    def _weight(self, part: Part, x: Tensor) -> Any:
-        weight = along(part.weight, x)
-        if part.mask is None:
-            return weight
-        mask = part.mask.to(x.device, x.dtype)
-        try:
-            fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"mask of shape {tuple(mask.shape)} does not broadcast to samples of shape "
-                f"{tuple(x.shape)}"
-            )
-        return weight * mask
+    def held(self) -> tuple[Held, ...]:
+        """See `Holder`."""
+        return (Held(self, "null"), *(held for part in self.parts for held in _held(part)))
+
+    def _told(self, condition: Keywords, part: Part) -> Keywords:
+        own = Held(part, "condition").of(condition)
+        return {**self.passed(condition, self.denoiser), **own}
+
+
+def _held(part: Part) -> tuple[Held, Held, Held]:
+    """Its weight, its mask and its condition."""
+    return Held(part, "weight"), Held(part, "mask", like_x=True), Held(part, "condition")
+
+
+def _check_weight(weight: Any) -> None:
+    named = isinstance(weight, str) and weight.isidentifier()
+    if not named and not isinstance(weight, Tensor) and not is_number(weight):
+        raise TypeError(
+            f"weight must be a number, one a sample or a keyword's name, got {weight!r}"
+        )
+
+
+def _weight(part: Part, x: Tensor, condition: Keywords) -> Any:
+    """The share of a part at every place, which multiplies x."""
+    weights, masks, _ = _held(part)
+    given, mask = weights.of(condition), masks.of(condition)
+    _check_weight(given)
+    # A number or a tensor: it needs no level.
+    weight = per_sample_scale(given, x, lambda: x, "weight")
+    if mask is None:
+        return weight
+    mask = mask.to(x.device, x.dtype)
+    try:
+        fits = torch.broadcast_shapes(mask.shape, x.shape) == x.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"mask of shape {tuple(mask.shape)} does not broadcast to samples of shape "
+            f"{tuple(x.shape)}"
+        )
+    return weight * mask
 
 
 def _nonzero(total: Any, x: Tensor) -> Any:

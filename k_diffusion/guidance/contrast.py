@@ -22,9 +22,9 @@ from k_diffusion.guidance.base import (
     noise_to_signal,
     per_sample_scale,
 )
+from k_diffusion.guidance.held import Held, Holder, Keywords, bound_rows, keywords_of, without
 from k_diffusion.guidance.rules import Linear, Pair, Rule
 
-Keywords = dict[str, Any]
 Null = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None
 """What a model is told instead of the condition: the keywords that differ (None: not told), or a
 function of the condition that gives all keywords; None: what the network calls no condition."""
@@ -56,7 +56,8 @@ class Contrast(Wrapper):
     Args:
         denoiser: makes the first estimate.
         second: makes both; see `Second`.
-        scale: w of the rule: a number, one a sample, or a function of sigma / alpha.
+        scale: w of the rule: a number, one a sample, a function of sigma / alpha, or the name of a
+            keyword; see `Scale`.
         rule: what makes the guided estimate; None: `Linear`.
         interval: bounds of sigma / alpha.
         pair: return the guided estimate and the second one, for the CFG++ solvers. Outside the
@@ -82,14 +83,30 @@ class Contrast(Wrapper):
         self.interval = Interval(*(interval or ()))
         self.pair = pair
 
+    def held(self) -> tuple[Held, ...]:
+        """See `Holder`."""
+        return (Held(self, "scale"),)
+
+    def inside(self) -> tuple[Any, ...]:
+        """See `Holder`."""
+        return (self.denoiser, self.second)
+
+    def models(self) -> tuple[Any, ...]:
+        """The denoiser, and the one that the second estimate is made with, if it is another."""
+        other = getattr(self.second, "denoiser", None)
+        return (self.denoiser,) if other is None else (self.denoiser, other)
+
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
         """The guided estimate of x0, or a pair; see above."""
         inside = self.interval.holds(call_of(sigma))
         if inside is False or (_is_one(self.scale) and not self.pair):
-            d = self.denoiser(x, sigma, **condition)
+            d = self.denoiser(x, sigma, **self.passed(condition, self.denoiser))
             return (d, d) if self.pair else d
-        d, u = self.second(self.denoiser, x, sigma, condition)
-        scale = per_sample_scale(self.scale, x, lambda: noise_to_signal(self, sigma))
+        given = Held(self, "scale").of(condition)
+        check_scale("scale", given)
+        told = self.passed(condition, self.denoiser, self.second)
+        d, u = self.second(self.denoiser, x, sigma, told)
+        scale = per_sample_scale(given, x, lambda: noise_to_signal(self, sigma))
         guided = self.rule(Pair(d, u, x, sigma, self.path, call_of(sigma)), scale)
         if inside is None:
             within = self.interval.inside(noise_to_signal(self, sigma))
@@ -102,7 +119,7 @@ def _is_one(scale: Scale) -> bool:
     return not isinstance(scale, Tensor) and not callable(scale) and scale == 1
 
 
-class Unconditional:
+class Unconditional(Holder):
     """The second estimate of classifier-free guidance: the same model without its condition.
 
     Args:
@@ -114,16 +131,22 @@ class Unconditional:
     def __init__(self, null: Null = None, *, batched: bool = True) -> None:
         self.null, self.batched = null, batched
 
+    def held(self) -> tuple[Held, ...]:
+        """See `Holder`."""
+        return (Held(self, "null"),)
+
     def __call__(
         self, denoiser: Any, x: Tensor, sigma: Tensor, condition: Keywords
     ) -> tuple[Tensor, Tensor]:
         """See `Second`."""
-        null = null_condition(self.null, denoiser, condition, x)
+        null = Held(self, "null").of(condition)
+        condition = without(condition, self.own_keywords() - keywords_of(denoiser))
+        null = null_condition(null, denoiser, condition, x)
         d, u = batched_call(denoiser, x, sigma, [condition, null], self.batched)
         return d, u
 
 
-class Weaker:
+class Weaker(Holder):
     """The second estimate of autoguidance: a smaller or less trained model's (Karras et al. 2024,
     arXiv:2406.02507, eq. 3).
 
@@ -134,11 +157,19 @@ class Weaker:
     def __init__(self, denoiser: Any) -> None:
         self.denoiser = make_denoiser(denoiser)
 
+    def inside(self) -> tuple[Any, ...]:
+        """See `Holder`."""
+        return (self.denoiser,)
+
     def __call__(
         self, denoiser: Any, x: Tensor, sigma: Tensor, condition: Keywords
     ) -> tuple[Tensor, Tensor]:
         """See `Second`."""
-        return denoiser(x, sigma, **condition), self.denoiser(x, sigma, **condition)
+        first, second = keywords_of(denoiser), keywords_of(self.denoiser)
+        return (
+            denoiser(x, sigma, **without(condition, second - first)),
+            self.denoiser(x, sigma, **without(condition, first - second)),
+        )
 
 
 def null_condition(null: Null, denoiser: Any, condition: Keywords, x: Tensor) -> Keywords:
@@ -149,16 +180,21 @@ def null_condition(null: Null, denoiser: Any, condition: Keywords, x: Tensor) ->
         denoiser: whose network may know its own, by a `drop_condition`.
         condition: the keywords of the conditional one.
         x: noisy data, shape (B, ...).
+
+    What is for guidance inside the denoiser stays as it is.
     """
+    names = keywords_of(denoiser)
+    own = {name: value for name, value in condition.items() if name in names}
+    condition = without(condition, names)
     if callable(null):
-        return dict(null(condition))
+        return {**null(condition), **own}
     if null is not None:
-        changed = {**condition, **null}
+        changed = {**own, **condition, **null}
         return {name: value for name, value in changed.items() if value is not None}
     drop = getattr(getattr(denoiser, "network", None), "drop_condition", None)
     if drop is None:
-        return {}
-    return dict(drop(condition, x.new_ones(x.shape[:1], dtype=torch.bool)))
+        return own
+    return {**drop(condition, x.new_ones(x.shape[:1], dtype=torch.bool)), **own}
 
 
 def batched_call(
@@ -176,7 +212,10 @@ def batched_call(
     Returns:
         One tensor of x's shape for each condition.
     """
-    joined = _joined(conditions, len(x)) if batched else None
+    joined = None
+    if batched:
+        bound = bound_rows(denoiser, x.shape)
+        joined = _joined([{**bound, **condition} for condition in conditions], len(x))
     if joined is None:
         return [denoiser(x, sigma, **condition) for condition in conditions]
     count = len(conditions)
@@ -186,23 +225,30 @@ def batched_call(
     return list(denoiser(torch.cat([x] * count), sigmas, **joined).chunk(count))
 
 
-def _joined(conditions: Sequence[Keywords], batch: int) -> Keywords | None:
+_APART: Any = object()
+
+
+def _joined(conditions: Sequence[Mapping[str, Any]], batch: int) -> Keywords | None:
     """All conditions as one of as many times the length; None: they cannot stand in one batch."""
     first = conditions[0]
     if any(condition.keys() != first.keys() for condition in conditions):
         return None
-    joined = {}
-    for name, value in first.items():
-        values = [condition[name] for condition in conditions]
-        if isinstance(value, Tensor):
-            if value.shape[:1] != (batch,) or not all(_alike(v, value) for v in values):
-                return None
-            joined[name] = torch.cat(values)
-        elif all(v is value for v in values):
-            joined[name] = value
-        else:
-            return None
-    return joined
+    joined = {
+        name: _together([condition[name] for condition in conditions], batch) for name in first
+    }
+    return None if any(value is _APART for value in joined.values()) else joined
+
+
+def _together(values: Sequence[Any], batch: int) -> Any:
+    """A keyword's values as one; `_APART` where they cannot stand in one batch."""
+    first = values[0]
+    if isinstance(first, Tensor):
+        rows = first.shape[:1] == (batch,) and all(_alike(value, first) for value in values)
+        return torch.cat(list(values)) if rows else _APART
+    if isinstance(first, Mapping) and all(isinstance(value, Mapping) for value in values):
+        joined = _joined(values, batch)
+        return _APART if joined is None else joined
+    return first if all(value is first for value in values) else _APART
 
 
 def _alike(one: Any, other: Tensor) -> bool:

@@ -24,8 +24,8 @@ def cfg(
 
     Args:
         denoiser: a Denoiser, or whatever `make_denoiser` takes.
-        scale: 1 is no guidance, 0 the unconditional model; a number, one a sample (B,), or a
-            function of sigma / alpha.
+        scale: 1 is no guidance, 0 the unconditional model; a number, one a sample (B,), a function
+            of sigma / alpha, or the name of the run's keyword that is one of these.
         null: what u is told instead: a negative condition, say. None: what the network calls no
             condition, or nothing at all.
         rescale: share of the deviation that is restored; see `Rescaled`.

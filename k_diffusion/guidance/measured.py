@@ -16,6 +16,7 @@ from torch import Tensor
 from k_diffusion.denoiser import make_denoiser
 from k_diffusion.guidance.base import Scale, along
 from k_diffusion.guidance.gradient import Guided
+from k_diffusion.guidance.held import Held, Holder
 from k_diffusion.utils.maths import is_number
 
 Operator = Callable[[Tensor], Tensor]
@@ -25,7 +26,7 @@ Operator = Callable[[Tensor], Tensor]
 def posterior_sampling(
     denoiser: Any,
     operator: Operator,
-    measured: Tensor,
+    measured: Tensor | str,
     scale: Scale = 1.0,
     *,
     noise: float = 0.0,
@@ -37,7 +38,8 @@ def posterior_sampling(
     Args:
         denoiser: a Denoiser, or whatever `make_denoiser` takes.
         operator: A: masks, blurs, makes smaller, takes the modulus of a transform.
-        measured: y, shape of A(x), or of one sample for all.
+        measured: y, shape of A(x), or of one sample for all; or the name of the run's keyword, in
+            its condition, that is one of these.
         scale: w.
         noise: standard deviation of the measurement's noise.
         sigma_data: standard deviation of the data, for r; None: the denoiser's, or 1; 0: r = 0, as
@@ -52,18 +54,18 @@ def posterior_sampling(
     """
     spread = _Spread(denoiser, noise, sigma_data)
 
-    def score(x0: Tensor, sigma: Tensor) -> Tensor:
+    def score(x0: Tensor, sigma: Tensor, measured: Tensor) -> Tensor:
         away = _residual(operator, x0, measured)
         variance = spread(sigma) + noise**2
         return -away.flatten(1).square().sum(1) / (2 * variance.to(away.dtype))
 
-    return Guided(spread.denoiser, score, scale, interval=interval)
+    return Guided(spread.denoiser, _Towards(measured, score), scale, interval=interval)
 
 
 def pseudo_inverse(
     denoiser: Any,
     operator: Operator,
-    measured: Tensor,
+    measured: Tensor | str,
     scale: Scale = 1.0,
     *,
     noise: float = 0.0,
@@ -93,7 +95,7 @@ def pseudo_inverse(
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations must be a whole number of at least 1, got {iterations!r}")
 
-    def score(x0: Tensor, sigma: Tensor) -> Tensor:
+    def score(x0: Tensor, sigma: Tensor, measured: Tensor) -> Tensor:
         away = _residual(operator, x0, measured)
         uncertain = along(spread(sigma), away).detach()
         with torch.enable_grad():
@@ -109,7 +111,7 @@ def pseudo_inverse(
         # Its gradient is Aᵀ solved, and through the denoiser the pseudo-inverse guidance.
         return (solved * (away.detach() - away)).flatten(1).sum(1)
 
-    return Guided(spread.denoiser, score, scale, interval=interval)
+    return Guided(spread.denoiser, _Towards(measured, score), scale, interval=interval)
 
 
 def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
@@ -138,6 +140,23 @@ def conjugate_gradients(matrix: Callable[[Tensor], Tensor], b: Tensor, iteration
         way = rest + along(torch.where(goes, new / length.clamp_min(tiny), 0.0), b) * way
         length = torch.where(goes, new, length)
     return v
+
+
+class _Towards(Holder):
+    """A score of what was measured, which goes with the samples."""
+
+    def __init__(
+        self, measured: Tensor | str, score: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> None:
+        self.measured, self._score = measured, score
+
+    def held(self) -> tuple[Held, ...]:
+        """See `Holder`."""
+        return (Held(self, "measured"),)
+
+    def __call__(self, x0: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
+        """See `Score`."""
+        return self._score(x0, sigma, Held(self, "measured").of(condition))
 
 
 class _Spread:
@@ -171,9 +190,14 @@ def _residual(operator: Operator, x0: Tensor, measured: Tensor) -> Tensor:
             f"operator must keep the batch of {x0.shape[0]} samples, but gave {shape} of "
             f"{tuple(x0.shape)}"
         )
-    if made.shape[1:] != measured.shape[1:] or measured.shape[0] not in (1, x0.shape[0]):
+    same = made.shape[1:] == measured.shape[1:]
+    if not same or measured.shape[0] not in (1, x0.shape[0]):
+        way_out = (
+            ": where a run's samples are another number each time, give the name of a keyword "
+            "instead, and what was measured in the run's condition"
+        )
         raise ValueError(
             f"measured has shape {tuple(measured.shape)}, but the operator gives "
-            f"{tuple(made.shape)}"
+            f"{tuple(made.shape)}{way_out if same else ''}"
         )
     return measured.to(made.device, made.dtype) - made

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from k_diffusion.denoiser import Call
 from k_diffusion.guidance.base import along
+from k_diffusion.guidance.memory import RunMemory
 from k_diffusion.utils.levels import FLOW, VE, Path
 from k_diffusion.utils.maths import is_number
 
@@ -41,7 +42,8 @@ class Pair:
 
     @property
     def begins(self) -> bool:
-        """Whether a run begins here: what a rule kept of an earlier one is void."""
+        """Whether this is a run's first call, which a rule need not be asked at: one that remembers
+        tells runs apart by `call.run` (see `RunMemory`)."""
         return self.call is not None and self.call.k == 0
 
 
@@ -94,8 +96,10 @@ class Projected:
     The difference d - u is averaged with earlier ones (by a negative momentum, which pushes away
     from the direction so far), cut to a norm, and split into a part along d, which only makes the
     estimate stronger, and one across it (Sadat et al. 2024, arXiv:2410.02416, algorithm 1). Without
-    momentum and cut, parallel = 1 is linear guidance. It remembers within one run: give each
-    sampler that runs at the same time one of its own.
+    momentum and cut, parallel = 1 is linear guidance. It remembers within one run of fixed steps:
+    give each sampler that runs at the same time one of its own. Elsewhere (adaptive steps, levels
+    that differ within a batch) calls are tried, refused and made for some samples alone, and there
+    is no momentum.
 
     Args:
         parallel: eta, the share that is kept of the part along d.
@@ -111,16 +115,18 @@ class Projected:
         self.norm = _within("norm", norm, 0.0, math.inf)
         if not norm > 0:
             raise ValueError(f"norm must be above 0, got {norm}")
-        self._running: Tensor | None = None
+        self._memory: RunMemory[Tensor | None] = RunMemory(lambda: None)
 
     def __call__(self, pair: Pair, scale: Any) -> Tensor:
         """See `Rule`."""
         d = pair.d
         away = d - pair.u
-        if self.momentum:
-            if pair.begins or self._running is None or self._running.shape != away.shape:
-                self._running = torch.zeros_like(away)
-            away = self._running = away + self.momentum * self._running
+        if self.momentum and pair.call is not None:
+            self._memory.turn(pair.call, away.shape)
+            running = self._memory.kept
+            if running is not None:
+                away = away + self.momentum * running
+            self._memory.kept = away
         if self.norm < math.inf:
             length = _dot(away, away).sqrt()
             away = away * along((self.norm / length.clamp_min(1e-30)).clamp(max=1.0), d)

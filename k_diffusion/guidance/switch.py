@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from k_diffusion.denoiser import Call, call_of, make_denoiser, mark_call
+from k_diffusion.denoiser import call_of, make_denoiser, mark_call
 from k_diffusion.guidance.base import Interval, Wrapper, along, noise_to_signal
+from k_diffusion.guidance.held import keywords_of, without
 from k_diffusion.utils.levels import Path
 from k_diffusion.utils.maths import is_number
 
@@ -62,6 +64,10 @@ class SwitchAt(Wrapper):
         """Whether either wants sigma in float64."""
         return any(getattr(d, "float64_sigma", False) for d in (self.denoiser, self.refiner))
 
+    def models(self) -> tuple[Any, ...]:
+        """Both."""
+        return (self.denoiser, self.refiner)
+
     def check_condition(self, batch: int, **condition: Any) -> None:
         """Refuses by name what either cannot take."""
         super().check_condition(batch, **condition)
@@ -69,22 +75,30 @@ class SwitchAt(Wrapper):
         if check is not None:
             check(batch, **self._refined(condition))
 
+    def inside(self) -> tuple[Any, ...]:
+        """See `Holder`."""
+        return (self.denoiser, self.refiner)
+
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
         """The estimate of x0, shape of x (B, ...), of the model whose level it is."""
         noisy = self._noisy.holds(call_of(sigma))
+        told = self.passed(condition, self.denoiser)
         if noisy:
-            return self.denoiser(x, sigma, **condition)
+            return self.denoiser(x, sigma, **told)
         refined = self.refiner(x, sigma, **self._refined(condition))
         if noisy is False:
             return refined
-        d = self.denoiser(x, sigma, **condition)
+        d = self.denoiser(x, sigma, **told)
         inside = self._noisy.inside(noise_to_signal(self, sigma))
         if isinstance(d, (tuple, list)):
             return tuple(_either(inside, a, b) for a, b in zip(d, refined, strict=True))
         return _either(inside, d, refined)
 
     def _refined(self, condition: dict[str, Any]) -> dict[str, Any]:
-        return condition if self._told is None else dict(self._told(condition))
+        if self._told is None:
+            return self.passed(condition, self.refiner)
+        own = {k: v for k, v in condition.items() if k in keywords_of(self.refiner)}
+        return {**self._told(without(condition, keywords_of(self))), **own}
 
 
 class OnPath(Wrapper):
@@ -116,7 +130,8 @@ class OnPath(Wrapper):
         own = self.denoiser.path.sigma(snr)
         inner = own if getattr(self.denoiser, "float64_sigma", False) else own.to(sigma.dtype)
         if (call := call_of(sigma)) is not None and math.isfinite(call.level.half_log_snr):
-            mark_call(inner, Call(call.k, self.denoiser.path.at(call.level.half_log_snr)))
+            level = self.denoiser.path.at(call.level.half_log_snr)
+            mark_call(inner, replace(call, level=level))
         return self.denoiser(x * along(own / wide, x), inner, **condition)
 
 

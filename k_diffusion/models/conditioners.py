@@ -55,6 +55,9 @@ class Conditioner(nn.Module, ABC):
     Config: ClassVar[type]
     keywords: tuple[str, ...]
     """All keyword arguments that it gives."""
+    loads_weights: ClassVar[bool] = False
+    """Whether its weights come from a file or the hub each time it is made. Those of any other,
+    drawn by the seed of a run, are held by the run's checkpoints."""
 
     def __init__(self, config: Any = None, /, **options: Any) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import make_denoiser
+from k_diffusion.guidance.held import bound_rows
 from k_diffusion.sampling.noise import SampleNoise
 from k_diffusion.sampling.pairs import PAIRS, Chart, Pair, get_pair
 from k_diffusion.sampling.stepping import Ancestral, Slope, State, StepControl, along, integrate
@@ -74,7 +75,7 @@ class Query:
     ) -> None:
         self.denoiser = make_denoiser(denoiser)
         self.path: Path = self.denoiser.path
-        self.condition = dict(condition or {})
+        self.condition = {**bound_rows(self.denoiser, x.shape), **(condition or {})}
         self.compact = compact
         self.callback = callback
         self.nfe = [0] * x.shape[0]

@@ -166,8 +166,9 @@ class Run:
         )
         sigmas = sigmas.to(sigma_dtype).to(x.device)
         self._sigmas = sigmas.unsqueeze(1).expand(-1, x.shape[0]).unbind()
+        itself = object()  # not this Run, whose tensors a memory of it would keep
         for k, (step, marked) in enumerate(zip(plan.steps, self._sigmas, strict=True)):
-            mark_call(marked, Call(k, step.level))
+            mark_call(marked, Call(k, step.level, itself))
         self._prepare()
 
     def _prepare(self) -> None:

@@ -212,8 +212,9 @@ def drive(
     sigmas = torch.tensor([step.level.sigma for step in steps], dtype=torch.float64, device="cpu")
     # Rows of their own, since a model may write into its sigma.
     rows = sigmas.to(dtype).to(x.device).unsqueeze(1).repeat(1, x.shape[0]).unbind()
+    itself = object()
     for k, (step, row) in enumerate(zip(steps, rows, strict=True)):
-        mark_call(row, Call(k, step.level))
+        mark_call(row, Call(k, step.level, itself))
     for i in intervals:
         if i in skipped or run.done:
             continue

@@ -17,7 +17,7 @@ from k_diffusion.sampling.advice import SamplingAdvice, advice
 from k_diffusion.sampling.auto_steps import make_auto
 from k_diffusion.sampling.enhance import Enhance, make_enhance
 from k_diffusion.sampling.finish import Normalise, make_finish, with_known
-from k_diffusion.sampling.many import Many, described
+from k_diffusion.sampling.many import Many, as_keywords, described
 from k_diffusion.sampling.masks import Resample, make_resample, make_stages
 from k_diffusion.sampling.noise import NoiseSource
 from k_diffusion.sampling.passes import Passes
@@ -272,6 +272,7 @@ class KSampler:
         if trajectory and (adaptive or make_auto(steps) is not None):
             what = self.solver.name if adaptive else 'steps="auto"'
             raise ValueError(f"{what} has no steps in common for a trajectory: use callback")
+        keywords = self._keywords(condition, len(start))
         self._advise(start, steps)
         watchers = Watchers(callback, preview, trajectory, cancel)
 
@@ -290,7 +291,7 @@ class KSampler:
 
         seeds_used = tuple(start.seeds)
         passes = Passes(make_walk, watchers, progress, on_nan)
-        drawn = passes.draw(start, steps, self._keywords(condition, len(start)))
+        drawn = passes.draw(start, steps, keywords)
         if isinstance(enhance, Enhance):
             start = enhance.start(start, with_known(drawn.x, start.init, start.mask))
             told = condition if enhance.condition is None else enhance.condition
@@ -321,7 +322,8 @@ class KSampler:
             self.denoiser,
             self.solver,
             self.levels(steps),
-            steps=steps,
+            scheduler=self.scheduler,
+            calls=lambda: self.plan(steps).evaluations,
             init=start.init,
             whole=start.init is None,
         )
@@ -396,18 +398,7 @@ class KSampler:
         }
 
     def _keywords(self, condition: Any, batch: int) -> dict[str, Any]:
-        if condition is None:
-            keywords: dict[str, Any] = {}
-        elif isinstance(condition, Mapping):
-            keywords = dict(condition)
-        elif isinstance(condition, Tensor):
-            name = "embedding" if condition.is_floating_point() else "class_label"
-            keywords = {name: condition}
-        else:
-            raise TypeError(
-                "condition must be class labels (an integer tensor), an embedding (a float tensor) "
-                f"or a mapping of keyword arguments, got {type(condition).__name__}"
-            )
+        keywords = as_keywords(condition)
         check = getattr(self.denoiser, "check_condition", None)
         if check is not None:
             check(batch, **keywords)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k_diffusion.guidance.held import bound_rows, check_bound
 from k_diffusion.sampling.start import whole
 from k_diffusion.utils.images import save_png, write_whole
 from k_diffusion.utils.memory import is_out_of_memory, release_memory
@@ -74,6 +75,10 @@ class Many:
         self._sampler = sampler
         self._steps = steps
         self._condition = condition
+        batch = (n, *self.shape)
+        check_bound(sampler.denoiser, batch)
+        # What the guidance itself holds of each sample goes with the samples as a condition does.
+        self._bound = bound_rows(sampler.denoiser, batch)
         self._seed = whole(seed)
         if isinstance(self._seed, bool) or not isinstance(self._seed, (int, Sequence)):
             raise TypeError(f"seed must be a whole number or one per sample, got {seed!r}")
@@ -86,7 +91,7 @@ class Many:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        return self._drawn(self.indices)
+        return self.draw(self.indices)
 
     def collect(self) -> Tensor:
         """The samples of this process in one tensor on the CPU, shape (len, C, ...)."""
@@ -94,6 +99,17 @@ class Many:
         if not samples:
             raise ValueError(f"process {self.rank} of {self.world} has none of {self._n} samples")
         return torch.stack(samples)
+
+    def draw(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Some of this process's samples, in the order given: those that are missing, say.
+
+        Raises:
+            ValueError: a number that is none of this process's.
+        """
+        for i in indices:
+            if i not in self.indices:
+                raise ValueError(f"sample {i} is none of process {self.rank}'s {self.indices}")
+        return self._draw_each(indices)
 
     def save(
         self,
@@ -134,7 +150,7 @@ class Many:
                 left.unlink(missing_ok=True)
         there = {entry.name for entry in os.scandir(folder)}
         missing = [i for i, path in paths.items() if path.name not in there]
-        for i, sample in self._drawn(missing):
+        for i, sample in self.draw(missing):
             if write is None:
                 _save(paths[i], sample, {"index": str(i), "seed": str(self._seed_of(i))}, png)
             else:
@@ -144,7 +160,7 @@ class Many:
     def _seed_of(self, i: int) -> int:
         return self._seed + i if isinstance(self._seed, int) else self._seed[i]
 
-    def _drawn(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+    def _draw_each(self, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         bar = None
         if self._progress:
             from tqdm import tqdm
@@ -189,6 +205,8 @@ class Many:
             condition = self._condition(chosen)
         else:
             condition = _rows(self._condition, chosen, self._n)
+        if self._bound:
+            condition = {**_rows(self._bound, chosen, self._n), **as_keywords(condition)}
         options = dict(self._options)
         for name in _PER_SAMPLE:
             if name in options:
@@ -228,6 +246,24 @@ class Many:
                     f"{folder} holds samples with {name} = {before!r}, and this run has {now!r}: "
                     "give another folder"
                 )
+
+
+def as_keywords(condition: Any) -> dict[str, Any]:
+    """A condition as keyword arguments; see `KSampler.sample`.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if condition is None:
+        return {}
+    if isinstance(condition, Mapping):
+        return dict(condition)
+    if isinstance(condition, Tensor):
+        return {"embedding" if condition.is_floating_point() else "class_label": condition}
+    raise TypeError(
+        "condition must be class labels (an integer tensor), an embedding (a float tensor) "
+        f"or a mapping of keyword arguments, got {type(condition).__name__}"
+    )
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k_diffusion.guidance.held import bound_rows
 from k_diffusion.sampling.adaptive import AdaptiveSolver, take_rows
 from k_diffusion.sampling.auto_steps import make_auto, refine
 from k_diffusion.sampling.nonfinite import explain
@@ -70,13 +71,15 @@ class Passes:
         auto = make_auto(steps)
         if auto is None:
             return Drawn(self._once(start, steps, keywords), (whole(steps),) * len(start))
-        _check_refinable(self._make_walk(start, auto.first, keywords))
+        walked = self._make_walk(start, auto.first, keywords)
+        _check_refinable(walked)
+        everyone = {**bound_rows(walked.denoiser, start.noise.shape), **keywords}
 
         def run(rows: Sequence[int], steps: int) -> Tensor:
             if len(rows) == len(start):
                 return self._once(start, steps, keywords)
             index = torch.tensor(rows, device=start.noise.device)
-            told = {name: take_rows(v, index, len(start)) for name, v in keywords.items()}
+            told = {name: take_rows(v, index, len(start)) for name, v in everyone.items()}
             return self._once(start.rows(rows), steps, told)
 
         x, taken, changes = refine(auto, len(start), run)

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from k_diffusion.training.archived import Archived
     from k_diffusion.training.checkpoint import (
         CheckpointError,
         CheckpointInfo,
@@ -62,6 +63,7 @@ _HOMES = {
     "ema": ("Ema", "PowerFunction", "WarmUp"),
     "densities": ("make_density", "register_density"),
     "extra_losses": ("Outcome", "register_loss"),
+    "archived": ("Archived",),
     "folder": ("Folder",),
     "loss": ("denoising_loss", "uncertainty_loss", "variance_loss"),
     "latents": (
@@ -82,6 +84,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Archived",
     "ArraySource",
     "CheckpointError",
     "CheckpointInfo",

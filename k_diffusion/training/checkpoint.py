@@ -81,7 +81,7 @@ class CheckpointInfo:
     @property
     def parameters(self) -> int:
         """How many numbers the network's weights and buffers are."""
-        kinds = {n.partition("/")[0] for n in self.tensors} - {"optimizer"}
+        kinds = {n.partition("/")[0] for n in self.tensors} - {"optimizer", CONDITIONER}
         part = "model" if "model" in kinds else min(kinds, default="")
         return sum(
             torch.Size(shape).numel()
@@ -331,6 +331,9 @@ def read_record(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
 
+
+CONDITIONER = "conditioner"
+"""The part with what a conditioner has drawn for itself; only where there is such."""
 
 OTHERS = "use an earlier checkpoint or another copy"
 

@@ -86,6 +86,11 @@ class TrainConfig(StrictConfig):
     seed: Annotated[int, Field(ge=0, le=_LARGEST_SEED)] = Field(
         default=0, description="Decides the first weights and everything random in every step."
     )
+    init_from: str | None = Field(
+        default=None,
+        description="A checkpoint or file for sampling whose weights and average the run begins "
+        "with; none: weights drawn by the seed. A resumed run has its own.",
+    )
     condition_dropout: Share = Field(
         default=0.1, description="Share of images shown without their condition, for guidance."
     )
@@ -206,11 +211,6 @@ class TrainConfig(StrictConfig):
         if self.parallel == "fsdp" and self.compile:
             raise ValueError(
                 "compile = true does not go with parallel = 'fsdp': leave one of them out"
-            )
-        if self.parallel == "fsdp" and self.optimizer.type == "muon":
-            raise ValueError(
-                "optimizer.type = 'muon' does not go with parallel = 'fsdp': take 'adamw', or "
-                "parallel = 'ddp'"
             )
         return self
 

@@ -40,6 +40,7 @@ class Purpose(enum.IntEnum):
     NETWORK = 7
     SPLIT = 8
     CONDITION = 9
+    CONDITIONER = 10
 
 
 class Batch(NamedTuple):
@@ -232,7 +233,7 @@ class Digits(ArraySource):
                 f"the digits come with scikit-learn, which cannot be imported ({error}): "
                 "pip install 'k-diffusion[train]'"
             ) from None
-        raw = load_digits()
+        raw = _once(load_digits)
         images = torch.from_numpy(raw.images).float().unsqueeze(1) / 8 - 1
         labels = torch.from_numpy(raw.target).long()
         if split != "all":
@@ -240,6 +241,12 @@ class Digits(ArraySource):
             chosen = held_out if split == "test" else ~held_out
             images, labels = images[chosen], labels[chosen]
         super().__init__(images, labels, [str(digit) for digit in range(10)])
+
+
+@functools.cache
+def _once(load: Callable[[], Any]) -> Any:
+    """What it gives, which is read from text: once in a process's life."""
+    return load()
 
 
 def _held_out(labels: Tensor, share: float, seed: int) -> Tensor:
@@ -259,7 +266,17 @@ def _folder(**options: Any) -> Source:
     return Folder(**options)
 
 
-SOURCES: dict[str, Callable[..., Source]] = {"digits": Digits, "folder": _folder}
+def _archive(**options: Any) -> Source:
+    from k_diffusion.training.archived import Archived
+
+    return Archived(**options)
+
+
+SOURCES: dict[str, Callable[..., Source]] = {
+    "archive": _archive,
+    "digits": Digits,
+    "folder": _folder,
+}
 
 
 def make_source(source: str, **options: Any) -> Source:
@@ -332,23 +349,55 @@ class Stream:
 
         Broken images met on the way are reported to the source in this process.
         """
+        packs = workers > 0 and not pin_memory  # only tensors are pinned
         loader: Any = torch.utils.data.DataLoader(
             self,  # type: ignore[arg-type]
             batch_size=None,
             sampler=range(first, last),
             num_workers=workers,
-            collate_fn=_as_is,  # type: ignore[arg-type]
+            collate_fn=_packed if packs else _as_is,  # type: ignore[arg-type]
             pin_memory=pin_memory,
             worker_init_fn=_leave_signals,
             generator=torch.Generator(),  # else it would draw from the global one
         )
-        for batch in loader:
+        for batch in map(_unpacked, loader) if packs else loader:
             self.source.report(batch.bad)
             yield batch
 
 
 def _as_is(batch: Batch) -> Batch:
     return batch
+
+
+PACKED = 2**16
+"""Bytes of the largest tensor that goes through the pipe itself."""
+
+_TENSORS = ("images", "labels", "indices")
+
+
+def _packed(batch: Batch) -> Batch:
+    """A batch with its small tensors as numpy arrays, which go through the pipe to the main process
+    as they are; a tensor is a file in shared memory, made, handed over and mapped, which costs the
+    step more than a copy of a few kilobytes."""
+    tensors = {name: getattr(batch, name) for name in _TENSORS}
+    return batch._replace(**{n: t.numpy() for n, t in tensors.items() if _is_small(t)})
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether an array may take its place: none is of bfloat16, or keeps the strides."""
+    plain = tensor.new_empty(tensor.shape).stride() == tensor.stride()
+    return plain and tensor.dtype != torch.bfloat16 and tensor.nbytes <= PACKED
+
+
+def _unpacked(batch: Batch) -> Batch:
+    """The batch that `_packed` was given, bit for bit and stride for stride."""
+    values = {name: getattr(batch, name) for name in _TENSORS}
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(value)
+        for name, value in values.items()
+        if not isinstance(value, Tensor)
+    }
+    return batch._replace(**tensors)
 
 
 def _leave_signals(worker: int) -> None:

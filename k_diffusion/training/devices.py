@@ -27,7 +27,11 @@ def make_accelerator(precision: str) -> Any:
     try:
         # Left to itself accelerate would not see the other processes of a machine without a GPU.
         many = world_size() > 1
-        accelerator = Accelerator(mixed_precision=precision, cpu=many and not _has_gpus())
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            cpu=many and not _has_gpus(),
+            dynamo_backend="no",  # the run compiles by itself
+        )
     except ValueError as error:
         AcceleratorState._reset_state()
         message = " ".join(str(error).split())
@@ -45,6 +49,28 @@ def make_accelerator(precision: str) -> Any:
             "it for plain processes, and set parallel = 'fsdp' to shard the weights"
         )
     return accelerator
+
+
+def check_launcher(precision: str, compile: bool) -> None:
+    """Refuse what accelerate's launcher was told where the run's config says another thing.
+
+    A launcher that was told nothing says "no", which leaves both to the config.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("", "no", precision):
+        raise ConfigError(
+            f"precision = {precision!r}, but accelerate was launched with ACCELERATE_MIXED_"
+            f"PRECISION = {launched!r}: give it in the config, and launch without"
+        )
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
+    if backend not in ("", "no", *(["inductor"] if compile else [])):
+        raise ConfigError(
+            f"compile = {str(compile).lower()}, but accelerate was launched with ACCELERATE_DYNAMO_"
+            f"BACKEND = {backend!r}: set compile in the config, and launch without"
+        )
 
 
 def is_main_process() -> bool:

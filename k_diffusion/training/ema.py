@@ -4,6 +4,10 @@ Each is a moving average: an update keeps the share `decay` of it and takes the 
 network. A profile says how that share goes with the number of updates. `WarmUp` is the established
 one, whose memory has a limit; `PowerFunction` remembers the same share of the run however long that
 gets, and from snapshots of two of them `posthoc` makes an average of any length afterwards.
+
+The clock of all is updates of the network's weights. An average that moves only every so many of
+them keeps what each would have kept, multiplied: the network of that moment gets the weight that
+all those since the last move would have had together.
 """
 
 from __future__ import annotations
@@ -134,11 +138,19 @@ class Ema:
     Args:
         network: whose weights are averaged, in place on its device; the average begins as a copy.
         profile: how much each update keeps.
+        every: updates between moves of the average. It moves at the first one, and at all whose
+            number is a multiple of this.
+
+    Attributes:
+        updates: of the network's weights so far, the clock.
+        reached: the update at which the average has last moved.
     """
 
-    def __init__(self, network: nn.Module, profile: Profile | None = None) -> None:
+    def __init__(self, network: nn.Module, profile: Profile | None = None, every: int = 1) -> None:
         self.profile = WarmUp() if profile is None else profile
+        self.every = every
         self.updates = 0
+        self.reached = 0
         averaged = {name for name, p in network.named_parameters() if p.is_floating_point()}
         self._average: dict[str, Tensor] = {}
         self._copied: dict[str, Tensor] = {}
@@ -151,7 +163,7 @@ class Ema:
 
     @property
     def decay(self) -> float:
-        """What the next update will keep of the average."""
+        """What the next update keeps by the profile, whether or not the average moves then."""
         return self.profile.decay(self.updates)
 
     @property
@@ -161,30 +173,45 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the network's present weights, in one multi-tensor call.
+        """The network's weights have been updated; move the average towards them if that is due."""
+        self.updates += 1
+        if self.updates == 1 or self.updates % self.every == 0:
+            self._move()
+
+    def _move(self) -> None:
+        """Move towards the network's present weights, in one multi-tensor call.
 
         Weights in float32 are read where they are; only others are first copied to float32.
         """
+        kept = math.prod(self.profile.decay(i) for i in range(self.reached, self.updates))
         live = [self._live[name] for name in self._average]
         new = [tensor if tensor.dtype is torch.float32 else tensor.float() for tensor in live]
         if new:
-            torch._foreach_lerp_(list(self._average.values()), new, 1 - self.decay)
+            torch._foreach_lerp_(list(self._average.values()), new, 1 - kept)
         for name, tensor in self._copied.items():
             tensor.copy_(self._live[name])
-        self.updates += 1
+        self.reached = self.updates
 
     def state_dict(self) -> dict[str, Tensor]:
         """The average (float32) and the copied buffers, by the network's own names; not copies."""
         return {**self._average, **self._copied}
 
-    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Take over what `state_dict` gave, and the number of updates that had been made.
+    def load_state_dict(
+        self, state: Mapping[str, Tensor], updates: int, reached: int | None = None
+    ) -> None:
+        """Take over what `state_dict` gave.
+
+        Args:
+            state: average and buffers by name.
+            updates: of the network that had been made.
+            reached: the one at which the average had last moved; None: the last one.
 
         Raises:
             ValueError: names or shapes differ from the network's; nothing is changed then.
         """
         copy_tensors(state, self.state_dict())
         self.updates = updates
+        self.reached = updates if reached is None else reached
 
     def copy_to(self, network: nn.Module) -> None:
         """Write the average into a network of the same shapes, in the network's own dtype."""
@@ -207,18 +234,25 @@ def make_averages(network: nn.Module, config: EmaConfig) -> dict[str, Ema]:
     profiles: dict[str, Profile] = {
         average_name(sigma_rel): PowerFunction(sigma_rel) for sigma_rel in config.profiles
     }
-    return {name: Ema(network, profile) for name, profile in {MAIN: main, **profiles}.items()}
+    return {
+        name: Ema(network, profile, config.update_every_steps)
+        for name, profile in {MAIN: main, **profiles}.items()
+    }
 
 
 def load_averages(
-    averages: Mapping[str, Ema], parts: Mapping[str, Mapping[str, Tensor]], updates: int
+    averages: Mapping[str, Ema],
+    parts: Mapping[str, Mapping[str, Tensor]],
+    updates: int,
+    reached: int,
 ) -> None:
     """Give every average back what a checkpoint has of it.
 
     Args:
         averages: of the run.
         parts: average's name -> tensors by name.
-        updates: that had been made.
+        updates: of the network that had been made.
+        reached: the one at which the averages had last moved.
 
     Raises:
         ValueError: the checkpoint lacks one, or names or shapes differ from the network's.
@@ -229,4 +263,4 @@ def load_averages(
                 f"it has no average {name}, and one cannot begin in mid-run, as it needs every "
                 "update: take it out of ema.profiles, or begin a new run"
             )
-        average.load_state_dict(parts[name], updates)
+        average.load_state_dict(parts[name], updates, reached)

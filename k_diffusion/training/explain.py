@@ -21,7 +21,11 @@ from pydantic import BaseModel
 from k_diffusion.models import CONDITIONERS, MODELS
 from k_diffusion.models.registry import Registry
 from k_diffusion.training.config import TrainConfig
+from k_diffusion.training.extra_losses import LOSSES
+from k_diffusion.training.learning_rate import COURSES
 from k_diffusion.training.loss import DENSITIES, WEIGHTINGS
+from k_diffusion.training.named import options_of
+from k_diffusion.training.sections import COURSE_OPTIONS
 from k_diffusion.training.words import is_union, tables_in, tags, takes, toml
 from k_diffusion.utils.maths import unknown
 from k_diffusion.utils.scheduler import SCHEDULERS, Spacing
@@ -175,19 +179,39 @@ def _processes() -> Iterator[Section]:
 
 def _functions(table: Mapping[str, Any], key: str) -> Iterator[Section]:
     for name, function in table.items():
-        hints = typing.get_type_hints(function, include_extras=True)
-        about = documented(function)
-        entries = [
-            Entry(
-                f"{key}_options.{option.name}",
-                takes(_without_none(hints.get(option.name, Any))),
-                _default(option.default, option.empty),
-                about.get(option.name, ""),
-            )
-            for option in inspect.signature(function).parameters.values()
-            if option.kind is option.KEYWORD_ONLY
-        ]
-        yield Section(f"{key}.{name}", _first_paragraph(function), tuple(entries))
+        yield Section(
+            f"{key}.{name}", _first_paragraph(function), tuple(_options(function, f"{key}_options"))
+        )
+
+
+def _losses() -> Iterator[Section]:
+    for name, loss in LOSSES.items():
+        key = f"loss.extra.{name}"
+        weight = Entry(f"{key}.weight", "number above 0", "1.0", "What its mean is multiplied by.")
+        yield Section(key, _first_paragraph(loss), (weight, *_options(loss, key)))
+
+
+def _options(function: Any, key: str) -> Iterator[Entry]:
+    """The options of a function, or of a class, that a config names."""
+    hints = typing.get_type_hints(
+        function.__init__ if isinstance(function, type) else function,  # type: ignore[misc]
+        include_extras=True,
+    )
+    about = documented(function)
+    for name, option in options_of(function).items():
+        yield Entry(
+            f"{key}.{name}",
+            takes(_without_none(hints.get(name, Any))),
+            _default(option.default, option.empty),
+            about.get(name, ""),
+        )
+
+
+def _courses() -> Iterator[Section]:
+    for name, course in COURSES.items():
+        options = ", ".join(f"optimizer.{option}" for option in COURSE_OPTIONS[name])
+        title = _first_paragraph(course) + (f" Its options: {options}." if options else "")
+        yield Section(f"optimizer.schedule.{name}", title, ())
 
 
 _CHOICES: dict[str, Callable[[], Iterator[Section]]] = {
@@ -196,6 +220,8 @@ _CHOICES: dict[str, Callable[[], Iterator[Section]]] = {
     "process": _processes,
     "loss.weighting": lambda: _functions(WEIGHTINGS, "loss.weighting"),
     "loss.density": lambda: _functions(DENSITIES, "loss.density"),
+    "loss.extra": _losses,
+    "optimizer.schedule": _courses,
 }
 """Keys whose value is a name in a registry -> what each of these names adds."""
 

@@ -68,6 +68,19 @@ def check_null(network: nn.Module, conditioner: Conditioner, example: Mapping[st
         )
 
 
+def check_learns(network: nn.Module) -> None:
+    """Refuse a network of which nothing would be trained.
+
+    Raises:
+        ConfigError: all its weights are frozen, or it has none.
+    """
+    if not any(weight.requires_grad for weight in network.parameters()):
+        raise ConfigError(
+            f"network {type(network).__name__} has no weight that learns: what load_denoiser gives "
+            "is frozen; call network.requires_grad_(True), or set init_from to its file"
+        )
+
+
 def check_classes(num_classes: int, source: Source) -> None:
     if num_classes and num_classes != source.num_classes:
         raise ConfigError(

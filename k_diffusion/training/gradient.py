@@ -7,7 +7,6 @@ of the step is lost, and its gradient stays the same to rounding.
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -25,26 +24,6 @@ if TYPE_CHECKING:
 
 class OutOfMemory(RuntimeError):
     """A step does not fit into the device's memory, and nothing can be made smaller."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device has no memory left."""
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, Exception) and should_reduce_batch_size(error)
-    )
-
-
-def release_memory(device: torch.device) -> None:
-    """Give what nobody holds any more back to the device."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "xpu":
-        torch.xpu.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
 
 
 def even_parts(total: int, largest: int) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.training.inputs import Inputs
+from k_diffusion.utils import modules
 
 if TYPE_CHECKING:
     from k_diffusion.training.parallel import Processes
@@ -155,33 +156,13 @@ def first_bad_module(network: nn.Module, run: Callable[[], Any]) -> str:
     Empty where all outputs are finite. A module without parts comes before one that holds it.
     Buffers and the state of torch's global generators are as before afterwards.
     """
-    found: list[str] = []
-
-    def watch(name: str) -> Callable[..., None]:
-        def look(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and not _finite(output):
-                found.append(f"{name or 'the network'} ({type(module).__name__})")
-
-        return look
-
-    hooks = [module.register_forward_hook(watch(name)) for name, module in network.named_modules()]
-    try:
-        with unchanged_buffers(network), unchanged_generators(network):
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with (
+        unchanged_buffers(network),
+        unchanged_generators(network),
+        modules.first_bad_module(network) as found,
+    ):
+        run()
     return found[0] if found else ""
-
-
-def _finite(output: Any) -> bool:
-    if isinstance(output, Tensor):
-        return not output.is_floating_point() or bool(output.isfinite().all())
-    if isinstance(output, (tuple, list)):
-        return all(map(_finite, output))
-    if isinstance(output, Mapping):
-        return all(map(_finite, output.values()))
-    return True
 
 
 @contextmanager

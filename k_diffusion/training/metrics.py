@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from k_diffusion.training.learning_rate import learning_rate
 from k_diffusion.training.retention import passed
 from k_diffusion.training.trainer import Trainer, TrainState
 
@@ -76,20 +77,45 @@ class Log:
         every = config.log_every_images
         if not (passed(state.images_seen, config.batch_size, every) or state.step == config.steps):
             return
-        steps = sums["steps"]
-        terms = {name: total / steps for name, total in sums.get("terms", {}).items()}
-        self.write(
-            "train",
-            step=state.step,
-            images_seen=state.images_seen,
-            loss=sums["loss"] / steps if steps else None,
-            grad_norm=sums["grad_norm"] / steps if steps else None,
-            **({"terms": terms} if terms else {}),
-            **({} if state.noise_scale is None else {"noise_scale": state.noise_scale}),
+        self._train_line(
+            state.step,
+            state.images_seen,
+            noise_scale=state.noise_scale,
             lr=state.lr,
             ema_decay=state.ema_decay,
             skipped_steps=state.skipped_steps,
             images_per_second=round(state.images_per_second, 1),
+        )
+
+    def passed_over_the_end(self) -> None:
+        """The run is at its end, and its last steps are left out."""
+        trainer, config = self.trainer, self.trainer.config
+        before = trainer.images_seen - config.batch_size
+        self._train_line(
+            trainer.step,
+            trainer.images_seen,
+            noise_scale=trainer.noise_scale.value if trainer.noise_scale else None,
+            lr=learning_rate(config.optimizer, before, config.total_images, config.batch_size),
+            ema_decay=1.0,
+            skipped_steps=trainer.skipped_steps,
+            images_per_second=None,
+        )
+
+    def _train_line(
+        self, step: int, images_seen: int, *, noise_scale: float | None, **facts: Any
+    ) -> None:
+        sums = self._sums
+        steps = sums["steps"]
+        terms = {name: total / steps for name, total in sums.get("terms", {}).items()}
+        self.write(
+            "train",
+            step=step,
+            images_seen=images_seen,
+            loss=sums["loss"] / steps if steps else None,
+            grad_norm=sums["grad_norm"] / steps if steps else None,
+            **({"terms": terms} if terms else {}),
+            **({} if noise_scale is None else {"noise_scale": noise_scale}),
+            **facts,
         )
         sums.update(steps=0, loss=0.0, grad_norm=0.0, terms={})
 

@@ -21,6 +21,23 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def own_tensors(conditioner: nn.Module | None) -> dict[str, Tensor]:
+    """The frozen weights and persistent buffers that a checkpoint has to hold, by name; live.
+
+    Those of a part that loads its weights from elsewhere (see `Conditioner.loads_weights`) are not
+    among them.
+    """
+    if conditioner is None:
+        return {}
+    loaded = tuple(
+        f"{name}." if name else ""
+        for name, part in conditioner.named_modules()
+        if getattr(part, "loads_weights", False)
+    )
+    tensors = named_tensors(conditioner)
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(loaded)}
+
+
 @torch.no_grad()
 def copy_tensors(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
     """Copy values into tensors of the same names and shapes, in the target's dtype and place.

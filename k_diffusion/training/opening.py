@@ -27,6 +27,8 @@ def opening_lines(trainer: Trainer, start: Path | None, looked: bool) -> list[st
         where = f"no checkpoint in {config.out}: from the beginning"
     else:
         where = f"from the beginning, {total} images"
+    if start is None and config.init_from is not None:
+        where += f", with the weights of {config.init_from}"
     size = sum(p.numel() for p in trainer.network.parameters())
     processes = f"{count} processes" if count > 1 else "1 process"
     kind = config.model.get("type") or type(trainer.network).__name__

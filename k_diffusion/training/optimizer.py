@@ -93,8 +93,22 @@ def adopt(optimizer: Any, network: nn.Module) -> None:
                 f"{type(optimizer).__name__} holds a weight of shape {tuple(weight.shape)} that is "
                 "not the network's: make it of network.parameters()"
             )
+    _keep_shares(optimizer)
     for left_out in set(own) - {id(p) for p in held}:
         own[left_out].requires_grad_(False)
+
+
+def _keep_shares(optimizer: torch.optim.Optimizer) -> None:
+    """Let groups that were given learning rates of their own keep their shares of the largest.
+
+    Each step sets the rates anew, by the course and a group's "lr_scale".
+    """
+    rates = [(g, float(g["lr"])) for g in optimizer.param_groups if g.get("lr") is not None]
+    rates = [(group, rate) for group, rate in rates if "lr_scale" not in group]
+    largest = max((rate for _, rate in rates), default=0.0)
+    for group, rate in rates:
+        if rate != largest:
+            group["lr_scale"] = rate / largest
 
 
 # ---------------------------------------------------------------- what it remembers

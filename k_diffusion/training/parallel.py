@@ -8,9 +8,9 @@ each process also holds only its share of weights, average and optimiser).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,35 @@ class Processes:
             raise Elsewhere(outcome[1])
         return outcome[0]
 
+    def together(self, work: Callable[[], T], failure: Callable[[str], Exception]) -> T:
+        """What this process's work gives, once all have done theirs.
+
+        Args:
+            work: done by each process.
+            failure: message -> what is raised on all where the work failed on any.
+
+        Raises:
+            Exception: of the first process where it failed, with its number, unless it was the same
+                on all of them; then what the work raised.
+        """
+        if self.count == 1:
+            return work()
+        result: Any = None
+        own: Exception | None = None
+        try:
+            result = work()
+        except Exception as error:
+            own = error
+        reasons = self.gather(None if own is None else " ".join(str(own).split()) or repr(own))
+        found = [(index, reason) for index, reason in enumerate(reasons) if reason is not None]
+        if not found:
+            return cast(T, result)
+        index, reason = found[0]
+        alike = own is not None and len(set(reasons)) == 1
+        raised = own if alike else failure(f"{reason} (on process {index} of {self.count})")
+        raised.everywhere = True  # type: ignore[union-attr]  # as in ConfigError
+        raise cast(Exception, raised) from None
+
     def wait(self) -> None:
         """Until all have come here."""
         if self.count > 1:
@@ -98,10 +127,14 @@ class Processes:
 
     def copy_from_main(self, network: nn.Module) -> None:
         """Give every process the main one's weights and buffers."""
+        self.send_from_main([*network.parameters(), *network.buffers()])
+
+    def send_from_main(self, tensors: Iterable[Tensor]) -> None:
+        """Put the main process's values into every one's tensors."""
         if self.count == 1:
             return
         with torch.no_grad():
-            for tensor in [*network.parameters(), *network.buffers()]:
+            for tensor in tensors:
                 torch.distributed.broadcast(tensor.data, src=0)
 
 
@@ -243,6 +276,10 @@ class Sharded(Alone):
     Every micro-batch's gradient is averaged at once, into shards: to keep them whole until the
     last would take the memory that sharding spares. The arithmetic's precision is autocast's as
     everywhere, so that the numbers are those of one process; weights are gathered in float32.
+
+    A part of the batch, for the noise scale, is what is averaged at once: a micro-batch of every
+    process. Weights of a single number, which are averaged at the end, count there by each
+    process's own micro-batch.
     """
 
     retries = False

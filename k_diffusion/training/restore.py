@@ -20,13 +20,14 @@ from k_diffusion.models import (
 from k_diffusion.models.registry import model_trait
 from k_diffusion.training.card import model_card
 from k_diffusion.training.checkpoint import (
+    CONDITIONER,
     CheckpointError,
     CheckpointInfo,
     read_checkpoint,
     save_checkpoint,
 )
 from k_diffusion.training.compare import differences, filled, flat, full_model
-from k_diffusion.training.named_tensors import copy_tensors, named_tensors
+from k_diffusion.training.named_tensors import copy_tensors, named_tensors, own_tensors
 from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
 
@@ -82,7 +83,11 @@ def load_conditioner(
     """
     try:
         if config := info.config.get("conditioner"):
-            return make_conditioner(config).to(device)
+            conditioner = make_conditioner(config)
+            if any(name.startswith(f"{CONDITIONER}/") for name in info.tensors):
+                _, parts = read_checkpoint(info.path, [CONDITIONER])
+                copy_tensors(parts[CONDITIONER], own_tensors(conditioner))
+            return conditioner.to(device)
         classes = int(model_trait(info.config["model"], "num_classes", 0))
         if not classes:
             return None
@@ -141,7 +146,7 @@ def save_inference(
         CheckpointError: the source is damaged, has no such weights, or has a network or conditioner
             that nobody could rebuild from the file; or a weight is beyond the dtype.
     """
-    info, weights = read_checkpoint(source, [_weights_part(ema)])
+    info, weights = read_checkpoint(source, [_weights_part(ema), CONDITIONER])
     chosen = _chosen(info, weights, ema)
     _check_rebuildable(info, chosen)
     if dtype is not None:
@@ -156,7 +161,7 @@ def save_inference(
     )
     return save_checkpoint(
         path,
-        {"ema": chosen},
+        {"ema": chosen, CONDITIONER: weights[CONDITIONER]},
         config=info.config,
         images_seen=info.images_seen,
         step=info.step,
@@ -222,10 +227,13 @@ def _chosen(
     part = _weights_part(ema)
     chosen = weights[part]
     if not chosen or (isinstance(ema, str) and part not in info.averages):
-        there = sorted({name.partition("/")[0] for name in info.tensors})
+        there = [
+            *info.averages,
+            *(["model"] if any(n.startswith("model/") for n in info.tensors) else []),
+        ]
         averages = info.averages
         way = nearest(part, averages) or (averages[0] if averages else "model")
-        asked = {"ema": "ema=True", "model": "ema=False"}.get(way, f"ema={way!r}")
+        asked = "the last weights, model" if way == "model" else f"the average {way}"
         raise CheckpointError(
             f"checkpoint {info.path} holds no "
             f"{f'average {part}' if isinstance(ema, str) else f'{part} weights'}, only "

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from k_diffusion.training.checkpoint import (
+    CONDITIONER,
     OTHERS,
     CheckpointError,
     CheckpointInfo,
     read_checkpoint,
 )
 from k_diffusion.training.compare import differences, filled, flat
-from k_diffusion.training.ema import load_averages
-from k_diffusion.training.named_tensors import named_tensors
+from k_diffusion.training.ema import MAIN, load_averages
+from k_diffusion.training.named_tensors import copy_tensors, named_tensors, own_tensors
 from k_diffusion.training.optimizer import load_moments, moments, plain_state
 from k_diffusion.training.parallel import Processes
 from k_diffusion.training.restore import load_into
@@ -37,6 +38,7 @@ def tensors_of(trainer: Trainer) -> dict[str, Mapping[str, Tensor]]:
         **{name: average.state_dict() for name, average in trainer.averages.items()},
         "optimizer": moments(trainer.optimizer, trainer.named),
         "loss": trainer.objective.own_tensors(),
+        CONDITIONER: own_tensors(trainer.conditioner),
     }
 
 
@@ -50,6 +52,7 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
         "data": trainer.source.facts(),
         "state": {
             "ema_updates": trainer.ema.updates,
+            "ema_reached": trainer.ema.reached,
             "skipped_steps": trainer.skipped_steps,
             "skipped_in_a_row": trainer.skipped_in_a_row,
             "micro_batch": trainer.gradient.allowed_by_memory,
@@ -69,12 +72,14 @@ class RunState:
     """What `facts_of` has as "state", as far as a resume takes it up.
 
     Attributes:
+        ema_updates, ema_reached: of the averages, see `Ema`.
         micro_batch: what memory allows; None: it has refused nothing.
         passed_over: (start, stop) of steps that are left out.
         scaler, optimizer, extra, noise_scale: as JSON data; None: the run had none.
     """
 
     ema_updates: int
+    ema_reached: int
     skipped_steps: int
     skipped_in_a_row: int
     micro_batch: int | None
@@ -95,6 +100,7 @@ def state_of(info: CheckpointInfo) -> RunState:
     try:
         return RunState(
             ema_updates=_count(state["ema_updates"]),
+            ema_reached=_reached(state),
             skipped_steps=_count(state["skipped_steps"]),
             skipped_in_a_row=_count(state["skipped_in_a_row"]),
             micro_batch=None if (m := state.get("micro_batch")) is None else _count(m, 1),
@@ -123,6 +129,15 @@ def _count(value: Any, least: int = 0) -> int:
     return value
 
 
+def _reached(state: dict[str, Any]) -> int:
+    """Checkpoints of a time when each update moved the averages do not say it."""
+    updates = _count(state["ema_updates"])
+    reached = _count(state.get("ema_reached", updates))
+    if reached > updates:
+        raise ValueError(f"averages that moved at update {reached} of {updates}")
+    return reached
+
+
 def _numbers(given: Any, needed: tuple[str, ...]) -> dict[str, float] | None:
     if given is None:
         return None
@@ -149,15 +164,22 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
     """Bring a trainer of the same run to where a checkpoint was.
 
     Raises:
-        CheckpointError: it is damaged, of another run, or for sampling only.
+        CheckpointError: it is damaged, of another run, or for sampling only; on every process,
+            whichever of them met it.
     """
+    # Shards are read together: not where one process alone would begin to.
+    together = trainer.is_sharded and all(trainer.processes.gather(path.is_dir()))
+    trainer.processes.together(lambda: _go_on_from(path, trainer, together), CheckpointError)
+
+
+def _go_on_from(path: Path, trainer: Trainer, together: bool) -> None:
     if str(path) == "auto" and not path.exists():
         raise CheckpointError(
             "resume = 'auto' is for run_training, which knows the run's folder: give a checkpoint, "
             "such as latest_checkpoint(config.out)"
         )
-    wanted = ["model", *trainer.averages, "optimizer", "loss"]
-    if trainer.is_sharded and path.is_dir():
+    wanted = ["model", *trainer.averages, "optimizer", "loss", CONDITIONER]
+    if together:
         weights = dict(trainer.named.named_parameters())
         info, parts = read_sharded(path, wanted, trainer.processes, cut_like=weights)
     else:
@@ -165,12 +187,15 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
     check_same_run(info, trainer)
     if not parts["model"]:
         raise CheckpointError(
-            f"checkpoint {path} holds weights for sampling only: it cannot be resumed"
+            f"checkpoint {path} holds weights for sampling only: it cannot be resumed; begin a new "
+            f"run from them by init_from = '{path}'"
         )
     state = state_of(info)
     load_into(trainer.network, parts["model"], info)
     try:
-        load_averages(trainer.averages, parts, state.ema_updates)
+        if parts[CONDITIONER]:
+            copy_tensors(parts[CONDITIONER], own_tensors(trainer.conditioner))
+        load_averages(trainer.averages, parts, state.ema_updates, state.ema_reached)
         trainer.objective.load_own_tensors(parts["loss"])
         load_moments(trainer.optimizer, trainer.named, parts["optimizer"], state.optimizer)
     except (ValueError, KeyError) as error:
@@ -190,6 +215,40 @@ def go_on_from(path: Path, trainer: Trainer) -> None:
     trainer.extra = state.extra
 
 
+def begin_from(
+    path: Path, network: nn.Module, conditioner: nn.Module | None, processes: Processes
+) -> dict[str, Tensor]:
+    """Give a new run's network, and its conditioner, the weights in a file.
+
+    Args:
+        path: a checkpoint or a file for sampling, which has the average alone.
+        network: takes the weights.
+        conditioner: takes what the file's has drawn for itself, where it is of the same tensors.
+        processes: of the run; each reads the file.
+
+    Returns:
+        The average in it, by the weights' names.
+
+    Raises:
+        CheckpointError: it is damaged, or does not fit the network; on every process.
+    """
+
+    def read() -> dict[str, Tensor]:
+        info, parts = read_checkpoint(path, ["model", MAIN, CONDITIONER])
+        average = parts[MAIN] or parts["model"]
+        if not average:
+            raise CheckpointError(f"checkpoint {path} holds no weights to begin from")
+        load_into(network, parts["model"] or average, info)
+        drawn = own_tensors(conditioner)
+        if {name: t.shape for name, t in parts[CONDITIONER].items()} == {
+            name: t.shape for name, t in drawn.items()
+        }:
+            copy_tensors(parts[CONDITIONER], drawn)
+        return average
+
+    return processes.together(read, CheckpointError)
+
+
 def check_same_run(info: CheckpointInfo, trainer: Trainer) -> None:
     """Refuse a checkpoint of a run whose steps would be others."""
     theirs, ours = flat(filled(info.config)), flat(filled(trainer.config.to_json()))
@@ -202,7 +261,7 @@ def check_same_run(info: CheckpointInfo, trainer: Trainer) -> None:
     if differing := differences(theirs, ours):
         raise CheckpointError(
             f"checkpoint {info.path} is of a run with {'; '.join(differing)}: resume with the "
-            "same, or begin a new run"
+            f"same, or begin a new run from its weights by init_from = '{info.path}'"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -172,7 +173,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
         return
     # What is left of one that is removed in part would count as damaged.
-    hidden = path.with_name(f".{path.name}.old.tmp")
+    hidden = path.with_name(f".{path.name}.gone.tmp")
+    _empty(hidden)
     path.rename(hidden)
     shutil.rmtree(hidden)
 
@@ -194,6 +196,15 @@ def _empty(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def put_back(folder: Path) -> None:
+    """Give shards their name again that a run, killed there, had set aside for newer ones."""
+    for old in folder.glob(".checkpoint-*.old.tmp"):
+        there = old.with_name(old.name.removeprefix(".").removesuffix(".old.tmp"))
+        if _NAME.fullmatch(there.name) and not there.exists():
+            with suppress(OSError):  # another process of the run has done it
+                old.rename(there)
 
 
 def remove_half_written(folder: Path) -> None:

@@ -7,7 +7,8 @@ The metrics are one JSON object a line:
 - {"event": "start", "config", "data", "parameters", "versions"}: once;
 - {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
   "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
-  over the finite steps since the line before, null where there was none; also "terms", what the
+  over the finite steps since the line before, null where there was none; images_per_second is null
+  where the run ends on steps that it passes over; also "terms", what the
   loss is made of (name -> mean), where it has several, and "noise_scale", where that is measured;
 - {"event": "skipped", "images_seen", "step", "loss", "grad_norm", "images", "more_images",
   "sigmas", "where"}: for each step that was not finite, see `BadStep`; loss and grad_norm are
@@ -55,6 +56,7 @@ from k_diffusion.training.retention import (
     latest_checkpoint,
     list_checkpoints,
     passed,
+    put_back,
     remove_all,
     remove_half_written,
     remove_surplus,
@@ -139,6 +141,7 @@ def run_training(
     display = Progress(shown=progress)
     tell = say or display.say
     refuse_busy(out)
+    put_back(out)
     start = _start_point(out, resume, overwrite, tell)
     found, going_on = list_checkpoints(out), _lies_in(out, start)
     trainer = Trainer(
@@ -152,11 +155,15 @@ def run_training(
     main = trainer.accelerator.is_main_process
     tell_once = tell if main else lambda line: None  # what all processes know alike
     config = trainer.config
-    began, state, written = time.perf_counter(), None, -1
+    began, written = time.perf_counter(), trainer.step if start is not None else -1
     checkpoint = start
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
-        if main:
+
+        lock: RunLock | None = None  # of the main process
+
+        def take_folder() -> None:
+            nonlocal lock
             out.mkdir(parents=True, exist_ok=True)
             lock = RunLock(out, tell)
             stack.callback(lock.release)
@@ -166,7 +173,8 @@ def run_training(
             if going_on:
                 set_aside(out, trainer.images_seen, tell)
             remove_snapshots_after(out, trainer.images_seen if going_on else 0, tell)
-        trainer.processes.wait()
+
+        trainer.processes.on_main(take_folder)
         log = Log(trainer, out / METRICS if main else None, resumed=going_on, say=tell)
         stack.callback(log.close)
         stack.callback(display.close)
@@ -195,7 +203,7 @@ def run_training(
             passed_over = tuple(trainer.passed_over)
             surplus = partial(remove_surplus, path, config, tell, passed_over)
             after = (lambda: None) if all_stay else surplus
-            if main:
+            if lock is not None:
                 lock.renew()
             if sharded:
                 trainer.save(path)
@@ -254,7 +262,10 @@ def run_training(
                 break
         else:
             stopped = None
-            if state is not None and written != trainer.step:  # the last steps were passed over
+            if written != trainer.step:  # the last steps were passed over
+                log.passed_over_the_end()
+                if config.ema.snapshot_every_images:
+                    save_snapshot(trainer)
                 checkpoint = save(True)
         sha256 = writer.wait()
         trainer.accelerator.wait_for_everyone()

@@ -68,11 +68,12 @@ def _pair(value: Any) -> Any:
     return (value, value) if one else _from_list(value)
 
 
-class FolderConfig(StrictConfig):
-    """A folder of images, or of one folder a class."""
+class _PicturesConfig(StrictConfig):
+    """What picture files have in common."""
 
-    source: Literal["folder"] = Field(default="folder", description="Which kind of data this is.")
-    path: str = Field(description="The folder.")
+    # First, as in every kind of data: it tells them apart.
+    source: str = Field(default="", description="Which kind of data this is.")
+    path: str = Field(description="The folder; or the zip or tar, or a folder of these.")
     size: Annotated[tuple[Count, Count], BeforeValidator(_pair)] = Field(
         description="Height and width in pixels that training sees; one number: a square."
     )
@@ -90,7 +91,19 @@ class FolderConfig(StrictConfig):
     )
 
 
-DataConfig = Annotated[DigitsConfig | FolderConfig, Field(discriminator="source")]
+class FolderConfig(_PicturesConfig):
+    """A folder of images, or of one folder a class."""
+
+    source: Literal["folder"] = Field(default="folder", description="Which kind of data this is.")
+
+
+class ArchiveConfig(_PicturesConfig):
+    """Images in a zip or an uncompressed tar, read where they lie; or a folder of such shards."""
+
+    source: Literal["archive"] = Field(default="archive", description="Which kind of data this is.")
+
+
+DataConfig = Annotated[DigitsConfig | FolderConfig | ArchiveConfig, Field(discriminator="source")]
 
 
 def is_number(value: Any) -> bool:
@@ -200,7 +213,7 @@ class OptimizerConfig(StrictConfig):
         default=None, description="How long the fall takes, for inverse_sqrt, inverse, exponential."
     )
     power: Positive = Field(default=1.0, description="Exponent of the fall, for inverse.")
-    decay: Positive = Field(
+    decay: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5, description="Factor of the fall in decay_images, for exponential."
     )
     min_lr: NotNegative = Field(
@@ -232,6 +245,11 @@ class OptimizerConfig(StrictConfig):
                 )
         if "decay_images" in taken and self.decay_images is None:
             raise ValueError(f"decay_images is missing, which schedule = {self.schedule!r} needs")
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"min_lr = {self.min_lr} is above lr = {self.lr}, so that nothing would fall: "
+                "give at most lr"
+            )
         if self.warmup_decay and self.warmup_images:
             raise ValueError(
                 f"warmup_decay = {self.warmup_decay} takes the place of warmup_images = "
@@ -251,6 +269,12 @@ class EmaConfig(StrictConfig):
     power: Positive = Field(default=0.75, description="Exponent of the warm-up 1 - (1 + n)^-power.")
     inv_gamma: Positive = Field(
         default=1.0, description="Stretches the warm-up: n is updates / inv_gamma."
+    )
+    update_every_steps: Count = Field(
+        default=1,
+        description="Steps between updates of all averages, skipped ones not counted; one keeps "
+        "what the updates of all steps since the last would have kept. Between two, in checkpoints "
+        "and at the run's end too, the averages are as the last one left them.",
     )
     profiles: Annotated[tuple[float, ...], BeforeValidator(_from_list)] = Field(
         default=(),

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from k_diffusion.training.checkpoint import (
+    CONDITIONER,
     FORMAT,
     MANIFEST,
     OTHERS,
@@ -76,8 +77,12 @@ def save_sharded(
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {f"{p}/{n}": t.detach() for p, named in parts.items() for n, t in named.items()}
 
+    old = path.with_name(f".{path.name}.old.tmp")
+
     def begin() -> None:
         if processes.main:
+            if old.exists() and not path.exists():  # of a run that was killed between two renames
+                old.rename(path)
             shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed in a write
             temporary.mkdir(parents=True)
 
@@ -104,7 +109,6 @@ def save_sharded(
         manifest["sha256"] = _seal(manifest)
         _write(temporary / MANIFEST, _json(manifest))
         _flush_folder(temporary)
-        old = path.with_name(f".{path.name}.old.tmp")
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)  # of a run that was killed right here
             path.rename(old)
@@ -210,7 +214,8 @@ def read_sharded(
     for name, (dtype, shape) in shapes.items():
         part, _, rest = name.partition("/")
         if part in kept:
-            model = _model_of(rest, cut_like or {}, shape)
+            cut = cut_like if cut_like is not None and part != CONDITIONER else {}
+            model = _model_of(rest, cut, shape)
             wanted[name] = kept[part][rest] = (
                 torch.empty(shape, dtype=dtype)
                 if model is None

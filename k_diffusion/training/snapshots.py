@@ -33,7 +33,7 @@ class Snapshot:
     Attributes:
         path: the file.
         images_seen: the training clock.
-        updates: that the averages had had: their own clock.
+        updates: of the network's weights, up to the last that moved the averages: their own time.
         profiles: average's name -> its relative length sigma_rel.
         dtype: of the averages in the file, a name in `DTYPES`.
         bytes: size of the file.
@@ -63,7 +63,7 @@ def save_snapshot(trainer: Trainer) -> Path | None:
         for name, average in averages.items()
         if isinstance(average.profile, PowerFunction)
     }
-    if not (profiles and trainer.ema.updates):
+    if not (profiles and trainer.ema.reached):
         return None
     main = trainer.processes.main
     whole = {name: gathered(averages[name].state_dict(), keep=main) for name in profiles}
@@ -79,7 +79,7 @@ def save_snapshot(trainer: Trainer) -> Path | None:
         step=trainer.step,
         data=trainer.source.facts(),
         state={
-            "ema_updates": trainer.ema.updates,
+            "ema_updates": trainer.ema.reached,
             "profiles": profiles,
             "buffers": sorted(trainer.ema.buffers),
             "dtype": dtype,

@@ -30,7 +30,7 @@ class TrainState:
         loss: mean over the batch; not finite in a skipped step.
         grad_norm: norm of the gradient before clipping.
         lr: learning rate of this step.
-        ema_decay: what this step kept of the average.
+        ema_decay: what this step keeps of the average, by its profile; 1 where it was skipped.
         skipped: whether this step changed nothing, because loss or gradient were not finite.
         report: what was wrong with a skipped step.
         terms: name -> mean over the batch of what the loss is made of, see `Objective.terms`.

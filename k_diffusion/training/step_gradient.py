@@ -21,9 +21,7 @@ from k_diffusion.training.gradient import (
     OutOfMemory,
     add_gradients,
     even_parts,
-    is_out_of_memory,
     largest_that_fits,
-    release_memory,
 )
 from k_diffusion.training.health import unchanged_buffers
 from k_diffusion.training.inputs import Inputs
@@ -33,6 +31,7 @@ from k_diffusion.training.parallel import Alone, Sharded, clip, out_of_memory
 from k_diffusion.training.sections import AUTO
 from k_diffusion.training.state import TrainingError
 from k_diffusion.utils.maths import fold_seed
+from k_diffusion.utils.memory import is_out_of_memory, release_memory
 
 
 @dataclass(frozen=True)

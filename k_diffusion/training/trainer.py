@@ -23,23 +23,25 @@ from k_diffusion.training.checkpoint import SUFFIX, Contents, make_contents, wri
 from k_diffusion.training.compare import full_model
 from k_diffusion.training.conditioning import Conditioning
 from k_diffusion.training.config import TrainConfig
-from k_diffusion.training.dataset import Batch, Purpose, Source, Stream, make_source
+from k_diffusion.training.dataset import Batch, DataError, Purpose, Source, Stream, make_source
 from k_diffusion.training.devices import (
+    check_launcher,
     compiled,
     keep_freed_memory,
     make_accelerator,
     optimizer_step,
 )
 from k_diffusion.training.ema import MAIN, Ema, make_averages
-from k_diffusion.training.fit import check_classes, check_shape, settle
+from k_diffusion.training.fit import check_classes, check_learns, check_shape, settle
 from k_diffusion.training.health import BadStep, examine
 from k_diffusion.training.inputs import Inputs
 from k_diffusion.training.learning_rate import learning_rate
+from k_diffusion.training.named_tensors import copy_tensors, own_tensors
 from k_diffusion.training.noise_scale import NoiseScale
 from k_diffusion.training.objective import Objective, density_of, make_objective
 from k_diffusion.training.optimizer import adopt, group_values, make_optimizer
 from k_diffusion.training.parallel import Processes, Sharded, check_processes, make_joining
-from k_diffusion.training.resume import check_agreed, facts_of, go_on_from, tensors_of
+from k_diffusion.training.resume import begin_from, check_agreed, facts_of, go_on_from, tensors_of
 from k_diffusion.training.sharded import save_sharded
 from k_diffusion.training.shards import gathered, local
 from k_diffusion.training.spikes import without
@@ -81,6 +83,7 @@ class Trainer:
         conditioner: Conditioner | None = None,
         optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None,
     ) -> None:
+        check_launcher(config.precision, config.compile)
         self.accelerator = make_accelerator(config.precision)
         self.device: torch.device = self.accelerator.device
         if self.device.type == "cpu":
@@ -88,9 +91,12 @@ class Trainer:
         self.processes = Processes(self.accelerator)
         check_processes(config, self.processes.count)
         options = config.data.model_dump()
-        self.source = make_source(**options) if source is None else source
+        if source is None:
+            source = self.processes.together(lambda: make_source(**options), DataError)
+        self.source = source
         self.config = config = settle(config, self.source, conditioner)
         if conditioner is None and config.conditioner is not None:
+            torch.manual_seed(fold_seed(config.seed, Purpose.CONDITIONER))
             conditioner = make_conditioner(config.conditioner)
         self.stream = Stream(
             self.source,
@@ -107,6 +113,11 @@ class Trainer:
             check_classes(self.num_classes, self.source)
             conditioner = ClassConditioner(num_classes=self.num_classes)
         self.conditioner = None if conditioner is None else conditioner.to(self.device)
+        self.processes.send_from_main(own_tensors(self.conditioner).values())
+        average: dict[str, Tensor] = {}
+        if config.init_from is not None and resume is None:
+            average = begin_from(Path(config.init_from), network, self.conditioner, self.processes)
+        check_learns(network)
         conditioning = Conditioning(config, self.conditioner, network, self.source, self.device)
         example = conditioning.example()
         if given is None:
@@ -136,6 +147,8 @@ class Trainer:
         self.averages = make_averages(self.network, config.ema)
         """By name; each is moved by every step that is not skipped."""
         self.ema: Ema = self.averages[MAIN]
+        if average:
+            copy_tensors(average, self.ema.state_dict())
         measured = config.noise_scale_decay
         self.noise_scale = None if measured is None else NoiseScale(measured)
         self.gradient = StepGradient(

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from k_diffusion.utils.hashing import fold_seeds
 from k_diffusion.utils.levels import Level
-from k_diffusion.utils.maths import fold_seed, unknown
+from k_diffusion.utils.maths import unknown
 
 Randomness = torch.Generator | Sequence[int]
 """A generator, or one seed a sample."""
@@ -31,8 +32,7 @@ def uniforms(randomness: Randomness, batch: int, count: int = 1) -> Tensor:
         return torch.rand(batch, count, generator=randomness, dtype=torch.float64)
     _check_seeds(randomness, batch)
     # fold_seed gives 63 bits; the upper 53 are all that a float64 in [0, 1) can hold.
-    rows = [[(fold_seed(s, i) >> 10) * 2.0**-53 for i in range(count)] for s in randomness]
-    return torch.tensor(rows, dtype=torch.float64).reshape(batch, count)
+    return torch.from_numpy((fold_seeds(randomness, range(count)) >> 10) * 2.0**-53)
 
 
 def normals(randomness: Randomness, shape: Sequence[int]) -> Tensor:

@@ -6,7 +6,14 @@ import gc
 
 import torch
 
-_SAID = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+_SAID = (
+    "out of memory",
+    "can't allocate memory",
+    "not enough memory",
+    "allocation failed",
+    "alloc_failed",  # cuBLAS, cuDNN
+    "cudnn_status_not_supported",  # which is what cuDNN says of a batch too large for it
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -41,16 +41,21 @@ def eval_mode(model: nn.Module) -> AbstractContextManager[nn.Module]:
 
 
 @contextmanager
-def first_bad_module() -> Iterator[list[str]]:
+def first_bad_module(network: nn.Module | None = None) -> Iterator[list[str]]:
     """Notes name and kind of the first module whose output is not finite, of all that are called.
 
     Within the block every output of a module called by this thread is read, for which the host
     waits; a module without parts comes before the one that holds it. What is given back by
     `with ... as` stays empty where all outputs are finite.
+
+    Args:
+        network: whose parts alone are watched, and named as they are in it; None: all modules,
+            named as they are in the outermost that is called.
     """
     found: list[str] = []
     called: list[nn.Module] = []
     thread = threading.get_ident()
+    parts = None if network is None else {id(part): n for n, part in network.named_modules()}
 
     def enter(module: nn.Module, args: Any) -> None:
         if threading.get_ident() == thread:
@@ -61,10 +66,15 @@ def first_bad_module() -> Iterator[list[str]]:
             return
         while called and called.pop() is not module:  # one that was left by an exception
             pass
-        if not found and not is_finite(output):
-            root = called[0] if called else module
-            name = next((name for name, part in root.named_modules() if part is module), "")
-            found.append(f"{name} ({type(module).__name__})" if name else type(module).__name__)
+        if found or (parts is not None and id(module) not in parts) or is_finite(output):
+            return
+        kind = type(module).__name__
+        if parts is not None:
+            found.append(f"{parts[id(module)] or 'the network'} ({kind})")
+            return
+        root = called[0] if called else module
+        name = next((name for name, part in root.named_modules() if part is module), "")
+        found.append(f"{name} ({kind})" if name else kind)
 
     hooks = (register_module_forward_pre_hook(enter), register_module_forward_hook(look))
     try:

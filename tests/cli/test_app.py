@@ -26,7 +26,7 @@ def failure(capsys, *argv: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        ([], "k-diffusion: error: a command is missing; one of train, sample, info, samplers"),
+        ([], "k-diffusion: error: a command is missing; one of train, sample, compare, info"),
         (["--sampler", "x"], "k-diffusion: error: '--sampler' stands before the command"),
         (["sampel"], "k-diffusion: error: unknown command 'sampel'; did you mean 'sample'?"),
         (["sample"], "k-diffusion sample: error: CHECKPOINT is missing"),

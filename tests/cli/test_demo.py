@@ -21,7 +21,7 @@ def demo(monkeypatch):
     spec.loader.exec_module(module)
     train = module.train_classifier
     monkeypatch.setattr(module, "train_classifier", lambda *data, epochs: train(*data, epochs=1))
-    monkeypatch.setattr(module, "SAMPLERS", {"dpmpp_2m": 2, "heun": 1})
+    monkeypatch.setattr(module, "SAMPLERS", {"dpmpp_2m": 2, "heun": 2})
     return module
 
 

@@ -96,12 +96,16 @@ def test_an_average_is_chosen_by_name(folder, tmp_path, capsys) -> None:
     assert torch.equal(weights[True], weights["ema"])
     distinct = {name: tensor for name, tensor in weights.items() if name != "ema"}
     assert len({tuple(tensor.flatten().tolist()) for tensor in distinct.values()}) == 4
-    with pytest.raises(ValueError, match=r"holds no average ema_0.2, .*: ask for ema='ema_0\.\d"):
+    with pytest.raises(
+        ValueError, match=r"holds no average ema_0.2, .*: ask for the average ema_0\.\d"
+    ):
         load_denoiser(checkpoint, "ema_0.2")
     with pytest.raises(ValueError, match="holds no average optimizer, only"):
         load_denoiser(checkpoint, "optimizer")
     (first, *_) = sorted((folder / "ema").iterdir())
-    with pytest.raises(ValueError, match=r"no ema weights, only ema_0.05, ema_0.1: ask for ema='"):
+    with pytest.raises(
+        ValueError, match=r"no ema weights, only ema_0.05, ema_0.1: ask for the average"
+    ):
         load_denoiser(first)
 
     argv = ["sample", str(folder), "-n", "1", "--steps", "2", "--out", str(tmp_path)]

@@ -34,7 +34,7 @@ def test_an_exported_file_is_sampled_like_its_checkpoint(trained, tmp_path, caps
 
 def test_last_weights_and_the_words_of_its_maker(trained, tmp_path, capsys) -> None:
     small = tmp_path / "model.safetensors"
-    argv = ["export", str(trained), "--out", str(small), "--weights", "model"]
+    argv = ["export", str(trained), "--out", str(small), "--weights", "last"]
     assert main([*argv, "--licence", "MIT", "--note", "Tiny *digits*."]) == 0
     card = read_info(small).card
     ours = read_checkpoint(small, ["ema"])[1]["ema"]

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from k_diffusion.cli import main
-from k_diffusion.cli.drawing import draw
 from k_diffusion.cli.signals import Terminated
 from k_diffusion.models import UNet
 from k_diffusion.sampling import KSampler
+from k_diffusion.sampling.many import Many
 from k_diffusion.training import read_info
 from k_diffusion.utils.images import load_png
 
@@ -131,8 +131,10 @@ def test_an_image_depends_on_its_seed_and_class_alone(solver) -> None:
     sampler = KSampler(model.eval(), "karras", solver)
 
     def images(seeds, labels, batch_size, steps=6):
-        made = draw(sampler, (1, 8, 8), seeds, labels, steps=steps, batch_size=batch_size)
-        return torch.cat([part for _, part in made])
+        return sampler.sample_many(
+            len(seeds), steps=steps, shape=(1, 8, 8), condition=torch.tensor(labels), seed=seeds,
+            batch_size=batch_size,
+        ).collect()  # fmt: skip
 
     seeds, labels = [7, 8, 9, 10, 11], [3, 5, 3, 5, 3]
     together = images(seeds, labels, 64)
@@ -146,22 +148,8 @@ def test_an_image_depends_on_its_seed_and_class_alone(solver) -> None:
     assert (images([7], [5], 1) - together[0]).abs().max() > 1e-3
 
 
-def test_draw_says_where_each_batch_begins_and_ticks_at_each_call() -> None:
-    ticks: list[int] = []
-    sampler = KSampler(lambda x, sigma: 0 * x, "karras", "heun")
-    parts = list(
-        draw(sampler, (2, 4, 6), range(5), steps=3, batch_size=2, tick=lambda: ticks.append(1))
-    )
-    assert [(first, tuple(part.shape)) for first, part in parts] == [
-        (0, (2, 2, 4, 6)),
-        (2, (2, 2, 4, 6)),
-        (4, (1, 2, 4, 6)),
-    ]
-    assert len(ticks) == 3 * 5
-
-
 def test_classes_are_taken_in_turn(trained, tmp_path) -> None:
-    assert main(["sample", str(trained), "--steps", "1", "-n", "12", "--out", str(tmp_path)]) == 0
+    assert main(["sample", str(trained), "--steps", "2", "-n", "12", "--out", str(tmp_path)]) == 0
     labels = [name.partition("_class")[2] for name in names(tmp_path) if name != "grid.png"]
     assert labels == [f"{index % 10}.png" for index in range(12)]
 
@@ -204,7 +192,7 @@ def test_a_model_without_classes(tmp_path, write_config, capsys) -> None:
     assert main(["train", *argv]) == 0
     (checkpoint,) = (tmp_path / "run").glob("*.safetensors")
     capsys.readouterr()
-    sample = ["sample", str(checkpoint), "--steps", "1", "-n", "2", "--out", str(tmp_path / "out")]
+    sample = ["sample", str(checkpoint), "--steps", "2", "-n", "2", "--out", str(tmp_path / "out")]
     assert main([*sample, "--class-label", "1"]) == 2
     assert "was trained without classes" in one_line(capsys)
     assert main(sample) == 0
@@ -213,7 +201,7 @@ def test_a_model_without_classes(tmp_path, write_config, capsys) -> None:
 
 
 def test_images_that_are_there_are_not_replaced_unasked(trained, tmp_path, capsys) -> None:
-    argv = ["sample", str(trained), "--steps", "1", "-n", "2", "--out", str(tmp_path)]
+    argv = ["sample", str(trained), "--steps", "2", "-n", "2", "--out", str(tmp_path)]
     (tmp_path / "seed000001_class1.png").write_bytes(b"mine")
     assert main(argv) == 2
     assert "holds seed000001_class1.png already (1 of 3 files)" in one_line(capsys)
@@ -249,7 +237,7 @@ def test_an_end_half_way_leaves_whole_files_only(
         return save(self, name, **options)
 
     monkeypatch.setattr(Image, "save", third_fails)
-    argv = ["sample", str(trained), "--steps", "1", "-n", "5", "--batch-size", "2"]
+    argv = ["sample", str(trained), "--steps", "2", "-n", "5", "--batch-size", "2"]
     assert main([*argv, "--out", str(tmp_path)]) == code
     assert one_line(capsys).startswith(f"k-diffusion sample: {said}")
     assert names(tmp_path) == ["seed000000_class0.png", "seed000001_class1.png"]
@@ -258,8 +246,8 @@ def test_an_end_half_way_leaves_whole_files_only(
 
 
 def test_images_that_are_not_finite_are_no_files(trained, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(KSampler, "sample", lambda *_, **__: torch.full((2, 1, 8, 8), torch.nan))
-    argv = ["sample", str(trained), "--steps", "1", "-n", "2", "--out", str(tmp_path)]
+    monkeypatch.setattr(Many, "_draw", lambda *_: torch.full((2, 1, 8, 8), torch.nan))
+    argv = ["sample", str(trained), "--steps", "2", "-n", "2", "--out", str(tmp_path)]
     assert main(argv) == 1
     assert "values that are not finite" in one_line(capsys)
     assert names(tmp_path) == []
@@ -269,7 +257,7 @@ def test_a_grid_holds_no_more_than_it_can_show(trained, tmp_path, monkeypatch) -
     from k_diffusion.cli import sample
 
     monkeypatch.setattr(sample, "GRID_HOLDS", 4)
-    assert main(["sample", str(trained), "--steps", "1", "-n", "7", "--out", str(tmp_path)]) == 0
+    assert main(["sample", str(trained), "--steps", "2", "-n", "7", "--out", str(tmp_path)]) == 0
     assert len(names(tmp_path)) == 8
     grid = load_png(tmp_path / "grid.png")[0]
     assert grid.shape[1] < 67 * 2  # one row of seven classes, of which four are held
@@ -307,7 +295,7 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(trained, tmp_path, capsy
     newer.write_bytes(b"cut by a full disk")
     older.write_bytes(b"older")
     try:
-        argv = ["--steps", "1", "-n", "1", "--out", str(tmp_path)]
+        argv = ["--steps", "2", "-n", "1", "--out", str(tmp_path)]
         assert main(["sample", str(trained.parent), *argv]) == 0
         assert f"passing over checkpoint {newer} is" in capsys.readouterr().err
         text = load_png(tmp_path / "grid.png")[1]

@@ -290,3 +290,16 @@ def test_the_processes_part_at_the_end(tmp_path, write_config, monkeypatch, erro
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def test_begins_with_given_weights(tmp_path, write_config, capsys) -> None:
+    argv = ["train", "--config", str(write_config(tmp_path))]
+    assert main(argv) == 0
+    first = tmp_path / "run/checkpoint-000000000032.safetensors"
+    capsys.readouterr()
+    assert main([*argv, "--resume", str(first), "--seed", "9"]) == 1
+    assert f"or begin a new run from its weights by init_from = '{first}'" in last_line(capsys)
+    argv += ["--seed", "9", "--init-from", str(first), "--out", str(tmp_path / "next")]
+    assert main(argv) == 0
+    found = read_info(tmp_path / "next/checkpoint-000000000032.safetensors")
+    assert found.config["init_from"] == str(first)

@@ -23,9 +23,11 @@ from k_diffusion.guidance import (
     autoguidance,
     cfg,
     cfg_zero_star,
+    perturbed_attention,
     posterior_sampling,
     pseudo_inverse,
 )
+from k_diffusion.models import UNet
 from k_diffusion.sampling import KSampler, unit_noise
 from k_diffusion.utils.levels import FLOW, VE, Path
 
@@ -93,6 +95,31 @@ def test_every_combination(kind: str, solver: str, path: Path) -> None:
     assert batch.dtype == torch.float32
     for i in range(4):
         alone = draw(kind, solver, path, [5 + i], labels[i : i + 1])
+        assert float((alone - batch[i]).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("prediction", ["edm", "flow"])
+def test_every_combination_of_a_network_with_its_attention_spoilt(
+    prediction: str, solver: str
+) -> None:
+    torch.manual_seed(4)
+    network = UNet(in_channels=2, num_classes=3, channels=8, channel_mults=(1, 1), blocks=1,
+                   attention=(False, True), head_channels=8, prediction=prediction,
+                   time_convention="unit" if prediction == "flow" else "log_sigma")  # fmt: skip
+    for parameter in network.parameters():  # untrained, an attention adds nothing
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    sampler = KSampler(perturbed_attention(network.eval(), 3.0), None, solver)
+    labels, seeds = torch.tensor([0, 1, 2, 1]), [5, 6, 7, 8]
+    noise = unit_noise((2, 8, 8), seeds)
+    batch = sampler.sample(noise, 6, labels, seed=seeds)
+    assert batch.shape == noise.shape
+    assert batch.dtype == torch.float32
+    plain = KSampler(network, None, solver).sample(noise, 6, labels, seed=seeds)
+    assert float((batch - plain).abs().max()) > 0.05
+    for i in range(4):
+        alone = sampler.sample(noise[i : i + 1], 6, labels[i : i + 1], seed=seeds[i : i + 1])
         assert float((alone - batch[i]).abs().max()) < 1e-4
 
 

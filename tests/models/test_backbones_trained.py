@@ -143,21 +143,20 @@ def test_checkpointing_saves_memory_and_changes_no_gradient(name: str) -> None:
 
 
 COMPILED = [
-    pytest.param(name, which, is_told, marks=[pytest.mark.slow] if which or is_told else [])
+    pytest.param(
+        *(name, which, is_told),
+        marks=[pytest.mark.slow] if name != "dit" or which or is_told else [],
+    )
     for name, kind in BACKBONES.items()
     for which in range(len(kind.compiled))
     for is_told in (False, True)
 ]
-"""Of each backbone one always: its code takes some 20 seconds to build, most of it in headers."""
+"""One always: its code takes some 20 seconds to build. That each is one graph is tested below."""
 
 
 @pytest.mark.parametrize(("name", "which", "is_told"), COMPILED)
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # the compiler's own
-def test_it_compiles_as_one_graph(
-    name: str, which: int, is_told: bool, request: pytest.FixtureRequest
-) -> None:
-    if (which or is_told) and "slow" not in request.config.option.markexpr:
-        pytest.skip("one of each backbone is enough for every day: run pytest -m slow")
+def test_it_compiles_as_one_graph(name: str, which: int, is_told: bool) -> None:
     options = told(name) if is_told else {}
     network = build(name, **{**options, **BACKBONES[name].compiled[which]}).eval()
     x, t = inputs(name, network)

@@ -9,10 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from k_diffusion.denoiser import EDMDenoiser
+from k_diffusion.denoiser import EDMDenoiser, EpsDenoiser, FlowDenoiser, VDenoiser, X0Denoiser
 from k_diffusion.guidance import Clamp, apg, cfg
-from k_diffusion.sampling import KSampler, SamplingAdvice
-from k_diffusion.utils.scheduler import KarrasScheduler
+from k_diffusion.sampling import SOLVERS, KSampler, SamplingAdvice
+from k_diffusion.utils.scheduler import (
+    SCHEDULERS,
+    AlignYourStepsScheduler,
+    KarrasScheduler,
+    SimpleScheduler,
+    VPScheduler,
+)
 
 
 class Flat(torch.nn.Module):
@@ -44,6 +50,41 @@ def test_a_sound_run_is_told_nothing(solver: str) -> None:
     assert said(cfg(EDMDenoiser(Flat()), 7.5)) == []
 
 
+KINDS = {
+    "edm": EDMDenoiser,
+    "eps": EpsDenoiser,
+    "v": VDenoiser,
+    "x0": X0Denoiser,
+    "flow": FlowDenoiser,
+}
+
+
+def network(kind: str) -> Flat:
+    made = Flat()
+    made.prediction = kind
+    return made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "custom"])
+def test_every_schedule_as_it_comes_is_told_nothing(kind: str, name: str) -> None:
+    model = KINDS[kind](network(kind))
+    ran, refused = 0, []
+    for steps in (2, 3, 7, 20):
+        try:
+            KSampler(model, name).levels(steps)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        assert said(model, name, steps=steps) == []
+        ran += 1
+    assert all("pure noise" in line for line in refused)  # where this kind has no say
+    assert ran or name in ("flow", "flow_dynamic", "flow_dynamic_linear", "zero_terminal_snr")
+    # A network that carries no process takes the schedule as its own.
+    if ran:
+        assert said(network(kind), name) == []
+
+
 def test_levels_beyond_the_models_range() -> None:
     (line,) = said(EDMDenoiser(Flat()), KarrasScheduler(sigma_max=500.0))
     assert "begins at sigma / alpha = 500, but the model was trained up to 80 only" in line
@@ -51,20 +92,55 @@ def test_levels_beyond_the_models_range() -> None:
     (line,) = said(EDMDenoiser(Flat()), KarrasScheduler(sigma_max=2.0))
     assert "samples come out blurred or alike; give the scheduler a sigma_max of 80" in line
     assert said(EDMDenoiser(Flat()), KarrasScheduler(sigma_max=60.0)) == []
+    assert said(EDMDenoiser(Flat()), KarrasScheduler(sigma_max=14.6)) == []
 
 
-@pytest.mark.parametrize(
-    ("solver", "steps"), [("dpmpp_2m", 1), ("dpmpp_3m_sde", 1), ("unipc", 1), ("ipndm", 2)]
-)
-def test_steps_too_few_for_the_order(solver: str, steps: int) -> None:
-    from k_diffusion.sampling import SOLVERS
+def test_levels_beyond_the_range_of_other_kinds_of_networks() -> None:
+    eps = EpsDenoiser(network("eps"))  # up to 157
+    (line,) = said(eps, KarrasScheduler(sigma_max=1000.0))
+    assert "begins at sigma / alpha = 1000, but the model was trained up to 157.4 only" in line
+    (line,) = said(eps, KarrasScheduler(sigma_max=5.0))
+    assert "samples come out blurred or alike; give the scheduler a sigma_max of 157.4" in line
+    assert said(eps, KarrasScheduler(sigma_max=14.6)) == []  # as Stable Diffusion has it
+    # No end to its levels is as good as an end that is far away.
+    flow = FlowDenoiser(network("flow"))
+    assert said(flow, KarrasScheduler(sigma_max=14.6)) == []
+    assert said(flow, KarrasScheduler(sigma_max=500.0)) == []
+    (line,) = said(flow, KarrasScheduler(sigma_max=5.0))
+    assert "trained up to inf: so little noise" in line
+    assert line.endswith("leave the scheduler's sigma_max open")
+    # Of a schedule without a sigma_max, another way out.
+    (line,) = said(eps, VPScheduler(beta_d=2.0))
+    assert "leave the options of VPScheduler away, or lay karras levels" in line
+    assert said(eps, VPScheduler(beta_d=19.0)) == []
+    # Laid over another process by a schedule that goes as it is told; and where it always begins.
+    assert said(eps, SimpleScheduler(process="scaled_linear")) == []
+    assert said(eps, AlignYourStepsScheduler()) == []
 
-    lines = said(EDMDenoiser(Flat()), solver=solver, steps=steps)
-    expected = steps < SOLVERS[solver].order
-    assert bool(lines) == expected
-    if expected:
-        assert f"are too few for {solver}" in lines[0] or "is too few" in lines[0]
-        assert said(EDMDenoiser(Flat()), solver=solver, steps=SOLVERS[solver].order) == []
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m_sde", "unipc", "heun", "dpm_solver_3"])
+def test_one_step_is_too_few_for_the_order(solver: str) -> None:
+    """It ends at the clean data, and so is one of euler's, whatever the method."""
+    order = SOLVERS[solver].order
+    assert order > 1
+    (line,) = said(EDMDenoiser(Flat()), solver=solver, steps=1)
+    assert line == (
+        f"1 step is too few for {solver}, which is of order {order} only with {order} or more: "
+        "take more steps, or euler"
+    )
+    assert said(EDMDenoiser(Flat()), solver=solver, steps=order) == []
+
+
+def test_two_steps_are_enough_for_order_three_in_each() -> None:
+    """dpm_solver_3 calls the model three times in its first step."""
+    assert SOLVERS["dpm_solver_3"].order == 3
+    assert said(EDMDenoiser(Flat()), solver="dpm_solver_3", steps=2) == []
+
+
+def test_two_steps_are_too_few_for_order_three_by_earlier_steps() -> None:
+    assert SOLVERS["unipc"].order == 3
+    (line,) = said(EDMDenoiser(Flat()), solver="unipc", steps=2)
+    assert line.startswith("2 steps are too few for unipc, which is of order 3 only with 3 or more")
 
 
 def test_images_that_are_not_on_the_models_scale() -> None:

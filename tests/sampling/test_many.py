@@ -156,6 +156,16 @@ def test_the_union_of_several_processes_is_what_one_draws(world, monkeypatch):
         assert (sample - whole[i]).abs().max() <= 1e-6
 
 
+def test_some_of_a_process_s_samples_are_drawn_alone():
+    many = sampler_of().sample_many(7, steps=3, shape=SHAPE, rank=1, world=2)
+    drawn = dict(many.draw([5, 1]))
+    assert list(drawn) == [5, 1]
+    whole = one_by_one(7)
+    assert all((sample - whole[i]).abs().max() <= 1e-6 for i, sample in drawn.items())
+    with pytest.raises(ValueError, match=r"sample 2 is none of process 1's range\(1, 7, 2\)"):
+        many.draw([1, 2])
+
+
 def test_to_disk_as_safetensors_png_or_by_a_function_of_ones_own(tmp_path):
     many = sampler_of().sample_many(3, steps=3, shape=SHAPE, seed=5)
     paths = many.save(tmp_path / "a")

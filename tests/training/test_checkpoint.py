@@ -129,7 +129,9 @@ def test_inference_file_has_one_set_of_weights(saved: Path, tmp_path: Path, tiny
         denoiser, _ = load_denoiser(small)
         for name, tensor in denoiser.network.state_dict().items():
             assert torch.equal(tensor, parts_of(tiny)[part][name])
-    with pytest.raises(CheckpointError, match="holds no model weights, only ema: ask for ema=True"):
+    with pytest.raises(
+        CheckpointError, match="holds no model weights, only ema: ask for the average ema"
+    ):
         load_denoiser(small, ema=False)
 
 

@@ -38,7 +38,7 @@ MISTAKES = [
     ("data.path", "x", "data.path = 'x' is no known key; known: source, split, split_seed"),
     ("data.split", "tests", "data.split = 'tests' is not one of 'train', 'test' or 'all'"),
     ("data.source", "digit", "data: unknown source 'digit'; did you mean 'digits'"),
-    ("data", {}, "data.source is missing; one of digits, folder"),
+    ("data", {}, "data.source is missing; one of digits, folder, archive"),
     ("data", {"source": "folder", "size": 8}, "data.path is missing"),
     ("data", {**FOLDER, "size": 0}, "data.size.0 = 0: input should be greater than"),
     ("data", {**FOLDER, "size": [32, "x"]}, "data.size.1 = 'x': input should be a valid integer"),
@@ -131,7 +131,14 @@ def test_every_key_is_described() -> None:
             assert field.description, f"{kind.__name__}.{name}"
 
     keys(TrainConfig)
-    kinds = ("DigitsConfig", "FolderConfig", "LossConfig", "EmaConfig", "SpikesConfig")
+    kinds = (
+        "ArchiveConfig",
+        "DigitsConfig",
+        "FolderConfig",
+        "LossConfig",
+        "EmaConfig",
+        "SpikesConfig",
+    )
     for kind in (*kinds, "OptimizerConfig"):
         keys(getattr(sections, kind))
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -158,3 +159,41 @@ def test_purposes_keep_their_numbers() -> None:
     assert [purpose.value for purpose in dataset.Purpose] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     names = "INIT ORDER AUGMENT LEVELS NOISE LABELS NETWORK SPLIT CONDITION"
     assert [purpose.name for purpose in dataset.Purpose] == names.split()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 3, 4, 4), (9, 1, 4, 4), (9, 3, 96, 96), (9, 2, 7)])
+@pytest.mark.parametrize("last", [False, True])
+def test_workers_hand_over_what_they_made(
+    dtype: torch.dtype, shape: tuple[int, ...], last: bool
+) -> None:
+    """Small and large, and with strides by which a network may choose how it computes."""
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(50).to(dtype)
+
+    class Strided(ArraySource):
+        def batch(self, indices: torch.Tensor, seeds: Any = None) -> Batch:
+            found = super().batch(indices, seeds)
+            if last and found.images.ndim == 4:
+                rearranged = found.images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+                found = found._replace(images=rearranged)
+            return found
+
+    source = Strided(images, torch.arange(9) % 2, ["a", "b"])
+    stream = Stream(source, 8, seed=1)
+    for step, batch in enumerate(stream.batches(0, 2, workers=1)):
+        expected = stream[step]
+        for name in ("images", "labels", "indices"):
+            ours, theirs = getattr(batch, name), getattr(expected, name)
+            assert ours.dtype == theirs.dtype
+            assert ours.stride() == theirs.stride()
+            assert torch.equal(ours, theirs)
+            ours.zero_()  # it may be written to
+        assert batch.bad == expected.bad
+
+
+def test_small_tensors_take_no_shared_memory() -> None:
+    stream = Stream(ArraySource(torch.zeros(9, 3, 4, 4)), 8, seed=1)
+    packed = dataset._packed(stream[0])
+    assert not any(isinstance(t, torch.Tensor) for t in packed[:3])
+    large = Stream(ArraySource(torch.zeros(9, 3, 96, 96)), 8, seed=1)
+    assert isinstance(dataset._packed(large[0]).images, torch.Tensor)

@@ -25,8 +25,9 @@ from k_diffusion.training.explain import (
     documented,
     narrowed,
 )
+from k_diffusion.training.extra_losses import LOSSES
 from k_diffusion.training.loss import DENSITIES, WEIGHTINGS
-from k_diffusion.training.sections import StrictConfig
+from k_diffusion.training.sections import COURSE_OPTIONS, StrictConfig
 from k_diffusion.training.words import takes, toml, toml_tables
 from k_diffusion.utils.scheduler import SCHEDULERS, Spacing
 
@@ -86,6 +87,41 @@ def test_what_registries_hold_is_said_with_all_options(sections: Any) -> None:
             options = inspect.signature(function).parameters.values()
             wanted = [f"loss.{key}_options.{o.name}" for o in options if o.kind is o.KEYWORD_ONLY]
             assert [entry.key for entry in sections[f"loss.{key}.{name}"].entries] == wanted
+
+
+def test_courses_are_said_with_what_they_take(sections: Any) -> None:
+    for name, options in COURSE_OPTIONS.items():
+        title = sections[f"optimizer.schedule.{name}"].title
+        assert re.findall(r"optimizer\.(\w+)", title) == list(options), name
+    found = narrowed(list(sections.values()), "optimizer.schedule.cosine")
+    assert as_text(found).startswith("== optimizer.schedule.cosine: Half a cosine from lr down")
+
+
+def test_extra_losses_are_said_with_their_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sharp(outcome: Any, *, power: float = 2.0) -> Any:
+        """Of edges.
+
+        Args:
+            power: of the differences.
+        """
+
+    class Deep(nn.Module):
+        """Of a network."""
+
+        def __init__(self, *, layer: int, scale: float | None = None) -> None: ...
+
+    monkeypatch.setitem(LOSSES, "sharp", sharp)
+    monkeypatch.setitem(LOSSES, "deep", Deep)
+    assert as_text(narrowed(config_sections(), "loss.extra.sharp")) == (
+        "== loss.extra.sharp: Of edges.\n\n"
+        "loss.extra.sharp.weight = 1.0\n    number above 0\n    What its mean is multiplied by.\n\n"
+        "loss.extra.sharp.power = 2.0\n    number\n    Of the differences."
+    )
+    (deep,) = narrowed(config_sections(), "loss.extra.deep")
+    assert [(e.key, e.takes, e.default) for e in deep.entries[1:]] == [
+        ("loss.extra.deep.layer", "whole number", None),
+        ("loss.extra.deep.scale", "number", ""),
+    ]
 
 
 def test_what_comes_anew_appears_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

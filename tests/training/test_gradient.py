@@ -17,10 +17,10 @@ from k_diffusion.training.dataset import Purpose
 from k_diffusion.training.gradient import (
     OutOfMemory,
     even_parts,
-    is_out_of_memory,
     largest_that_fits,
 )
 from k_diffusion.utils.maths import fold_seed
+from k_diffusion.utils.memory import is_out_of_memory
 
 MakeConfig = Callable[..., TrainConfig]
 FLOW = {"type": "tiny", "num_classes": 10, "prediction": "flow", "time_convention": "unit"}
@@ -244,5 +244,8 @@ def test_one_image_that_does_not_fit_ends_the_run(make_run_config: MakeConfig, t
 def test_what_counts_as_out_of_memory() -> None:
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert is_out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error"))
+    assert is_out_of_memory(RuntimeError("FATAL ERROR :: MODULE:PT_DEVMEM Allocation failed"))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert not is_out_of_memory(KeyboardInterrupt())

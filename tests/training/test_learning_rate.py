@@ -101,6 +101,14 @@ def test_every_course_is_known_to_the_config() -> None:
         ({"schedule": "inverse_sqrt"}, "decay_images is missing, which schedule = 'inverse_sqrt'"),
         ({"warmup_images": 3, "warmup_decay": 0.5}, "warmup_decay = 0.5 takes the place of"),
         ({"warmup_decay": 1.0}, "optimizer.warmup_decay = 1.0: input should be less than 1"),
+        (
+            {"schedule": "exponential", "decay_images": 1, "decay": 2.0},
+            "optimizer.decay = 2.0: input should be less than or equal to 1",
+        ),
+        (
+            {"schedule": "inverse", "decay_images": 1, "lr": 1e-4, "min_lr": 1e-2},
+            "optimizer.min_lr = 0.01 is above lr = 0.0001, so that nothing would fall: give at mo",
+        ),
         ({"momentum": 0.9}, "optimizer.momentum = 0.9 is for type = 'muon': leave it out"),
         ({"type": "lion"}, "optimizer.type = 'lion' is not one of 'adamw' or 'muon'"),
     ],

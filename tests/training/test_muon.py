@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from k_diffusion.models import make_model
-from k_diffusion.training.config import ConfigError
+from k_diffusion.models import MODELS, make_model
+from k_diffusion.training.checkpoint import read_checkpoint
+from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.muon import COEFFICIENTS, STEPS, Muon, hidden_weights, orthogonalize
 from k_diffusion.training.optimizer import make_optimizer
 from k_diffusion.training.sections import OptimizerConfig
+from k_diffusion.training.shards import is_cut
+from k_diffusion.training.trainer import Trainer
 
 
 def polynomial(s: Tensor) -> Tensor:
@@ -285,48 +287,98 @@ def test_a_network_without_hidden_weights_is_refused() -> None:
 
 # ---------------------------------------------------------------- sharded
 
-SHARDED = """
-import sys
-import torch
-from torch import distributed as dist, nn
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
-from k_diffusion.training.muon import Muon
 
-dist.init_process_group("gloo", init_method=sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-shapes = [(5, 4), (5, 4), (7, 3, 3, 3), (6, 6)]  # 5 and 7 rows: the processes' parts are unequal
-whole = [nn.Parameter(torch.randn(s)) for s in shapes]
-places = [[Shard(0)], [Shard(1)], [Shard(0)], [Replicate()]]
-parts = [nn.Parameter(distribute_tensor(p.data, mesh, at)) for p, at in zip(whole, places)]
-biases = [nn.Parameter(torch.ones(3)) for _ in range(2)]
-optimizers = [Muon(w, [b], lr=0.1, weight_decay=0.1) for w, b in zip((whole, parts), biases)]
-for step in range(3):
-    for p, q, at in zip(whole, parts, places):
-        p.grad = torch.randn(p.shape)
-        q.grad = distribute_tensor(p.grad, mesh, at)
-    for bias in biases:
-        bias.grad = torch.ones(3)
-    for optimizer in optimizers:
-        optimizer.step()
-    for p, q, at in zip(whole, parts, places):
-        assert list(q.placements) == at
-        assert (p - q.full_tensor()).abs().max() < 1e-6, (p.shape, at)
-        average = optimizers[1].state[q]["momentum"]
-        assert list(average.placements) == at
-dist.destroy_process_group()
-"""
+def sharded(folder: Path) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
-
-def test_sharded_weights_move_as_whole_ones(tmp_path: Path) -> None:
-    meeting = f"file://{tmp_path / 'meeting'}"
-    command = [sys.executable, "-W", "ignore", "-c", SHARDED, meeting]
-    processes = [
-        subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+    mesh = init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    shapes = [(5, 4), (5, 4), (7, 3, 3, 3), (6, 6)]  # 5 and 7 rows: processes' parts are unequal
+    whole = [nn.Parameter(torch.randn(s)) for s in shapes]
+    places: list[Any] = [[Shard(0)], [Shard(1)], [Shard(0)], [Replicate()]]
+    parts: list[Any] = [
+        nn.Parameter(distribute_tensor(p.data, mesh, at))
+        for p, at in zip(whole, places, strict=True)
     ]
-    words = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], words
+    biases = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizers = [
+        Muon(weights, [bias], lr=0.1, weight_decay=0.1)
+        for weights, bias in zip((whole, parts), biases, strict=True)
+    ]
+    for _ in range(3):
+        for p, q, at in zip(whole, parts, places, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = distribute_tensor(p.grad, mesh, at)
+        for bias in biases:
+            bias.grad = torch.ones(3)
+        for optimizer in optimizers:
+            optimizer.step()
+        for p, q, at in zip(whole, parts, places, strict=True):
+            assert list(q.placements) == at
+            assert (p - q.full_tensor()).abs().max() < 1e-6, (p.shape, at)
+            average = optimizers[1].state[q]["momentum"]
+            assert list(average.placements) == at
+
+    trained_in_shards(folder)
+
+
+def turned(base: Any, make_config: Callable[..., TrainConfig], parallel: str) -> TrainConfig:
+    """The config of a network with hidden weights of 8 and of 11 rows: unequal parts for two."""
+
+    class Turned(base):  # type: ignore[misc]
+        hidden_weights = ("enter.weight", "classes.weight")
+
+    MODELS["turned"] = Turned
+    model = {"type": "turned", "num_classes": 10, "prediction": "edm", "sigma_data": "auto"}
+    return make_config(
+        model={**model, "time_convention": "log_sigma"},
+        total_images=6 * 32,
+        parallel=parallel,
+        optimizer={"type": "muon", "lr": 1e-2, "weight_decay": 0.1},
+    )
+
+
+def trained_in_shards(folder: Path) -> None:
+    """A run to its end, and one that goes on from shards and from a file of its middle."""
+    import conftest
+
+    config = turned(conftest.Blocks, conftest.config_of, "fsdp")
+    for state in (trainer := Trainer(config)):
+        if state.step == 3:
+            trainer.save(folder / "half")
+            trainer.save(folder / "half.safetensors")
+    trainer.save(folder / "whole.safetensors")
+    assert is_cut(trainer.optimizer.state[trainer.network.classes.weight]["momentum"])
+    for half in ("half", "half.safetensors"):
+        resumed = Trainer(config, resume=folder / half)
+        assert [state.step for state in resumed] == [4, 5, 6]
+        resumed.save(folder / f"from-{half}.safetensors")
+
+
+def contents(path: Path) -> dict[str, Tensor]:
+    _, parts = read_checkpoint(path, ["model", "ema", "optimizer"])
+    return {f"{part}/{n}": t for part, named in parts.items() for n, t in named.items()}
+
+
+def test_sharded_weights_move_as_whole_ones(
+    launch: Callable[..., list[str]],
+    make_run_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launch(__file__, "sharded")
+    whole = contents(tmp_path / "whole.safetensors")
+    assert {"optimizer/enter.weight/momentum", "optimizer/classes.weight/momentum"} <= set(whole)
+    for half in ("half", "half.safetensors"):
+        resumed = contents(tmp_path / f"from-{half}.safetensors")
+        assert [n for n in whole if not torch.equal(whole[n], resumed[n])] == [], half
+    monkeypatch.setitem(MODELS, "turned", None)  # so that it goes again
+    trainer = Trainer(turned(MODELS["blocks"], make_run_config, "ddp"))
+    list(trainer)
+    trainer.save(tmp_path / "alone.safetensors")
+    for name, tensor in contents(tmp_path / "alone.safetensors").items():
+        if not name.endswith("calls"):
+            assert (tensor - whole[name]).abs().max() < 1e-5, name
 
 
 def test_a_group_that_comes_later_is_of_the_rest() -> None:

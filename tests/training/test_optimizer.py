@@ -217,6 +217,32 @@ def test_weights_that_are_left_out_neither_learn_nor_count(make_run_config: Make
     assert changed == {"leave.weight", "leave.bias"}
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_groups_keep_their_shares_of_the_largest_rate(
+    make_run_config: MakeConfig, tmp_path: Path, kind: Any
+) -> None:
+    """The config's course is that of the group that was given the largest."""
+
+    def make(network: Any) -> torch.optim.Optimizer:
+        return kind(
+            [
+                {"params": network.enter.parameters(), "lr": 1e-4},
+                {"params": network.leave.parameters()},
+                {"params": network.time.parameters(), "lr_scale": 3.0},
+            ],
+            lr=1e-1,
+        )
+
+    config = make_run_config(optimizer={"lr": 1e-2, "schedule": "cosine"})
+    trainer = Trainer(config, optimizer=make)
+    for state in itertools.islice(trainer, 3):
+        rates = [group["lr"] for group in trainer.optimizer.param_groups]
+        assert rates == pytest.approx([1e-3 * state.lr, state.lr, 3 * state.lr], rel=1e-12)
+    trainer.save(tmp_path / "three.safetensors")
+    again = Trainer(config, optimizer=make, resume=tmp_path / "three.safetensors")
+    assert [g.get("lr_scale") for g in again.optimizer.param_groups] == [1e-3, None, 3.0]
+
+
 def test_a_run_takes_an_optimizer(make_run_config: MakeConfig) -> None:
     made: list[torch.optim.Optimizer] = []
 

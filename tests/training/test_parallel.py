@@ -21,7 +21,6 @@ from k_diffusion.models import MODELS
 from k_diffusion.training.checkpoint import read_checkpoint, read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits
-from k_diffusion.training.devices import leave_processes
 from k_diffusion.training.health import ONLY_NORM, BadStep, joined
 from k_diffusion.training.inputs import Inputs
 from k_diffusion.training.parallel import Processes, blocks_of, check_processes
@@ -267,11 +266,11 @@ def test_out_of_memory_with_a_number_ends_the_run(launch: Launch) -> None:
 
 
 PROGRAM = {
-    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"],
     "accelerate": [
         *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--dynamo_backend", "no", "--mixed_precision", "no"),
-        "--main_process_port",
+        *("--main_process_port", "0"),  # one that is free
     ],
 }
 
@@ -303,8 +302,7 @@ def test_launched_stopped_and_resumed(launch: Launch, tmp_path: Path) -> None:
     arguments = ["-m", "k_diffusion.cli", "train", "--config", str(config), "--out", str(out)]
 
     def start(program: str, *options: str) -> subprocess.Popen[str]:
-        port = str(20000 + os.getpid() % 20000)
-        command = [sys.executable, *PROGRAM[program], port, *arguments, *options]
+        command = [sys.executable, *PROGRAM[program], *arguments, *options]
         return subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -413,8 +411,3 @@ def test_reports_of_several_processes_are_one() -> None:
     norm = joined([report((), 0, 1.0, ONLY_NORM), report((), 0, 3.0, "the gradient of a")])
     assert (norm.sigmas, norm.where) == ((1.0, 6.0), "the gradient of a")
     assert joined([report((), 0, 1.0, ONLY_NORM)]).where == ONLY_NORM
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
-    leave_processes()

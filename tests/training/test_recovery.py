@@ -19,6 +19,7 @@ from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits, Stream
 from k_diffusion.training.retention import list_checkpoints
 from k_diffusion.training.run import RunResult, run_training
+from k_diffusion.training.snapshots import list_snapshots
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
 
 MakeConfig = Callable[..., TrainConfig]
@@ -181,6 +182,35 @@ def test_the_last_steps_may_be_passed_over(make_run_config: MakeConfig, tmp_path
     again, said = run(config, resume="auto", source=planted([18, 19, 20]))
     assert again.sha256 == result.sha256
     assert not said
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_an_end_that_is_passed_over_is_a_run_s_end(
+    make_run_config: MakeConfig, stopped: bool
+) -> None:
+    """Snapshot, line and checkpoint of the last moment; where nothing is left of a resume, too."""
+    averages = {"profiles": [0.1], "snapshot_every_images": 320}
+    changes = {**WATCHED, "checkpoint_every_images": 32, "ema": averages}
+    config, source = make_run_config(**changes), planted([18, 19, 20])
+
+    def stop(trainer: Trainer, state: TrainState) -> None:
+        if stopped and state.step == 20:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    result, _ = run(config, source=source, on_step=stop)
+    if stopped:
+        assert result.checkpoint.name == "checkpoint-000000000544.safetensors"  # after step 17
+        result, _ = run(config, resume="auto", source=source)
+    assert result.checkpoint.name == "checkpoint-000000000640.safetensors"
+    assert result.checkpoint in list_checkpoints(config.out)
+    assert [s.images_seen for s in list_snapshots(config.out)] == [320, 640]
+    snapshot = read_checkpoint(list_snapshots(config.out)[-1].path, ["ema_0.1"])[1]["ema_0.1"]
+    end = read_checkpoint(result.checkpoint, ["ema_0.1"])[1]["ema_0.1"]
+    assert all(torch.equal(snapshot[name], end[name]) for name in end)
+    first, last = [x for x in events(result, "train") if x["images_seen"] == 640]
+    assert first["loss"] > 10 > last["loss"]  # of the steps that diverged; of those that stand
+    assert (last["step"], last["skipped_steps"], last["ema_decay"]) == (20, 0, 1.0)
+    assert last["lr"] == config.optimizer.lr
 
 
 def test_two_spikes_and_one_roll_back(make_run_config: MakeConfig, tmp_path: Path) -> None:

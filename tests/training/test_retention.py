@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from k_diffusion.training import retention, run_training
+from k_diffusion.training.checkpoint import CheckpointError
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.retention import (
     checkpoint_path,
@@ -179,3 +180,46 @@ def test_what_a_kill_left_of_shards_is_in_nobodys_way(
     (tmp_path / ".x.old.tmp" / "shard").touch()
     trainer.save(tmp_path / "x")
     assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of the storage of shards
+def test_shards_that_a_kill_left_without_their_name_have_it_again(
+    make_run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, folder = Trainer(make_run_config()), tmp_path / "checkpoint-000000000000"
+    old, new = (folder.with_name(f".{folder.name}{end}") for end in (".old.tmp", ".tmp"))
+    trainer.save(folder)
+    rename = Path.rename
+
+    def killed(self: Path, target: Path) -> None:
+        if self == new:
+            raise OSError("killed")
+        rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        for _ in range(2):  # the second write finds what the first left, and puts it back
+            with pytest.raises(CheckpointError, match="killed"):
+                trainer.save(folder)
+            assert [path.exists() for path in (old, folder)] == [True, False]
+    result = run_training(
+        make_run_config(out=str(tmp_path), total_images=32), resume="auto", progress=False
+    )
+    assert result.resumed_from == folder
+    assert not old.exists()
+
+
+def test_what_a_run_was_removing_stays_away(tmp_path: Path) -> None:
+    """It is no checkpoint any more: a part of it may be gone."""
+    folder = checkpoint_path(tmp_path, 32, sharded=True)
+    folder.mkdir()
+    (folder / "shard").touch()
+    removed: list[Path] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retention.shutil, "rmtree", removed.append)
+        retention._remove(folder)
+    assert [path.exists() for path in removed] == [True]
+    retention.put_back(tmp_path)
+    assert not folder.exists()
+    retention.remove_half_written(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from k_diffusion.models import MODELS
 from k_diffusion.training import load_denoiser, sharded
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint, read_info
 from k_diffusion.training.config import TrainConfig
-from k_diffusion.training.devices import leave_processes
 from k_diffusion.training.resume import check_agreed
 from k_diffusion.training.run import latest_checkpoint, list_checkpoints, run_training
 from k_diffusion.training.trainer import Trainer, TrainState
@@ -221,8 +219,3 @@ def damages(shards: Path, run: Path) -> None:
         read_checkpoint(copy, PARTS)
     assert not (run / "ran").exists()
     shutil.rmtree(copy)
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
-    leave_processes()
