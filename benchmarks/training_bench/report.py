@@ -114,7 +114,18 @@ def page(results: Mapping[str, Any]) -> str:
     head = ("library", "average", "images/s", *names, "a batch, ms")
     parts = [text, table(head, rows), "## Goals and what was measured\n"]
     parts.append(table(("goal", "bound", "measured", ""), goals(results)))
+    parts.append(_defaults(results["rows"]))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _defaults(rows: Sequence[Row]) -> str:
+    """What unequal defaults give: ours, in the first row, beside theirs, in the last."""
+    ours, theirs = rows[0], rows[-1]
+    share = ours["outside, ms"] / theirs["outside, ms"]
+    return (
+        f"Each with its own default, ours {ours['setting']} beside theirs {theirs['setting']}: "
+        f"{share:.3f} of the time outside.\n"
+    )
 
 
 def write(results: Mapping[str, Any], docs: Path) -> None:

@@ -69,9 +69,9 @@ class Gallery:
 
     def clear(self, numbers: Sequence[int]) -> None:
         """Remove what killed processes left of files that they were writing."""
-        for name in (*(self.names[i] for i in numbers), GRID):
-            for left in self.folder.glob(f".{name}.*.tmp"):
-                left.unlink(missing_ok=True)
+        from k_diffusion.utils.images import clear_unfinished
+
+        clear_unfinished(self.folder, {*(self.names[i] for i in numbers), GRID})
 
     def write(self, i: int, image: torch.Tensor) -> None:
         """Write one image, float in [-1, 1], shape (channels, height, width)."""

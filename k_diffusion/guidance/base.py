@@ -172,7 +172,7 @@ def check_scale(name: str, scale: Any) -> None:
                 f"shape {tuple(scale.shape)}"
             )
     elif not callable(scale) and not (isinstance(scale, str) and scale.isidentifier()):
-        got = repr(scale) if isinstance(scale, str) else type(scale).__name__
+        got = type(scale).__name__ + (f" {scale!r}" if isinstance(scale, str) else "")
         raise TypeError(
             f"{name} must be a number, a tensor of one a sample, a function of sigma / alpha, or "
             f"the name of a keyword that is one, got {got}"

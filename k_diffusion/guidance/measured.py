@@ -148,7 +148,7 @@ class _Towards(Holder):
     def __init__(
         self, measured: Tensor | str, score: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> None:
-        self.measured, self._score = measured, score
+        self.measured, self.score = measured, score
 
     def held(self) -> tuple[Held, ...]:
         """See `Holder`."""
@@ -156,7 +156,7 @@ class _Towards(Holder):
 
     def __call__(self, x0: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """See `Score`."""
-        return self._score(x0, sigma, Held(self, "measured").of(condition))
+        return self.score(x0, sigma, Held(self, "measured").of(condition))
 
 
 class _Spread:

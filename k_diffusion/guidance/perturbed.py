@@ -76,7 +76,8 @@ class Perturbed:
                 "perturbed-attention guidance needs a denoiser around a network of this library, "
                 f"got {type(denoiser).__name__}"
             )
-        self.modules = list(self_attentions(network, names).values())
+        chosen = self_attentions(network, names)
+        self.names, self.modules = tuple(chosen), list(chosen.values())
 
     def __call__(
         self, denoiser: Any, x: Tensor, sigma: Tensor, condition: Keywords

@@ -139,23 +139,29 @@ class ZeroStar:
     """CFG-Zero*: the second velocity is first scaled to lie as near to the first as it can.
 
     s u_v + w (d_v - s u_v), in the velocities d_v and u_v along the path, s = <d_v, u_v> / |u_v|²
-    for each sample; and no motion at all in the first calls, where a velocity is least true (Fan et
-    al. 2025, arXiv:2503.18886, eqs. 8 to 10). w = 0 is s u_v, not u_v. The velocity is dx by dsigma
-    but for a factor: that of a flow, the v of a variance-preserving path, and the noise on a
-    variance-exploding one.
+    for each sample; and no motion at all in the first calls from pure noise, where a velocity is
+    least true (Fan et al. 2025, arXiv:2503.18886, eqs. 8 to 10). w = 0 is s u_v, not u_v. The
+    velocity is dx by dsigma but for a factor: that of a flow, the v of a variance-preserving path,
+    and the noise on a variance-exploding one.
 
     Args:
-        still: calls at the start of a run that leave x where it is.
+        still: calls at the start of a run that leave x where it is; of a run from pure noise
+            (alpha = 0). One from an image, or on the variance-exploding path, holds a signal at
+            once, and the noise that its first step would take away would stay.
     """
 
     def __init__(self, still: int = 1) -> None:
         if isinstance(still, bool) or not isinstance(still, int) or still < 0:
             raise ValueError(f"still must be a whole number of calls, 0 or more, got {still!r}")
         self.still = still
+        self._from_noise: object = self  # the last run that was seen to begin at pure noise
 
     def __call__(self, pair: Pair, scale: Any) -> Tensor:
         """See `Rule`."""
-        if pair.call is not None and pair.call.k < self.still:
+        call = pair.call
+        if call is not None and call.k == 0:
+            self._from_noise = call.run if call.level.alpha == 0 else self
+        if call is not None and call.k < self.still and call.run is self._from_noise:
             return _estimate(torch.zeros_like(pair.d), pair)
         first, second = (_velocity(estimate, pair) for estimate in (pair.d, pair.u))
         share = _dot(first, second) / _dot(second, second).clamp_min(1e-30)

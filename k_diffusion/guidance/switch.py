@@ -56,8 +56,9 @@ class SwitchAt(Wrapper):
                 )
         same = refiner.path is self.denoiser.path
         self.refiner: Any = refiner if same else OnPath(refiner, self.denoiser.path)
-        self._noisy = Interval(float(ratio))
-        self._told = told
+        self.ratio = float(ratio)
+        self._noisy = Interval(self.ratio)
+        self.told = told
 
     @property
     def float64_sigma(self) -> bool:
@@ -95,10 +96,10 @@ class SwitchAt(Wrapper):
         return _either(inside, d, refined)
 
     def _refined(self, condition: dict[str, Any]) -> dict[str, Any]:
-        if self._told is None:
+        if self.told is None:
             return self.passed(condition, self.refiner)
         own = {k: v for k, v in condition.items() if k in keywords_of(self.refiner)}
-        return {**self._told(without(condition, keywords_of(self))), **own}
+        return {**self.told(without(condition, keywords_of(self))), **own}
 
 
 class OnPath(Wrapper):

@@ -61,6 +61,7 @@ from k_diffusion.sampling.likelihood import (
     HutchinsonTrace,
     Likelihood,
     bits_per_dimension,
+    dequantise,
     invert,
     log_density,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "append_zero",
     "bits_per_dimension",
     "default_noise_sampler",
+    "dequantise",
     "find_solver",
     "get_ancestral_step",
     "get_sigmas_exponential",

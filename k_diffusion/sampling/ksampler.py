@@ -17,13 +17,14 @@ from k_diffusion.sampling.advice import SamplingAdvice, advice
 from k_diffusion.sampling.auto_steps import make_auto
 from k_diffusion.sampling.enhance import Enhance, make_enhance
 from k_diffusion.sampling.finish import Normalise, make_finish, with_known
-from k_diffusion.sampling.many import Many, as_keywords, described
+from k_diffusion.sampling.many import Many, as_keywords
 from k_diffusion.sampling.masks import Resample, make_resample, make_stages
 from k_diffusion.sampling.noise import NoiseSource
 from k_diffusion.sampling.passes import Passes
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
 from k_diffusion.sampling.preview import Preview
 from k_diffusion.sampling.registry import SOLVERS, Solver
+from k_diffusion.sampling.settings import described, described_model
 from k_diffusion.sampling.start import Start, make_start, whole
 from k_diffusion.sampling.walk import NOISES, NoiseSampler, Walk, noise_maker
 from k_diffusion.sampling.watch import Flag, Recorder, Result, Watchers
@@ -233,10 +234,10 @@ class KSampler:
             normalise: of the result: "clamp" to [-1, 1]; "dynamic", see `finish.dynamic`; or a
                 function of samples. What a mask keeps stays as it is.
             to: "uint8": the result's [-1, 1] as 0..255.
-            on_nan: the result is read once, at its end. If it is not finite, the run is done again
-                to find the first call and module that were not. "raise": FloatingPointError says
-                so. "report": a RuntimeWarning does, and the result is returned; from an adaptive
-                solver there is none.
+            on_nan: the result is read once, at its end. If it is not finite, the run is done again,
+                callback included, to find the first call and module that were not. "raise":
+                FloatingPointError says so. "report": a RuntimeWarning does, and the result is
+                returned; from an adaptive solver there is none.
 
         Returns:
             Samples, shape (B, C, ...), in the scale of the data that the model was trained on; or a
@@ -354,14 +355,16 @@ class KSampler:
         Args:
             n: how many, in all processes together.
             steps, condition: see `sample`. A condition's tensors have n rows, one per sample, or
-                one for all; or a function that is given a list of samples' numbers.
+                one for all; lists of length n an item per sample. Or a function that is given a
+                list of samples' numbers.
             shape: of one sample, (C, H, W) say; None: that of init.
             seed: sample i has seed + i; or n seeds.
             batch_size: samples at a time, at first. "auto": 64.
             rank, world: the number of this process and how many there are, each of which draws
                 every world-th sample. None: as torch.distributed or torchrun's variables say.
             progress: show a bar with the samples drawn and the time left.
-            options: those of `sample`; init and mask with n rows or one.
+            options: those of `sample`; init and mask with n rows or one; a mask of
+                fewer dimensions than init is one for all.
 
         Example:
             >>> sampler = KSampler(lambda x, sigma: x / (1 + sigma[0] ** 2), "karras", "heun")
@@ -390,7 +393,7 @@ class KSampler:
     def settings(self) -> dict[str, str]:
         """What a sample depends on beside the weights, by name, as text."""
         return {
-            "model": type(self.model).__name__,
+            "model": described_model(self.model),
             "scheduler": described(self.scheduler),
             "solver": self.solver.name,
             "options": str(dict(sorted(self.options.items()))),

@@ -23,7 +23,9 @@ from k_diffusion.utils.levels import Level
 from k_diffusion.utils.maths import fold_seed
 
 PROBES = 3
-"""Stream of a seed that the probes are drawn from; noise takes 1 and 2."""
+"""Stream of a seed that the probes are drawn from; noise takes 1, 2 and 4 to 6."""
+DEQUANTISED = 7
+"""That of dequantisation."""
 TOLERANCE = StepControl(rtol=1e-5, atol=1e-5)
 
 
@@ -210,6 +212,36 @@ def bits_per_dimension(nats: Tensor, dimensions: int, width: float = 2 / 255) ->
     section 3.1 (the density bounds the code length only for data dequantised by uniform noise).
     """
     return -(nats / dimensions + math.log(width)) / math.log(2)
+
+
+def dequantise(images: Tensor, seeds: Sequence[int], width: float = 2 / 255) -> Tensor:
+    """Images of whole values as samples of a density: each value uniform within its own width.
+
+    The bits of the result (`bits_per_dimension`, of the same width) are, in the mean over the
+    seeds, no fewer than those that the images themselves take.
+
+    Args:
+        images: bytes, shape (B, ...); v stands for -1 + width v.
+        seeds: one per image, which makes its noise its own.
+        width: distance of neighbouring values in data units.
+
+    Returns:
+        Data in data units, shape (B, ...), float32.
+
+    Raises:
+        TypeError, ValueError: other values than bytes, or not as many seeds.
+
+    Source: Theis et al. 2016, arXiv:1511.01844, section 3.1.
+    """
+    if images.dtype is not torch.uint8:
+        raise TypeError(f"images must be bytes (torch.uint8) to dequantise, got {images.dtype}")
+    if len(seeds) != len(images):
+        raise ValueError(f"{len(images)} images need as many seeds, got {len(seeds)}")
+    noise = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(fold_seed(seed, DEQUANTISED))
+        noise.append(torch.rand(images.shape[1:], generator=generator))
+    return (images + torch.stack(noise).to(images.device) - 0.5) * width - 1
 
 
 def invert(

@@ -6,7 +6,6 @@ or process draws it, nor whether a run was broken off before.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import json
@@ -19,8 +18,10 @@ import torch
 from torch import Tensor
 
 from k_diffusion.guidance.held import bound_rows, check_bound
+from k_diffusion.sampling.masks import wide_shape
+from k_diffusion.sampling.settings import described, digest_rows
 from k_diffusion.sampling.start import whole
-from k_diffusion.utils.images import save_png, write_whole
+from k_diffusion.utils.images import clear_unfinished, save_png, write_whole
 from k_diffusion.utils.memory import is_out_of_memory, release_memory
 
 AUTO_BATCH = 64
@@ -28,6 +29,7 @@ AUTO_BATCH = 64
 SETTINGS = "settings.json"
 _OWN = ("x", "seeds", "trajectory", "details")
 _PER_SAMPLE = ("init", "mask")
+TOLD = "conditions and images, one digest a sample"
 
 
 class Many:
@@ -86,6 +88,14 @@ class Many:
             raise ValueError(f"{n} samples need as many seeds, got {len(self._seed)}")
         self._progress = progress
         self._options = dict(options)
+        mask = options.get("mask")
+        if isinstance(mask, Tensor) and mask.ndim <= len(self.shape):  # (H, W), say: for all
+            wide = wide_shape(tuple(mask.shape), len(self.shape) + 1)
+            self._options["mask"] = mask.reshape(wide)
+        for name in _PER_SAMPLE:
+            _check_rows(self._options.get(name), n, name)
+        if not callable(condition):
+            _check_rows(condition, n, "condition")
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -122,7 +132,8 @@ class Many:
 
         A file is whole or not there, so that a run which was broken off in any way goes on where
         it was when it is started again. Beside them stand the settings; a folder of other settings
-        is refused. (Weights, conditions and images are not compared.)
+        is refused, that of other guidance, conditions and images included. (Weights are not
+        compared, nor what a function of samples' numbers returns.)
 
         Args:
             folder: made where it is missing.
@@ -145,9 +156,7 @@ class Many:
         folder.mkdir(parents=True, exist_ok=True)
         paths = {i: folder / f"{i:06d}{suffix}" for i in self.indices}
         self._check_settings(folder, suffix)
-        for path in paths.values():  # of a process that was killed while it wrote
-            for left in folder.glob(f".{path.name}.*.tmp"):
-                left.unlink(missing_ok=True)
+        clear_unfinished(folder, {path.name for path in paths.values()})
         there = {entry.name for entry in os.scandir(folder)}
         missing = [i for i, path in paths.items() if path.name not in there]
         for i, sample in self.draw(missing):
@@ -207,14 +216,21 @@ class Many:
             condition = _rows(self._condition, chosen, self._n)
         if self._bound:
             condition = {**_rows(self._bound, chosen, self._n), **as_keywords(condition)}
-        options = dict(self._options)
-        for name in _PER_SAMPLE:
-            if name in options:
-                options[name] = _rows(options[name], chosen, self._n)
+        options = {**self._options, **self._images(chosen)}
         seeds = [self._seed_of(i) for i in chosen]
         return self._sampler.sample(
             None, self._steps, condition, shape=self.shape, seeds=seeds, **options
         )
+
+    def _images(self, chosen: Sequence[int]) -> dict[str, Any]:
+        options = self._options
+        return {
+            name: _rows(options[name], chosen, self._n) for name in _PER_SAMPLE if name in options
+        }
+
+    def _told(self, i: int) -> Any:
+        """All that sample i alone is told."""
+        return [_rows(self._condition, [i], self._n), self._images([i])]
 
     def _check_settings(self, folder: Path, suffix: str) -> None:
         """Refuses a folder of other samples; writes down what these are."""
@@ -228,6 +244,10 @@ class Many:
         }
         for name in ("callback", "preview", "cancel", *_PER_SAMPLE):
             settings.pop(name, None)
+        if callable(self._condition):
+            settings["condition"] = described(self._condition)
+        elif self._condition is not None or self._images([]):
+            settings[TOLD] = digest_rows(self._told, self._n)
         if not file.exists():
             other = next(folder.glob(f"[0-9]*{suffix}"), None)
             # Looked for again: another process may have come first, with its settings before all.
@@ -239,13 +259,33 @@ class Many:
         if not file.exists():
             write_whole(file, lambda path: _write_json(path, settings))
         found = json.loads(file.read_text())
+        before, now = found.pop(TOLD, None), settings.pop(TOLD, None)
         for name in sorted({*settings, *found}):
-            before, now = found.get(name), settings.get(name)
-            if before != now:
+            if found.get(name) != settings.get(name):
                 raise ValueError(
-                    f"{folder} holds samples with {name} = {before!r}, and this run has {now!r}: "
+                    f"{folder} holds samples with {name} = {found.get(name)!r}, and this run has "
+                    f"{settings.get(name)!r}: give another folder"
+                )
+        if (before is None) != (now is None):
+            had, has = ("no", "has one") if before is None else ("a", "has none")
+            raise ValueError(
+                f"{folder} holds samples with {had} condition or image, and this run {has}: give "
+                "another folder"
+            )
+        if before is None or now is None:
+            return
+        for i, (one, other) in enumerate(zip(*map(_in_eights, (before, now)), strict=False)):
+            if one != other:
+                raise ValueError(
+                    f"{folder} holds sample {i} with another condition or image than this run's: "
                     "give another folder"
                 )
+        if len(now) > len(before):  # the set has grown
+            write_whole(file, lambda path: _write_json(path, {**settings, TOLD: now}))
+
+
+def _in_eights(text: str) -> list[str]:
+    return [text[place : place + 8] for place in range(0, len(text), 8)]
 
 
 def as_keywords(condition: Any) -> dict[str, Any]:
@@ -270,15 +310,6 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def described(value: Any) -> Any:
-    """A setting as JSON data, the same in every process; of what is no data, its name."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return str(value)
-    return getattr(value, "__qualname__", type(value).__name__)
-
-
 def _written(write: Callable[[Path, Tensor], object], sample: Tensor, path: Path) -> None:
     write(path, sample)
 
@@ -301,18 +332,41 @@ def _count(name: str, value: Any, other: str = "") -> int:
 
 
 def _rows(value: Any, rows: Sequence[int], n: int) -> Any:
-    """The rows of all tensors that have one per sample; one for all is given to each."""
+    """What some samples are told: rows of tensors and items of lists; one for all is given to each.
+
+    Tuples and mappings, and lists of another length, hold such values.
+    """
     if isinstance(value, Tensor):
         if value.ndim and len(value) == n:
             return value[list(rows)]
-        if value.ndim and len(value) == 1:
-            return value.expand(len(rows), *value.shape[1:])
-        return value
+        return value.expand(len(rows), *value.shape[1:]) if value.ndim else value
     if isinstance(value, Mapping):
         return {key: _rows(item, rows, n) for key, item in value.items()}
+    if isinstance(value, list) and len(value) == n:
+        return [value[row] for row in rows]
     if isinstance(value, (list, tuple)):
-        return type(value)(_rows(item, rows, n) for item in value)
+        items = [_rows(item, rows, n) for item in value]
+        if isinstance(value, list):
+            return items
+        make = getattr(type(value), "_make", tuple)  # of a named tuple
+        return make(items)
     return value
+
+
+def _check_rows(value: Any, n: int, name: str) -> None:
+    """Refuses a tensor of which it cannot be told what belongs to which sample."""
+    if isinstance(value, Tensor):
+        if value.ndim and len(value) not in (1, n):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, and there are {n} samples: give one row "
+                "per sample, or one for all ([None] in front)"
+            )
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_rows(item, n, f"{name} {key!r}")
+    elif isinstance(value, (list, tuple)) and not (isinstance(value, list) and len(value) == n):
+        for item in value:
+            _check_rows(item, n, name)
 
 
 def _place(rank: int | None, world: int | None) -> tuple[int, int]:

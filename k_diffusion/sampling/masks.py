@@ -63,7 +63,7 @@ def check_mask(mask: Any, init: Tensor) -> Tensor:
             f"mask must be a tensor, 1 where to repaint and 0 where to keep, got {kind}"
         )
     shape, like = tuple(mask.shape), tuple(init.shape)
-    wide = (1,) * (len(like) - len(shape)) + shape
+    wide = wide_shape(shape, len(like))
     if len(shape) > len(like) or any(m not in (1, n) for m, n in zip(wide, like, strict=True)):
         raise ValueError(
             f"mask has shape {shape}, which does not go with images of shape {like}: give "
@@ -76,6 +76,20 @@ def check_mask(mask: Any, init: Tensor) -> Tensor:
             "mask must hold values from 0 (keep) to 1 (repaint): divide an 8-bit mask by 255"
         )
     return mask.reshape(wide).to(init.dtype)
+
+
+def wide_shape(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The shape of a mask in so many dimensions.
+
+    Raises:
+        ValueError: it lacks one alone, and that may be the batch's or the channels'.
+    """
+    if len(shape) == ndim - 1 >= 2 and shape[0] != 1:
+        raise ValueError(
+            f"mask has shape {shape}, which may be one for each sample or one for each channel: "
+            f"give {(shape[0], 1, *shape[1:])} or {(1, *shape)}"
+        )
+    return (1,) * (ndim - len(shape)) + shape
 
 
 @dataclass(frozen=True)

@@ -62,12 +62,15 @@ def which_samples(x: Tensor) -> str:
     return f"samples {', '.join(map(str, bad[:-1]))} and {bad[-1]}"
 
 
-def explain(replay: Callable[[Told], Any], step_of: Callable[[int], str]) -> str:
+def explain(
+    replay: Callable[[Told], Any], step_of: Callable[[int], str], hook: Told | None = None
+) -> str:
     """Where a run first went wrong, in words.
 
     Args:
         replay: does the run again, and tells of its calls.
         step_of: a call's number, from 0 -> what to call its step.
+        hook: what was told of the calls at first and may have changed them: it is told again.
 
     Returns:
         A part of a sentence that begins with "first".
@@ -76,14 +79,21 @@ def explain(replay: Callable[[Told], Any], step_of: Callable[[int], str]) -> str
 
     def look(k: int, x: Tensor, sigma: Tensor, denoised: Tensor) -> None:
         for what, value in (("the state before", x), ("the model's answer to", denoised)):
-            if is_finite(value):
-                continue
-            bad = (~value.isfinite()).flatten(1)
-            at = sorted(set(sigma.double()[bad.any(1)].tolist()), reverse=True)
-            levels = f"sigma {at[0]:.4g}" + (f" to {at[-1]:.4g}" if len(at) > 1 else "")
-            share = f"{bad.double().mean().item():.2%} of its values"
-            said.append(f"first {what} call {k + 1}{step_of(k)} at {levels}, in {share}")
-            raise _Found
+            check(f"{what} call {k + 1}", value, k, sigma)
+        if hook is not None:
+            hook(k, x, sigma, denoised)
+            for what, value in (("the state", x), ("the model's answer", denoised)):
+                check(f"{what} after the callback of call {k + 1}", value, k, sigma)
+
+    def check(what: str, value: Tensor, k: int, sigma: Tensor) -> None:
+        if is_finite(value):
+            return
+        bad = (~value.isfinite()).flatten(1)
+        at = sorted(set(sigma.double()[bad.any(1)].tolist()), reverse=True)
+        levels = f"sigma {at[0]:.4g}" + (f" to {at[-1]:.4g}" if len(at) > 1 else "")
+        share = f"{bad.double().mean().item():.2%} of its values"
+        said.append(f"first {what}{step_of(k)} at {levels}, in {share}")
+        raise _Found
 
     # An adaptive solver looks itself, and raises.
     with first_bad_module() as modules, suppress(_Found, FloatingPointError):

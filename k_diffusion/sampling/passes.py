@@ -108,14 +108,15 @@ class Passes:
             if not isinstance(walk.solver, AdaptiveSolver):
                 raise
             # It reads errors anyway, and cannot go on from one that is no number.
-            raise FloatingPointError(f"{error}; {explain(walk.run, walk.step_of)}") from error
+            why = explain(walk.run, walk.step_of, self._watchers.callback)
+            raise FloatingPointError(f"{error}; {why}") from error
         finally:
             if bar is not None:
                 bar.close()
         if bar is None and calls is not None:
             self.calls += calls
         self._watchers.end()
-        return walk.checked(x, what, self._warn)
+        return walk.checked(x, what, self._warn, self._watchers.callback)
 
 
 def _check_refinable(walk: Walk) -> None:

@@ -131,12 +131,15 @@ class Walk:
             before += plan.evaluations
         return state
 
-    def checked(self, x: Tensor, what: str, warn: Callable[[str], Any] | None) -> Tensor:
+    def checked(
+        self, x: Tensor, what: str, warn: Callable[[str], Any] | None, hook: Told | None = None
+    ) -> Tensor:
         """The result of `run`, read once; where it is not finite, the run is done again to say why.
 
         Args:
             what: what x is, for the message.
             warn: told of it; None: it is raised.
+            hook: see `explain`.
 
         Raises:
             FloatingPointError: it is not finite.
@@ -146,7 +149,7 @@ class Walk:
         share = (~x.isfinite()).float().mean().item()
         message = (
             f"{what} is not finite in {share:.1%} of its values, in {which_samples(x)}: "
-            f"{explain(self.run, self.step_of)}: {WAY_OUT}"
+            f"{explain(self.run, self.step_of, hook)}: {WAY_OUT}"
         )
         if warn is None:
             raise FloatingPointError(message)

@@ -112,6 +112,7 @@ class Watchers:
 
     Attributes:
         recorder: of the trajectory, or None.
+        callback: the caller's, or None; it may change what it is told of.
 
     Raises:
         TypeError: one of them is not what it must be.
@@ -128,7 +129,7 @@ class Watchers:
                 f"{type(cancel).__name__}"
             )
         self.recorder = Recorder() if trajectory else None
-        self._callback = callback
+        self.callback = callback
         self._preview = None if preview is None else make_preview(preview)
         self._stop = None if cancel is None else _Stop(cancel)
         self._cancel = cancel
@@ -153,7 +154,7 @@ class Watchers:
         if self._preview is not None:
             self._previewer = Previewer(self._preview, x)
             told.append(self._previewer)
-        told += [watcher for watcher in (self._callback, self._stop) if watcher is not None]
+        told += [watcher for watcher in (self.callback, self._stop) if watcher is not None]
         if len(told) < 2:
             return told[0] if told else None
 

@@ -8,7 +8,7 @@ a function that needs it is called.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +57,13 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear_unfinished(folder: Path, names: Collection[str]) -> None:
+    """Remove what killed processes left of files of these names that they were writing."""
+    for name in [entry.name for entry in os.scandir(folder)]:  # one listing, for many names
+        if name.endswith(".tmp") and name[1:-4].rpartition(".")[0] in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def save_png(path: Path | str, image: torch.Tensor, text: Mapping[str, object] = {}) -> None:

@@ -134,6 +134,10 @@ def test_every_run_is_told_from_others_and_by_nothing_else() -> None:
         sampler.sample(torch.randn(2, 1, 2, 2), 3)
     assert len({id(run) for run in runs[:5]}) == 1
     assert len({id(run) for run in runs}) == 2
+    sigmas = torch.tensor([4.0, 2.0, 0.0])
+    for _ in range(2):
+        sample_euler(other, torch.randn(2, 1, 2, 2), sigmas, disable=True)
+    assert len({id(run) for run in runs}) == 4
     assert None not in runs
     assert Call(3, Level(1.0, 1.0), object()) == Call(3, Level(1.0, 1.0))
 

@@ -22,7 +22,7 @@ from k_diffusion.guidance import (
     posterior_sampling,
     pseudo_inverse,
 )
-from k_diffusion.guidance.contrast import batched_call
+from k_diffusion.guidance.contrast import batched_call, null_condition
 from k_diffusion.sampling import AutoSteps, KSampler, invert
 from k_diffusion.utils.levels import VE, Level
 
@@ -263,7 +263,7 @@ def test_what_does_not_fit_says_the_way_out() -> None:
         posterior(MEASURED[:3])(x, sigma)
     with pytest.raises(TypeError, match="mask must be a tensor or a keyword's name, got 3"):
         Part({}, 1.0, 3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="scale must be a number, .* got '3 x'"):
+    with pytest.raises(TypeError, match="scale must be a number, .* got str '3 x'"):
         cfg(Mixture(), "3 x")
     with pytest.raises(TypeError, match="scale must be a number, .* got list"):
         cfg(Mixture(), "w", null=NONE)(x, sigma, class_label=label, w=[2.0] * 4)
@@ -285,3 +285,37 @@ def test_a_compiled_score_is_told_what_the_module_names() -> None:
     x, sigma, label = given(VE)
     told = Guided(Mixture(), Compiled())(x, sigma, class_label=label)
     assert torch.equal(told, Guided(Mixture(), Forward())(x, sigma, class_label=label))
+
+
+def test_no_condition_leaves_alone_what_is_for_guidance_inside() -> None:
+    x, _, label = given(VE)
+    inner = cfg(Mixture(), "strength", null=NONE)
+    told = {"class_label": label, "strength": SCALES}
+    seen: list[Any] = []
+
+    def other(condition: Any) -> dict[str, Any]:
+        seen.append(set(condition))
+        return {}
+
+    class Network:
+        def drop_condition(self, condition: Any, drop: Tensor) -> dict[str, Any]:
+            seen.append(set(condition))
+            return {}
+
+    for null in (None, NONE, other):
+        assert null_condition(null, inner, told, x) == {"strength": SCALES}
+    inner.denoiser.network = Network()
+    assert null_condition(None, inner, told, x) == {"strength": SCALES}
+    assert seen == [{"class_label"}, {"class_label"}]
+
+
+def test_a_refiner_is_not_told_what_is_for_the_guidance_of_the_base() -> None:
+    x, sigma, label = given(VE)
+    base = cfg(Mixture(), "strength", null=NONE)
+    plain = Mixture()(x, sigma, class_label=label)
+    for told in (
+        None,
+        lambda condition: {"class_label": condition.pop("class_label"), **condition},
+    ):
+        switched = SwitchAt(base, Mixture(), 1.0, told=told)
+        assert torch.equal(switched(x, sigma, class_label=label, strength=3.0), plain)

@@ -109,6 +109,47 @@ def test_zero_star_stays_still_at_first() -> None:
     assert worst(seen[2], seen[3]) > 1e-3
 
 
+@pytest.mark.parametrize("still", [1, 2])
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_3m", "unipc"])
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        (VE, {}),
+        (FLOW, {"init": torch.zeros(4, 2, dtype=torch.float64), "strength": 0.4}),
+    ],
+    ids=["VE", "strength"],
+)
+def test_zero_star_moves_at_once_where_there_is_a_signal(
+    path: Path, options: dict[str, Any], solver: str, still: int
+) -> None:
+    """A still call would take x, noise and all, for the estimate, and multistep methods keep it."""
+    drawn = []
+    x, _, label = given(path)
+    for calls in (0, still):
+        guided = cfg_zero_star(Mixture(path), 3.0, null=NULL, still=calls)
+        if options:  # a run from pure noise before, which must leave nothing
+            KSampler(guided, None, solver).sample(x, 6, label)
+        drawn.append(KSampler(guided, None, solver).sample(x, 6, label, **options))
+    assert torch.equal(*drawn)
+
+
+def test_zero_star_is_still_in_the_first_part_of_a_resampled_run_alone() -> None:
+    moved: dict[float, float] = {}
+
+    def callback(k: int, x: Tensor, sigma: Tensor, d: Tensor) -> None:
+        # A still call's estimate is x less no velocity: x itself on the path of a flow.
+        moved[float(sigma[0])] = max(moved.get(float(sigma[0]), 0.0), worst(d[:, 1], x[:, 1]))
+
+    guided = cfg_zero_star(Mixture(FLOW), 3.0, null=NULL)
+    x, _, label = given(FLOW)
+    KSampler(guided, None, "euler").sample(
+        x, 10, label, init=torch.zeros_like(x), mask=torch.tensor([0.0, 1.0]), resample=3,
+        callback=callback,
+    )  # fmt: skip
+    assert moved.pop(1.0) < 1e-12
+    assert min(moved.values()) > 1e-3
+
+
 def test_clamp_and_dynamic_threshold() -> None:
     model, x, sigma, *_ = estimates()
     plain = model(x, sigma)
@@ -228,8 +269,10 @@ def test_wrong_input_is_refused_by_name() -> None:
         Composed(model, [Part({}, 1.0, torch.ones(3))])(x, sigma)
     with pytest.raises(ValueError, match="at least one Part"):
         Composed(model, [])
-    with pytest.raises(TypeError, match="weight must be a number or one a sample, got 'a'"):
-        Part({}, "a")  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match="weight must be a number, one a sample or a keyword's name, got 'a b'"
+    ):
+        Part({}, "a b")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="low must be below high"):
         Clamp(model, 1.0, -1.0)
     with pytest.raises(ValueError, match=r"quantile must lie in \(0, 1\], got 99.5"):

@@ -124,8 +124,8 @@ def test_masks_broadcast_and_keep_in_any_coordinates(path):
     half = sampler.sample(None, 5, init=IMAGES, mask=MASK, strength=0.4, seeds=[1, 2])
     assert torch.equal(half[..., MASK == 0], IMAGES[..., MASK == 0])
     assert (half - first).abs().max() > 0.05
-    one_row = torch.ones(3, 1, 1)
-    one_row[1] = 0
+    one_row = torch.ones(1, 3, 1, 1)
+    one_row[:, 1] = 0
     result = sampler.sample(None, 5, init=IMAGES, mask=one_row, seeds=[1, 2])
     assert torch.equal(result[:, 1], IMAGES[:, 1])
 
@@ -225,3 +225,23 @@ def test_each_walk_draws_noise_of_its_own():
     a, b = drawn[1].flatten(), drawn[3].flatten()  # after the first step of both walks
     assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < 0.05
     assert math.isclose(a.std().item(), b.std().item(), rel_tol=0.05)
+
+
+@pytest.mark.parametrize("call", ["sample", "sample_many"])
+def test_a_mask_that_may_be_of_samples_or_of_channels_is_refused(call):
+    mask, init = torch.zeros(3, 8, 8), torch.full((3, 3, 8, 8), 0.5)
+    mask[0] = 1
+    sampler = KSampler(lambda x, sigma: 0.5 * x, KarrasScheduler(0.05, 5), "euler")
+
+    def draw(mask):
+        if call == "sample":
+            return sampler.sample(steps=2, init=init, mask=mask, seeds=range(3))
+        return sampler.sample_many(3, steps=2, init=init, mask=mask).collect()
+
+    with pytest.raises(ValueError, match=r"give \(3, 1, 8, 8\) or \(1, 3, 8, 8\)"):
+        draw(mask)
+    kept = (draw(mask[:, None]) == 0.5).flatten(1).float().mean(1)
+    assert kept.tolist() == [0, 1, 1]
+    kept = (draw(mask[None]) == 0.5).float().mean((0, 2, 3))
+    assert kept.tolist() == [0, 1, 1]
+    assert torch.equal(draw(mask[:1]), draw(mask[0]))

@@ -18,10 +18,11 @@ from k_diffusion.sampling import (
     Level,
     StepControl,
     bits_per_dimension,
+    dequantise,
     invert,
     log_density,
 )
-from k_diffusion.utils.scheduler import CustomScheduler
+from k_diffusion.utils.scheduler import CustomScheduler, KarrasScheduler
 
 _spec = importlib.util.spec_from_file_location("exact", Path(__file__).with_name("exact.py"))
 exact = importlib.util.module_from_spec(_spec)
@@ -170,6 +171,42 @@ def test_inversion_finds_the_noise(path):
     sampler = KSampler(denoiser, scheduler, "dormand_prince", rtol=1e-6, atol=1e-6)
     assert (sampler.sample(noise, 1) / s.alpha - y).abs().max() < 1e-3
     assert invert(denoiser, y.half(), s, t)[0].dtype == torch.float16
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_an_image_from_its_noise_by_another_solver(path):
+    """To noise by adaptive steps and back by 100 of Heun's method, on a mixture."""
+    s, t = level(path, 0.01), level(path, 20.0)
+    mixture = exact.mixture_denoiser(path)
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randn(64, 2, 3, dtype=torch.float64, generator=generator).clamp(-2, 2)
+    noise, _ = invert(mixture, y, s, t)
+    levels = KarrasScheduler(0.01, 20.0).levels(101)[:-1]  # without the step to sigma = 0
+    scheduler = CustomScheduler(sigmas=tuple(v.sigma for v in levels))
+    back = KSampler(mixture, scheduler, "heun").sample(noise, 100) / s.alpha
+    assert (back - y).abs().max() <= 1e-3
+
+
+def test_dequantised_bytes_take_the_bits_of_their_discrete_distribution():
+    """A density that is level over each byte's width takes what the bytes themselves take."""
+    images = torch.arange(256, dtype=torch.uint8).repeat(2, 40).reshape(2, 40, 256)
+    share = torch.arange(1, 257, dtype=torch.float64) / (128 * 257)
+    x = dequantise(images, [3, 4])
+    assert x.dtype == torch.float32
+    back = (x.double() + 1) * 127.5
+    assert torch.equal(back.round().clamp(0, 255).to(torch.uint8), images)
+    density = share[back.round().long()] / (2 / 255)
+    bits = bits_per_dimension(density.log().flatten(1).sum(1), images[0].numel())
+    true = -share.log2().mean()
+    assert (bits - true).abs().max() < 1e-12
+    within = (back - images).flatten().sort().values + 0.5  # uniform in [0, 1]
+    assert (within - torch.linspace(0, 1, len(within))).abs().max() < 1.63 / len(within) ** 0.5
+    assert abs(torch.corrcoef(torch.stack([*(back - images).flatten(1)]))[0, 1]) < 0.05
+    assert torch.equal(dequantise(images[1:], [4]), x[1:])  # of its own seed alone
+    with pytest.raises(TypeError, match=r"images must be bytes .* got torch.float32"):
+        dequantise(x, [3, 4])
+    with pytest.raises(ValueError, match="2 images need as many seeds, got 1"):
+        dequantise(images, [3])
 
 
 def test_conditions_reach_the_denoiser():

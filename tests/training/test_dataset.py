@@ -156,8 +156,8 @@ def test_unusable_arrays_are_refused() -> None:
 
 def test_purposes_keep_their_numbers() -> None:
     """A changed number would change every run of every seed."""
-    assert [purpose.value for purpose in dataset.Purpose] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
-    names = "INIT ORDER AUGMENT LEVELS NOISE LABELS NETWORK SPLIT CONDITION"
+    assert [purpose.value for purpose in dataset.Purpose] == list(range(1, 11))
+    names = "INIT ORDER AUGMENT LEVELS NOISE LABELS NETWORK SPLIT CONDITION CONDITIONER"
     assert [purpose.name for purpose in dataset.Purpose] == names.split()
 
 
