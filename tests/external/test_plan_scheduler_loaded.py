@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from k_diffusion import PlanScheduler
-
 from tests.external.tiny_pipelines import tiny_sd
 
 ROOT = Path(__file__).parents[2]
