@@ -100,17 +100,18 @@ class Codec:
             return channels, (frames - 1) // step + 1, *space
         return channels, *space
 
-    def noise(self, seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """Unit noise of each seed, the numbers that the pipeline draws from generators of them.
+    def noise(self, generators: Sequence[torch.Generator], shape: Sequence[int]) -> Tensor:
+        """Unit noise of each sample's generator: the numbers that the pipeline draws from it.
 
-        Made on the CPU, one generator for each sample, in the network's dtype; float32 thereafter.
+        Made in the network's dtype where the generators are; float32 thereafter.
         """
         from diffusers.utils.torch_utils import randn_tensor
 
         dtype = torch.float32 if self.kind == "video" else self.network.dtype
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         home = torch.device(self.pipeline._execution_device)
-        drawn = randn_tensor((len(seeds), *shape), generator=generators, device=home, dtype=dtype)
+        drawn = randn_tensor(
+            (len(generators), *shape), generator=list(generators), device=home, dtype=dtype
+        )
         return drawn.float()
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from k_diffusion.external.process import BETAS, Conventions, config_of, read_conventions
-from k_diffusion.utils.levels import CLEAN, FLOW, VE, VP, Level, Path
+from k_diffusion.utils.levels import CLEAN, FLOW, VE, VP, Level, Levels, Path
 from k_diffusion.utils.schedules.base import Scheduler
 
 
@@ -33,7 +33,6 @@ class ForeignScheduler(Scheduler):
         self._config = config_of(scheduler)
         self.conventions: Conventions = read_conventions(scheduler)
         self._scheduler = copy.deepcopy(scheduler)
-        self._key = (id(scheduler), mu, even_sigmas)
         self.mu = mu
         self.even_sigmas = even_sigmas
         process = self.conventions.process
@@ -81,6 +80,9 @@ def levels_of(scheduler: Any) -> list[Level]:
 
     A level that is there twice, for a method of two calls a step, is given once.
     """
+    visits = getattr(scheduler, "levels", None)
+    if isinstance(visits, Levels):  # a PlanScheduler's
+        return list(visits)
     config = config_of(scheduler)
     conventions = read_conventions(scheduler)
     sigmas = getattr(scheduler, "sigmas", None)

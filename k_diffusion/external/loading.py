@@ -146,6 +146,7 @@ def _whole(source: str, where: dict[str, Any]) -> Any:
     import diffusers
 
     # A saved pipeline may name it, and diffusers looks only among what is imported.
+    import k_diffusion.external.plan_scheduler  # noqa: F401
 
     try:
         if not Path(source).is_dir():  # the index first: it may name code of its own

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from k_diffusion.denoiser import DENOISERS, EDMDenoiser, NetworkDenoiser
 from k_diffusion.external.process import Conventions, read_conventions
-from k_diffusion.guidance import Clamp, DynamicThreshold
+from k_diffusion.guidance import Clamp, DynamicThreshold, Wrapper
+from k_diffusion.guidance.threshold import dynamic_threshold
 from k_diffusion.utils import maths
 
 Call = Callable[[nn.Module, Tensor, Tensor, dict[str, Any]], Tensor]
@@ -236,3 +237,24 @@ def limited(denoiser: Any, said: Conventions) -> Any:
     if said.clip is not None:
         return Clamp(denoiser, -said.clip, said.clip)
     return denoiser
+
+
+def limit(x0: Tensor, said: Conventions) -> Tensor:
+    """An estimate of x0, shape (B, ...), clipped or thresholded as a scheduler's config says."""
+    if said.threshold is not None:
+        quantile, largest = said.threshold
+        return dynamic_threshold(x0, quantile, largest=largest)
+    return x0 if said.clip is None else x0.clamp(-said.clip, said.clip)
+
+
+class BothLimits(Wrapper):
+    """A Denoiser that gives the limited estimate and the one before: for `renoised` solvers."""
+
+    def __init__(self, denoiser: Any, said: Conventions) -> None:
+        super().__init__(denoiser)
+        self.said = said
+
+    def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> tuple[Tensor, Tensor]:
+        """Two estimates of x0, shape of x (B, ...)."""
+        d = self.denoiser(x, sigma, **condition)
+        return limit(d, self.said), d

@@ -20,11 +20,20 @@ from k_diffusion.external import codec, families
 from k_diffusion.external.asked import Asked, Told
 from k_diffusion.external.codec import Codec
 from k_diffusion.external.lays import ForeignScheduler
-from k_diffusion.external.networks import foreign_denoiser, limited
+from k_diffusion.external.networks import BothLimits, foreign_denoiser, limited
+from k_diffusion.external.noise import GeneratorNoise
 from k_diffusion.external.process import read_conventions
 from k_diffusion.external.prompted import joined, prompted, refined
-from k_diffusion.external.settle import own_solver, repeated, rows_of, settle_seeds, texts
-from k_diffusion.sampling import Churn, KSampler
+from k_diffusion.external.settle import (
+    generators,
+    own_solver,
+    renoised,
+    repeated,
+    rows_of,
+    settle_seeds,
+    texts,
+)
+from k_diffusion.sampling import Churn, KSampler, Solver
 from k_diffusion.utils import maths
 from k_diffusion.utils.levels import FLOW
 from k_diffusion.utils.scheduler import Scheduler, make_scheduler
@@ -69,7 +78,8 @@ class PipelineSampler:
         self.denoiser: Any = foreign_denoiser(network, self.conventions)
         self.scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
         if solver is None:
-            solver = own_solver(pipeline.scheduler)
+            solver, own = own_solver(pipeline.scheduler)
+            options = {**own, **options}
         # Checks what is given; the runs, whose levels may depend on the size, make their own.
         self._checked = KSampler(self.denoiser, None, solver, churn=churn, **options)
 
@@ -148,7 +158,7 @@ class PipelineSampler:
     ) -> Tensor:
         """Unit noise of each seed: what the pipeline draws from CPU generators of these seeds."""
         return self.codec.noise(
-            list(seeds), self.codec.shape(*self.codec.size(height, width), frames)
+            generators(seeds), self.codec.shape(*self.codec.size(height, width), frames)
         )
 
     def encode_images(self, images: Any) -> Tensor:
@@ -191,12 +201,10 @@ class PipelineSampler:
             mu, even = families.shift(self.pipeline, tuple(shape))
             scheduler = ForeignScheduler(self.pipeline.scheduler, mu, even)
         made = self._checked
+        steps, options = renoised(made.solver, made.options, self.conventions)
+        limits = limited if steps is made.solver else BothLimits
         return KSampler(
-            limited(model, self.conventions),
-            scheduler,
-            made.solver,
-            churn=made.churn,
-            **made.options,
+            limits(model, self.conventions), scheduler, steps, churn=made.churn, **options
         )
 
     @torch.no_grad()
@@ -234,7 +242,8 @@ class PipelineSampler:
             guidance: scale of classifier-free guidance; 1: none. Networks that are told their scale
                 (latent consistency models, Flux) are told it. None: the usual one of the kind.
             guidance_rescale: see `guidance.Rescaled`; it is done on the estimate of x0.
-            seed: image i has seed + i.
+            seed: image i has seed + i. Of a number of steps, noise is what the pipeline would draw
+                from a CPU generator of that seed.
             seeds: one for each image. One prompt is drawn once for each seed.
             n: images for each prompt.
             labels: classes, of a DiT.
@@ -295,7 +304,9 @@ class PipelineSampler:
         sampler = self.ksampler(
             shape, guidance=told.scale, guidance_rescale=guidance_rescale, **extra
         )
-        x = self.codec.noise(chosen, shape) if latents is None else latents.float()
+        drawers = generators(chosen)
+        own = self.codec.noise(drawers, shape)  # drawn even if unused: what follows is other noise
+        x = own if latents is None else latents.float()
         if tuple(x.shape) != (len(chosen), *shape):
             raise ValueError(
                 f"latents have shape {tuple(x.shape)}, but {(len(chosen), *shape)} is drawn"
@@ -304,9 +315,10 @@ class PipelineSampler:
         begin = self._begin(pixels, strength, mask, x, condition)
         if "init" not in begin:
             x = x * self._start(sampler, steps)
-        drawn = sampler.sample(
-            x, steps, condition, seed=chosen, **begin, **(dict(run) if run else {})
-        )
+        how = dict(run or {})
+        if isinstance(sampler.solver, Solver) and isinstance(steps, int) and not how.get("enhance"):
+            how.setdefault("noise", GeneratorNoise(drawers, x))
+        drawn = sampler.sample(x, steps, condition, seed=chosen, **begin, **how)
         if to == "latent":
             return drawn
         made = self._checked_for_safety(self.decode(drawn))

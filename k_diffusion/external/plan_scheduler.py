@@ -23,13 +23,14 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from k_diffusion.external.networks import limit
 from k_diffusion.external.noise import GeneratorNoise, Generators
 from k_diffusion.external.process import KNOWN, OURS, config_of, read_conventions
+from k_diffusion.external.settle import renoised
 from k_diffusion.external.visits import Visit, at_timestep, fixed_solver, formulas, named, visited
-from k_diffusion.guidance.threshold import dynamic_threshold
 from k_diffusion.sampling.engine import Run
 from k_diffusion.utils import maths
-from k_diffusion.utils.levels import VE, Level
+from k_diffusion.utils.levels import VE, Level, Levels
 from k_diffusion.utils.scheduler import make_scheduler
 
 
@@ -166,6 +167,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """The timestep that the next `step` is for; None before the first."""
         return self._step_index
 
+    @property
+    def levels(self) -> Levels | None:
+        """What the run visits, on the path of the network's kind; None before `set_timesteps`."""
+        return None if self._visit is None else self._visit.levels
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Has the run begin at a later timestep, as image to image does.
 
@@ -204,7 +210,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 f"{self.config['lays']} begins at pure noise (alpha = 0), where a noise-predicting "
                 "network says nothing of the data: choose a schedule that begins lower, karras say"
             )
-        visit = Visit(self._chosen, self.config["options"], levels)
+        steps = renoised(self._chosen, self.config["options"], self._said)
+        visit = Visit(*steps, levels)
         places = range(len(visit.calls))
         times = [float(self._formulas.time(visit.level(i).half_log_snr)) for i in places]
         self.timesteps = torch.tensor(times, dtype=torch.float32)
@@ -270,11 +277,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         elif self._noise is not None:
             self._noise.generators = generator
         x = self._state(run, sample)
-        denoised = self._estimate(model_output, x, run)
+        estimate = self._estimate(model_output, x, run)
+        denoised = limit(estimate, self._said)
         self._step_index = place + 1
         repeated = visit.calls[place + 1 : place + 2] == [visit.calls[place]]
         if not repeated:
-            run.advance(denoised)
+            run.advance(*(denoised, estimate)[: run.plan.outputs])
         prev = run.x.to(sample.dtype, copy=True)
         self._handed = prev, _version(prev)
         if run.done:
@@ -370,7 +378,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return run.x
 
     def _estimate(self, output: Tensor, x: Tensor, run: Run) -> Tensor:
-        """x0 from the network's output, in the run's dtype."""
+        """x0 from the network's output, not limited, in the run's dtype."""
         if x.ndim > 1 and output.ndim == x.ndim and output.shape[1] == 2 * x.shape[1]:
             output = output[:, : x.shape[1]]
         if output.shape != x.shape:
@@ -381,11 +389,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         output = output.to(run.dtype)
         said, sigma = self._said, run.sigma
         answer = -output if said.negated else output
-        x0 = self._formulas.estimate(x, said.process.path.alpha(sigma), sigma, lambda _: answer)
-        if said.threshold is not None:
-            quantile, largest = said.threshold
-            return dynamic_threshold(x0, quantile, largest=largest)
-        return x0 if said.clip is None else x0.clamp(-said.clip, said.clip)
+        return self._formulas.estimate(x, said.process.path.alpha(sigma), sigma, lambda _: answer)
 
 
 def _version(tensor: Tensor) -> int:

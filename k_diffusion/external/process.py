@@ -60,6 +60,8 @@ FROM_SIGMA = (
     "LMSDiscreteScheduler",
 )  # fmt: skip
 """Schedulers in variance-exploding coordinates, whose samples may begin at sigma times noise."""
+KEEPS_NOISE = ("DDIMParallelScheduler", "DDIMScheduler", "TCDScheduler")
+"""Schedulers that limit the estimate of x0 alone (`use_clipped_model_output` is not set)."""
 
 PREDICTIONS = {
     "epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow",
@@ -82,6 +84,8 @@ class Conventions:
             noise. They differ by what is left of the signal there: 0.2% for Stable Diffusion.
         clip: the estimate of x0 is kept within [-clip, clip]; None: it is left alone.
         threshold: (quantile, largest value) of dynamic thresholding; None: none.
+        keeps_noise: DDIM's steps put the limited estimate together with the noise that the network
+            saw, not with the noise that the limited estimate leaves.
     """
 
     prediction: str
@@ -92,6 +96,7 @@ class Conventions:
     unit_start: bool = True
     clip: float | None = None
     threshold: tuple[float, float] | None = None
+    keeps_noise: bool = False
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
@@ -184,15 +189,12 @@ def _options(name: str) -> dict[str, Any]:
 
 def _limits(config: Mapping[str, Any]) -> dict[str, Any]:
     """Clipping and thresholding of the estimate, as keywords of `Conventions`."""
+    keeps = {"keeps_noise": config["_class_name"] in KEEPS_NOISE}
     if config.get("thresholding"):
-        return {
-            "threshold": (
-                float(config["dynamic_thresholding_ratio"]),
-                float(config["sample_max_value"]),
-            )
-        }
+        ratio, largest = config["dynamic_thresholding_ratio"], config["sample_max_value"]
+        return {"threshold": (float(ratio), float(largest)), **keeps}
     if config.get("clip_sample"):
-        return {"clip": float(config.get("clip_sample_range", 1.0))}
+        return {"clip": float(config.get("clip_sample_range", 1.0)), **keeps}
     return {}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,15 +10,25 @@ from torch import Tensor
 
 from k_diffusion.external.asked import Told
 from k_diffusion.external.names import foreign_name
-from k_diffusion.external.process import config_of
+from k_diffusion.external.process import Conventions, config_of
+from k_diffusion.sampling.registry import SOLVERS
 
 
-def own_solver(scheduler: Any) -> str:
-    """Our solver that does what a diffusers scheduler does, by its class and its config."""
+def own_solver(scheduler: Any) -> tuple[str, dict[str, Any]]:
+    """Our solver that does what a diffusers scheduler does, by its class and its config.
+
+    Returns:
+        Its name and its options.
+    """
+    if type(scheduler).__name__ == "PlanScheduler":
+        return scheduler.config["solver"], dict(scheduler.config["options"])
     config = config_of(scheduler)
-    name = config["_class_name"]
-    if config.get("solver") and not isinstance(config["solver"], Mapping):  # a PlanScheduler's
-        return str(config["solver"])
+    named = foreign_name(config["_class_name"])
+    return _by_config(config["_class_name"], config) or named.solver, dict(named.options)
+
+
+def _by_config(name: str, config: Mapping[str, Any]) -> str | None:
+    """The solver of a class that has several, of which its config names one."""
     if name == "DPMSolverMultistepScheduler":
         stochastic = str(config.get("algorithm_type")).startswith("sde")
         order = config.get("solver_order", 2)
@@ -27,7 +37,26 @@ def own_solver(scheduler: Any) -> str:
         return "ddim" if order == 1 else "dpmpp_2m"
     if name == "FlowMatchEulerDiscreteScheduler" and config.get("stochastic_sampling"):
         return "lcm"
-    return foreign_name(name).solver
+    return None
+
+
+def renoised(
+    solver: Any, options: Mapping[str, Any], said: Conventions
+) -> tuple[Any, Mapping[str, Any]]:
+    """The steps that a solver stands for where the noise is that of the estimate before its limit.
+
+    Of ddim and euler, which put the two together, they are those of CFG++ (the data of one
+    estimate, the noise of another); other solvers go by the limited estimate alone.
+
+    Returns:
+        A solver, of two outputs then, and its options.
+    """
+    if not said.keeps_noise or solver.name not in ("ddim", "euler"):
+        return solver, options
+    eta = options.get("eta", 0.0)
+    if eta:
+        return SOLVERS["euler_ancestral_cfg_pp"], {"eta": eta}
+    return SOLVERS["euler_cfg_pp"], {}
 
 
 def texts(name: str, given: Any) -> list[str] | None:
@@ -81,3 +110,8 @@ def settle_seeds(
     if seed is None:
         return [int(s) for s in torch.randint(0, 2**31, (count,))]
     return [seed + i for i in range(count)]
+
+
+def generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    """One for each seed, on the CPU, so that a seed gives the same on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from k_diffusion import PlanScheduler
@@ -23,7 +22,6 @@ torch.save(sampler.sample("a cat", steps=4, seed=3, to="latent"), sys.argv[2])
 """
 
 
-@pytest.mark.xfail(reason="from_pipeline does not lay the levels of a PlanScheduler yet")
 def test_a_fresh_program_loads_it_and_samples_with_its_solver(tmp_path):
     pipe = tiny_sd()
     pipe.scheduler = PlanScheduler.from_config(
