@@ -51,6 +51,10 @@ class ForeignScheduler(Scheduler):
     def own_process(self) -> Scheduler | None:
         return self.conventions.process
 
+    def usual(self) -> ForeignScheduler:
+        """Itself: it lays what the authors of a model lay."""
+        return self
+
     def half_log_snr(self, time: Any) -> Any:
         return self.conventions.process.half_log_snr(time)
 

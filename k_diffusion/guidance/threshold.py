@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from k_diffusion.guidance.base import Wrapper, along
@@ -83,9 +84,13 @@ def dynamic_threshold(
         quantile, bound, largest: see `DynamicThreshold`.
     """
     size = x0.flatten(1).abs().float()
-    # The quantile by counting, without interpolation: torch.quantile refuses large samples.
-    place = min(size.shape[1], max(1, -int(-quantile * size.shape[1] // 1)))
-    s = size.kthvalue(place, dim=1).values.clamp(bound, largest)
+    # The quantile between two values, as usual; by counting: torch.quantile refuses large samples.
+    place, last = quantile * (size.shape[1] - 1), size.shape[1] - 1
+    below = int(place)
+    s = size.kthvalue(below + 1, dim=1).values
+    if place > below:
+        s = torch.lerp(s, size.kthvalue(min(below + 1, last) + 1, dim=1).values, place - below)
+    s = s.clamp(bound, largest)
     s = along(s, x0)
     return x0.clamp(-s, s) * (bound / s)
 

@@ -13,7 +13,6 @@ from tests.external import tiny_pipelines as tiny
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:the run begins at:UserWarning"),  # as "leading" does
 ]
 PROMPT = "a red fox"
 SMALL = {"height": 16, "width": 16}

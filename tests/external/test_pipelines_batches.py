@@ -12,7 +12,6 @@ from tests.external.test_pipelines import KINDS, PROMPT, SMALL, _far
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:the run begins at:UserWarning"),  # as "leading" does
 ]
 
 

@@ -15,7 +15,6 @@ from tests.external.test_pipelines import _changed
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:the run begins at:UserWarning"),
 ]
 PROMPT = "a red fox"
 

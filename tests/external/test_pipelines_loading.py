@@ -16,7 +16,6 @@ from tests.external import tiny_pipelines as tiny
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:the run begins at:UserWarning"),
     # huggingface_hub's word about an option that diffusers and transformers hand it
     pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),
 ]

@@ -182,7 +182,6 @@ SAME = [
 @pytest.mark.parametrize(("name", "solver", "options"), SAME)
 @pytest.mark.parametrize("said", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("steps", [5, 20])
-@pytest.mark.filterwarnings("ignore:the run begins at:UserWarning")  # as "leading" does
 @torch.no_grad()
 def test_the_same_samples_as_their_own_loop(name, solver, options, said, steps):
     network = _unet()
