@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from .drawing import check_shape, pick_device
-from .gallery import GRID, Gallery
+from .gallery import GRID, GRID_HOLDS, Gallery
 from .guiding import WITHOUT_CONDITION, check_guidance, make_guided
 from .pictures import read_mask, read_picture
 from .plugins import Plugins, load_plugins
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from k_diffusion.sampling import Churn, KSampler
     from k_diffusion.training.checkpoint import CheckpointInfo
 
-GRID_HOLDS = 400
 REPEATED = (
     "sampler", "sampler options", "scheduler", "scheduler options", "steps", "guidance",
     "guidance method", "guidance options", "guide", "init", "strength", "mask", "resample", "noise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 from dataclasses import dataclass, field
@@ -11,9 +12,11 @@ from typing import Annotated, Any
 import tyro
 
 from .drawing import pick_device
-from .problems import Stopped, UsageError, as_usage
+from .gallery import GRID, GRID_HOLDS, Gallery
+from .pictures import open_picture
+from .problems import Stopped, UsageError, as_usage, plain_warnings, process_number
 from .signals import Terminated
-from .values import Classes, Settings, Words, show_settings
+from .values import Classes, Settings, Words, show_setting, show_settings
 
 
 @dataclass
@@ -21,7 +24,8 @@ class SamplePipeline:
     """Draw images of texts from a diffusers pipeline into a folder: single PNGs and a grid.
 
     Image i has the seed `--seed` + i and does not depend on the others drawn with it. Its PNG text
-    holds the settings and the command that draws it again.
+    holds the settings and the command that draws it again. The same command, started again after
+    whatever ended it, draws what is missing; under torchrun the processes share the images.
     """
 
     model: Annotated[str, tyro.conf.arg(metavar="FOLDER_OR_ID")]
@@ -56,7 +60,8 @@ class SamplePipeline:
     mask: str = ""
     """An image that is white where `--init` is to be repainted."""
     batch_size: int = 4
-    """Images drawn at a time; it changes the memory needed, not the images."""
+    """Images drawn at a time, at first: where memory runs out, half as many. It changes the memory
+    needed, not the images."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("samples")
     """The folder to write to; made where it is missing."""
     overwrite: bool = False
@@ -80,11 +85,49 @@ class SamplePipeline:
 
     def run(self) -> None:
         self._check()
+        from k_diffusion.external.fingerprint import fingerprint
+        from k_diffusion.utils.images import image_grid, save_png
+
+        sampler = self._load()
+        given: list[Any] = list(self.class_label or self.prompt or (None,))
+        jobs = [(what, self.seed + i) for i, what in enumerate(self._repeated(given))]
+        names = [
+            f"seed{seed:06d}" + (f"_class{what}" if self.class_label else "") + ".png"
+            for what, seed in jobs
+        ]
+        keywords, said = self._keywords()
+        said = {"model digest": fingerprint(sampler.pipeline), **said}
+
+        def text(i: int | None) -> dict[str, str]:
+            shown, seed, number = ([jobs[i][0]], jobs[i][1], 1) if i is not None else (
+                given, self.seed, self.number
+            )  # fmt: skip
+            return self._text(sampler, shown, seed, number, said)
+
+        gallery = Gallery(self.out, names, text)
+        there = gallery.open(self.overwrite)
+        try:
+            with plain_warnings("k-diffusion sample"):
+                kept = self._draw(sampler, gallery, jobs, there, keywords)
+        except (KeyboardInterrupt, Terminated) as end:
+            number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
+            raise Stopped(
+                number,
+                f"stopped; {gallery.count()} of {len(jobs)} images are in {self.out}, each whole: "
+                "the same command draws the others",
+            ) from None
+        if gallery.count() < len(jobs):
+            return  # another process has images to draw, and makes the grid
+        columns = self.number if len(given) > 1 and 1 < self.number <= 20 else 0
+        grid = image_grid(gallery.images(GRID_HOLDS), columns)
+        save_png(self.out / GRID, grid, gallery.text(None))
+        already = f"; {kept} of them were there" if kept else ""
+        print(f"{len(jobs)} images and {GRID} are in {self.out}{already}")
+
+    def _load(self) -> Any:
         import torch
-        from tqdm import tqdm
 
         from k_diffusion.external import load
-        from k_diffusion.utils.images import image_grid, save_png
         from k_diffusion.utils.scheduler import make_scheduler
 
         with as_usage():
@@ -104,37 +147,54 @@ class SamplePipeline:
             )
         if sampler.family.kind != "image":
             raise UsageError(f"{self.model} draws no images: use KSampler.from_pipeline")
-        given: list[Any] = list(self.class_label or self.prompt or (None,))
-        jobs = [(what, self.seed + i) for i, what in enumerate(self._repeated(given))]
-        names = [f"seed{seed:06d}.png" for _, seed in jobs]
-        make_room(self.out, [*names, "grid.png"], self.overwrite)
-        told = self._told()
-        images: list[torch.Tensor] = []
-        try:
-            with tqdm(total=len(jobs), unit="image", desc="sampling", disable=None) as bar:
-                for first in range(0, len(jobs), self.batch_size):
-                    some = jobs[first : first + self.batch_size]
+        return sampler
+
+    def _draw(
+        self,
+        sampler: Any,
+        gallery: Gallery,
+        jobs: list[tuple[Any, int]],
+        there: list[int],
+        keywords: dict[str, Any],
+    ) -> int:
+        """Draw what is missing of this process's share, and write it; how many were not."""
+        from tqdm import tqdm
+
+        from k_diffusion.utils.memory import is_out_of_memory, release_memory
+
+        rank, world = process_number(), int(os.environ.get("WORLD_SIZE", "1"))
+        share = range(rank, len(jobs), world)
+        missing = [i for i in share if i not in set(there)]
+        gallery.clear(share if world > 1 else range(len(jobs)))
+        size = self.batch_size
+        hidden = True if rank else None  # None: where nobody looks on
+        with tqdm(total=len(missing), unit="image", desc="sampling", disable=hidden) as bar:
+            while missing:
+                some = missing[:size]
+                # Shown between images, too: a single one may take minutes.
+                run = {"callback": lambda k, *_: bar.set_postfix_str(f"call {k + 1}")}
+                try:
                     with as_usage():
                         drawn = sampler.sample(
-                            **self._what([what for what, _ in some]),
-                            seeds=[seed for _, seed in some],
+                            **self._what([jobs[i][0] for i in some]),
+                            seeds=[jobs[i][1] for i in some],
                             to="tensor",
-                            **told,
-                        )
-                    for image, (what, seed) in zip(drawn.cpu(), some, strict=True):
-                        name = names[len(images)]
-                        save_png(self.out / name, image, self._text(sampler, [what], seed, 1))
-                        images.append(image)
-                    bar.update(len(some))
-        except (KeyboardInterrupt, Terminated) as end:
-            number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
-            raise Stopped(
-                number,
-                f"stopped; {len(images)} of {len(jobs)} images are in {self.out}, each whole",
-            ) from None
-        text = self._text(sampler, given, self.seed, self.number)
-        save_png(self.out / "grid.png", image_grid(torch.stack(images)), text)
-        print(f"{len(images)} images and grid.png are in {self.out}")
+                            run=run,
+                            **keywords,
+                        ).cpu()
+                except Exception as error:
+                    if not is_out_of_memory(error) or len(some) == 1:
+                        raise
+                    size = len(some) // 2
+                    drawn = None
+                if drawn is None:  # here, where the error and what its frames held are gone
+                    release_memory(sampler.device)
+                    continue
+                for i, image in zip(some, drawn, strict=True):
+                    gallery.write(i, image)
+                missing = missing[len(some) :]
+                bar.update(len(some))
+        return len(share) - sum(i not in there for i in share)
 
     def _check(self) -> None:
         """Refuse, before anything is loaded, what no model could make right."""
@@ -168,84 +228,69 @@ class SamplePipeline:
             return {"labels": some}
         return {"prompt": some, "negative": self.negative or None}
 
-    def _told(self) -> dict[str, Any]:
-        """The keywords of all images."""
-        from PIL import Image
-
-        pictures = {"init": self.init, "mask": self.mask}
-        return {
+    def _keywords(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The keywords of all images, and what their text says of the pictures among them."""
+        told: dict[str, Any] = {
             "steps": self.steps,
             "guidance": self.guidance,
             "height": self.height,
             "width": self.width,
             "strength": self.strength,
-            **{name: Image.open(file) if file else None for name, file in pictures.items()},
             **self.options,
         }
+        said = {}
+        for option in ("init", "mask"):
+            if path := getattr(self, option):
+                told[option], said[f"{option} sha256"] = open_picture(option, path)
+        return told, said
 
-    def _text(self, sampler: Any, given: list[Any], seed: int, number: int) -> dict[str, str]:
+    def _text(
+        self, sampler: Any, given: list[Any], seed: int, number: int, said: dict[str, str]
+    ) -> dict[str, str]:
         """What a PNG says of the images of `given`, `number` of each from `seed` on."""
         from importlib.metadata import version
 
-        pipeline = type(sampler.pipeline).__name__
-        own = type(sampler.pipeline.scheduler).__name__
         guidance = sampler.family.guidance if self.guidance is None else self.guidance
         prompts = [] if self.class_label or given == [None] else given
-        said = {
+        classes = ",".join(map(str, given)) if self.class_label else ""
+        own = type(sampler.pipeline.scheduler).__name__
+        found = {
             "software": f"k-diffusion {version('k-diffusion')}, diffusers {version('diffusers')}",
             "model": self.model,
-            "pipeline": pipeline,
+            "pipeline": type(sampler.pipeline).__name__,
+            **said,
             "prompt": "; ".join(prompts),
+            "class": classes,
+            "seed": str(seed),
+            "images": str(number),
+        }
+        settings = {
             "negative": self.negative,
-            "guidance": f"{guidance:g}",
-            "sampler": sampler.solver.name,
+            "guidance": show_setting(guidance),
+            "sampler": self.sampler,
             "sampler options": show_settings(self.sampler_options),
-            "scheduler": self.scheduler or own,
+            "scheduler": self.scheduler,
             "scheduler options": show_settings(self.scheduler_options),
             "steps": str(self.steps),
-            "seed": str(seed),
-            "class label": ",".join(map(str, given)) if self.class_label else "",
+            "height": "" if self.height is None else str(self.height),
+            "width": "" if self.width is None else str(self.width),
+            "init": self.init,
+            "strength": "" if self.strength is None else show_setting(self.strength),
+            "mask": self.mask,
+            "options": show_settings(self.options),
+            "kind": self.kind,
+            "config": self.config,
+            "dtype": self.dtype,
         }
         command = ["k-diffusion", "sample", "--model", self.model]
         for prompt in prompts:
             command += ["--prompt", prompt]
-        asked = {
-            "--class-label": said["class label"],
-            "--negative": self.negative,
-            "--guidance": said["guidance"],
-            "--sampler": said["sampler"],
-            "--sampler-options": said["sampler options"],
-            "--scheduler": self.scheduler,
-            "--scheduler-options": said["scheduler options"],
-            "--steps": said["steps"],
-            "--seed": said["seed"],
-            "-n": str(number),
-            "--height": self.height,
-            "--width": self.width,
-            "--init": self.init,
-            "--strength": self.strength,
-            "--mask": self.mask,
-            "--options": show_settings(self.options),
-            "--kind": self.kind,
-            "--config": self.config,
-            "--dtype": self.dtype,
-        }
-        for option, value in asked.items():
-            if value not in ("", None):
-                command += [option, str(value)]
-        said["command"] = shlex.join(command + ["--local"] * self.local)
-        return {key: value for key, value in said.items() if value}
-
-
-def make_room(out: Path, names: list[str], overwrite: bool) -> None:
-    """Make the folder, and refuse, before the work, to replace what is there unasked."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UsageError(f"--out {out} is a file; give a folder") from None
-    there = [name for name in names if (out / name).exists()]
-    if there and not overwrite:
-        raise UsageError(
-            f"--out {out} holds {there[0]} already ({len(there)} of {len(names)} files); "
-            "give another folder, or --overwrite"
-        )
+        command += ["--class-label", classes] if classes else []
+        for option, value in settings.items():
+            if value:
+                command += ["--" + option.replace(" ", "-"), value]
+        command += ["--seed", str(seed), "-n", str(number)] + ["--local"] * self.local
+        # What was not asked for is the pipeline's own.
+        settings |= {"sampler": sampler.solver.name, "scheduler": self.scheduler or own}
+        text = {**found, **settings, "command": shlex.join(command)}
+        return {key: value for key, value in text.items() if value}

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from k_diffusion.cli.app import main
-from k_diffusion.utils.images import load_png
+from k_diffusion.external import PipelineSampler
+from k_diffusion.utils.images import load_png, save_png
 from tests.external import tiny_pipelines as tiny
 
 pytestmark = [
@@ -76,3 +83,111 @@ def test_wrong_options(model, tmp_path, capsys, argv, words):
 def test_a_model_that_is_not_there(tmp_path, capsys):
     assert main(["sample", "--model", str(tmp_path / "no"), "--prompt", "cat"]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+# Ends for good in the middle of writing the second file.
+KILLED = """
+import os, signal, sys
+from PIL.Image import Image
+from k_diffusion.cli import main
+
+save, saved = Image.save, []
+
+def broken(self, name, **options):
+    saved.append(name)
+    if len(saved) == 2:
+        name.write_bytes(b"half a file")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return save(self, name, **options)
+
+Image.save = broken
+main(sys.argv[1:])
+"""
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_after_kill_9_the_same_command_draws_what_is_missing(model, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    argv = ["sample", "--model", model, "--prompt", "a red fox", "--steps", "2", "-n", "3"]
+    argv += ["--height", "16", "--width", "16", "--local", "--device", "cpu"]
+    argv += ["--sampler", "euler_ancestral", "--batch-size", "1"]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, *argv, "-o", str(out)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    left = contents(out)
+    assert len(left) == 2  # one image, and half a file under another name
+    whole = [name for name in left if name.endswith(".png")]
+
+    sample, seeds = PipelineSampler.sample, []
+
+    def noted(self, *args, **options):
+        seeds.extend(options["seeds"])
+        return sample(self, *args, **options)
+
+    monkeypatch.setattr(PipelineSampler, "sample", noted)
+    assert main([*argv, "-o", str(out)]) == 0
+    assert "3 images and grid.png" in (said := capsys.readouterr().out)
+    assert "1 of them were there" in said
+    assert seeds == [1, 2]
+    unbroken = tmp_path / "unbroken"
+    assert main([*argv, "-o", str(unbroken)]) == 0
+    assert contents(out).keys() == contents(unbroken).keys() == {
+        "grid.png", *(f"seed00000{seed}.png" for seed in range(3))
+    }  # fmt: skip
+    for name in contents(out):
+        one, other = load_png(out / name), load_png(unbroken / name)
+        assert torch.equal(one[0], other[0])
+        assert one[1] == other[1]
+    assert (out / whole[0]).read_bytes() == left[whole[0]]
+
+    # Of other settings, or other weights, nothing is mixed in.
+    assert main([*argv, "--steps", "3", "-o", str(out)]) == 2
+    assert "drawn with steps 2, not 3" in capsys.readouterr().err
+    other = tmp_path / "other"
+    changed = tiny.tiny_sd()
+    with torch.no_grad():
+        changed.unet.conv_in.weight.mul_(1.01)
+    changed.save_pretrained(other)
+    argv[2] = str(other)
+    assert main([*argv, "-o", str(out)]) == 2
+    assert "drawn with model digest" in capsys.readouterr().err
+    assert main([*argv, "--overwrite", "-o", str(out)]) == 0
+    assert not torch.equal(load_png(out / whole[0])[0], load_png(unbroken / whole[0])[0])
+
+
+def test_memory_that_does_not_hold_a_batch_gets_smaller_ones(model, tmp_path, monkeypatch):
+    sample, sizes = PipelineSampler.sample, []
+
+    def narrow(self, *args, **options):
+        sizes.append(len(options["seeds"]))
+        if sizes[-1] > 1:
+            raise torch.OutOfMemoryError("full")
+        return sample(self, *args, **options)
+
+    monkeypatch.setattr(PipelineSampler, "sample", narrow)
+    argv = ["sample", "--model", model, "--prompt", "cat", "--steps", "1", "-n", "3"]
+    argv += ["--local", "--device", "cpu", "-o", str(tmp_path), "--height", "16", "--width", "16"]
+    assert main([*argv, "--sampler", "euler"]) == 0
+    assert sizes == [3, 1, 1, 1]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_an_image_to_begin_from(model, tmp_path, capsys):
+    image = tmp_path / "begin.png"
+    save_png(image, torch.zeros(3, 16, 16))
+    argv = ["sample", "--model", model, "--prompt", "cat", "--steps", "4", "--init", str(image)]
+    argv += ["--strength", "0.5", "--local", "--device", "cpu", "-o", str(tmp_path / "out")]
+    assert main(argv) == 0
+    text = load_png(tmp_path / "out" / "seed000000.png")[1]
+    assert text["init sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
+    assert "--strength 0.5" in text["command"]
+    image.write_bytes(b"no image")
+    assert main(argv) == 2
+    assert "begin.png is no image that can be read" in capsys.readouterr().err
