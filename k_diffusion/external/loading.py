@@ -1,12 +1,14 @@
 """Pipelines from a folder, the hub or one file, without running anything that is in them.
 
-Weights are safetensors, code is what is installed: pickles, and folders that name code of their
-own, are refused before anything of them is read.
+Weights are safetensors, or pickles of tensors and nothing else, which torch reads by
+`weights_only`; code is what is installed. Other pickles, and folders that name code of their own,
+are refused before anything of them is loaded.
 """
 
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ def load(
 
     Args:
         source: a folder that `save_pretrained` wrote, of a pipeline, or of one UNet2DModel with its
-            scheduler; an id on the Hugging Face hub; or a .safetensors file of a whole checkpoint.
+            scheduler; an id on the Hugging Face hub, of a repository with safetensors; or one file,
+            .safetensors or .ckpt, of a whole checkpoint.
         scheduler, solver, options: see `PipelineSampler`.
         dtype: of the weights, `torch.bfloat16` say; None: as they are, float32 mostly.
         device: to move it to; None: it stays where it is.
@@ -53,23 +56,18 @@ def load(
         TypeError: a pipeline of an unknown class.
     """
     path = Path(source)
-    if path.suffix in PICKLES:
-        raise ValueError(
-            f"{path} is a pickle, which may run code when it is read: convert it to .safetensors, "
-            "or ask for a repository that has it"
-        )
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", *PICKLES):
         pipeline = _single_file(path, kind, config, dtype, local)
     elif kind is not None or config is not None:
-        raise ValueError("kind and config are of a single .safetensors file: leave them")
+        raise ValueError("kind and config are of a single file: leave them")
     elif not_there(str(source)):
         raise ValueError(f"{source} does not exist: give a folder, an id or a .safetensors file")
     else:
         where = {"local_files_only": local, "use_safetensors": True, _dtype_word(): dtype}
         where |= {k: v for k, v in (("revision", revision), ("variant", variant)) if v}
         where = {name: value for name, value in where.items() if value is not None}
-        if path.is_dir():
-            check_folder(path)
+        if path.is_dir() and check_folder(path):
+            del where["use_safetensors"]
         if path.is_dir() and not (path / "model_index.json").exists():
             pipeline = _single_network(path, where)
         else:
@@ -79,8 +77,11 @@ def load(
     return PipelineSampler(pipeline, scheduler, solver, **options)
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path) -> bool:
     """Refuses, before anything is loaded, what may run code and weights that are not whole.
+
+    Returns:
+        Whether pickles are among what is to be loaded.
 
     Raises:
         ValueError: by name.
@@ -88,20 +89,18 @@ def check_folder(folder: Path) -> None:
     index = folder / "model_index.json"
     if index.exists():
         _check_index(_read(index), index)
+    needed = False
     for sub in (folder, *sorted(p for p in folder.iterdir() if p.is_dir())):
         whole = sorted(sub.glob("*.safetensors"))
         pickled = sorted(p for p in sub.iterdir() if p.suffix in PICKLES)
-        if pickled and not whole:
-            raise ValueError(
-                f"{pickled[0]} is a pickle, which may run code when it is read, and there is no "
-                ".safetensors beside it: load it where you trust it, and save_pretrained it anew"
-            )
-        for file in whole:
+        for file in whole or pickled:
             check_weights(file)
+        needed = needed or bool(pickled and not whole)
+    return needed
 
 
 def check_weights(file: Path) -> None:
-    """Refuses a safetensors file that is not whole.
+    """Refuses a safetensors file that is not whole, and a pickle of more than tensors.
 
     Raises:
         ValueError: by name.
@@ -109,8 +108,11 @@ def check_weights(file: Path) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "pt"):
-            pass
+        if file.suffix in PICKLES:
+            _read_pickle(file)
+        else:
+            with safe_open(file, "pt"):
+                pass
     except FileNotFoundError:
         raise ValueError(
             f"{file} does not exist: give a .safetensors file, a folder or an id"
@@ -119,6 +121,22 @@ def check_weights(file: Path) -> None:
         raise ValueError(
             f"{file} is damaged or not whole ({' '.join(str(error).split())}): copy or download it "
             "again"
+        ) from None
+
+
+def _read_pickle(file: Path) -> None:
+    import torch
+
+    try:
+        # Of files as torch writes them today, the tensors themselves stay on the disk.
+        torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of broken files, torch raises anything
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{file} is a pickle that weights_only cannot read, so that it may run code, or is not "
+            f"whole ({reason[:100]}...): convert it to .safetensors where you trust it"
         ) from None
 
 

@@ -79,6 +79,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         plain = named(config)
         known = config_of(plain)
         kept = {k: v for k, v in plain.items() if not k.startswith("_")}
+        if plain["_class_name"] != "PlanScheduler":  # keys that one left there decide nothing
+            kept = {k: v for k, v in kept.items() if k not in OURS}
         keys = {k: v for k, v in known.items() if not k.startswith("_")}
         ours = {
             "lays": known["_class_name"],
@@ -176,7 +178,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Has the run begin at a later timestep, as image to image does.
 
         Inside a step of several calls it begins with the next step: the calls before go unused.
+
+        Raises:
+            ValueError: there is no such timestep.
         """
+        count = 0 if self._visit is None else len(self._visit.calls)
+        if self._visit is not None and not 0 <= begin_index < count:
+            raise ValueError(f"begin_index {begin_index} is none of the {count} timesteps")
         self._begin_index = begin_index
 
     def set_timesteps(
@@ -211,7 +219,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 "network says nothing of the data: choose a schedule that begins lower, karras say"
             )
         steps = renoised(self._chosen, self.config["options"], self._said)
-        visit = Visit(*steps, levels)
+        visit = Visit(*steps, levels, num_inference_steps)
         places = range(len(visit.calls))
         times = [float(self._formulas.time(visit.level(i).half_log_snr)) for i in places]
         self.timesteps = torch.tensor(times, dtype=torch.float32)
@@ -220,7 +228,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self.sigmas = torch.tensor([visit.level(i).sigma for i in (*places, len(times))])
         # Where pipelines give the levels, they count the timesteps as their steps.
         self.order = visit.order if sigmas is None and timesteps is None else 1
-        self.num_inference_steps = len(levels) - 1
+        self.num_inference_steps = visit.steps
         self._visit = visit
         self._forget()
 
@@ -326,13 +334,15 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if self._begin_index is not None:
             return self._begin_index
         visit = self._laid()
-        told = float(timestep)
-        for place, (time, start) in enumerate(zip(self._times, visit.starts, strict=True)):
+        told = torch.as_tensor(timestep).flatten()[:1].cpu()
+        dtype = told.dtype if told.is_floating_point() else torch.float32
+        known = torch.tensor(self._times, dtype=dtype)  # as a pipeline in low precision rounds it
+        for place, (time, start) in enumerate(zip(known, visit.starts, strict=True)):
             if start and time == told:
                 return place
         raise ValueError(
-            f"timestep {told:g} begins no step of this run: hand over scheduler.timesteps as they "
-            "are, or call set_begin_index"
+            f"timestep {float(told):g} begins no step of this run: hand over scheduler.timesteps "
+            "as they are, or call set_begin_index"
         )
 
     def _level(self, timestep: float) -> Level:

@@ -33,15 +33,19 @@ def named(config: Any) -> dict[str, Any]:
     """A config with the class that it belongs to as `_class_name`.
 
     Configs that were saved or loaded tell it. That of a scheduler made in code does not, and is
-    known by its keys, which are all that its class has; of classes with the same keys, which lay
-    the same levels, the one of the shortest name is taken.
+    known by its keys: those of its class come first, before what it took over from another. Of
+    classes with the same keys, which lay the same levels, the one of the shortest name is taken.
     """
     plain = dict(getattr(config, "config", config))
-    plain.pop("_use_default_values", None)
+    own = set(plain)
+    if "_use_default_values" in plain:
+        names = list(plain)
+        own = set(names[: names.index("_use_default_values")])
+        plain.pop("_use_default_values")
     if hasattr(config, "config"):
         plain["_class_name"] = type(config).__name__
     if "_class_name" not in plain:
-        keys = {key for key in plain if not key.startswith("_")}
+        keys = {key for key in own if not key.startswith("_")}
         fits = [name for name in KNOWN if _keys(name) == keys]
         if fits:
             plain["_class_name"] = min(fits, key=len)
@@ -193,6 +197,8 @@ class Visit:
         solver: of fixed steps and one output.
         options: its own.
         levels: from `visited`.
+        steps: that the pipeline counts. Where a spacing names a level twice (its last one, in
+            some), there are fewer; then the last call is listed again, its answer unused.
 
     Attributes:
         calls: of each timestep of the pipeline, the number of its query in the plan.
@@ -200,7 +206,13 @@ class Visit:
         order: calls of most steps.
     """
 
-    def __init__(self, solver: Solver, options: Mapping[str, Any], levels: Levels) -> None:
+    def __init__(
+        self,
+        solver: Solver,
+        options: Mapping[str, Any],
+        levels: Levels,
+        steps: int | None = None,
+    ) -> None:
         self._solver, self._options = solver, options
         self.levels = levels
         self.plan: Plan = make_plan(solver, levels, **options)
@@ -211,6 +223,8 @@ class Visit:
         self.calls = list(range(self.plan.evaluations))
         if levels[0].alpha == 0 and len(sizes) > 2 and sizes[0] == 1 and min(sizes[1:-1]) > 1:
             self.calls = [0] * (self.order - 1) + self.calls
+        self.steps = max(steps or 0, len(levels) - 1)
+        self.calls += self.calls[-1:] * (self.order * (self.steps - len(levels) + 1))
         self.starts = [
             self.plan.steps[k].start and (i == 0 or self.calls[i - 1] != k)
             for i, k in enumerate(self.calls)
@@ -243,7 +257,7 @@ class Visit:
         """
         if place == 0:
             return self.plan
-        rest = self.calls[place:]
+        rest = list(dict.fromkeys(self.calls[place:]))
         if sum(self.starts) == len(self.levels) - 1:
             plan = make_plan(self._solver, self.levels[sum(self.starts[:place]) :], **self._options)
             asked = [(self.plan.steps[k].level, self.plan.steps[k].start) for k in rest]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -85,17 +86,50 @@ def test_a_folder_of_one_network_with_its_scheduler(tmp_path):
     assert (drawn - x).abs().max() / x.abs().max() < 1e-5
 
 
-def test_pickles_are_refused(folder, tmp_path):
+class Runs:
+    """What a pickle of it does when it is read is make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_pickles_that_may_run_code_are_refused(folder, tmp_path):
+    ran = tmp_path / "ran"
     pickle = tmp_path / "model.ckpt"
-    torch.save({}, pickle)
-    with pytest.raises(ValueError, match=r"model\.ckpt is a pickle"):
-        load(pickle)
+    torch.save({"state_dict": Runs(ran)}, pickle)
+    with pytest.raises(ValueError, match=r"model\.ckpt is a pickle that weights_only cannot read"):
+        load(pickle, kind="StableDiffusionPipeline")
     weights = next((folder / "unet").glob("*.safetensors"))
-    torch.save({}, folder / "unet" / "diffusion_pytorch_model.bin")
+    pickled = folder / "unet" / "diffusion_pytorch_model.bin"
+    torch.save({"conv_in.weight": Runs(ran)}, pickled)
     load(folder, local=True)  # the safetensors beside it are taken
     weights.unlink()
-    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is a pickle"):
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is a pickle that weights"):
         load(folder, local=True)
+    pickled.write_bytes(pickled.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.bin is a pickle that weights"):
+        load(folder, local=True)
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickles_of_tensors_alone_are_read(saved, folder, zipped):
+    from safetensors.torch import load_file
+
+    for part, name in (
+        ("unet", "diffusion_pytorch_model.bin"),
+        ("vae", "diffusion_pytorch_model.bin"),
+        ("text_encoder", "pytorch_model.bin"),
+    ):
+        weights = next((folder / part).glob("*.safetensors"))
+        torch.save(load_file(weights), folder / part / name, _use_new_zipfile_serialization=zipped)
+        weights.unlink()
+    asked = {"steps": 2, "seeds": [1], "to": "latent", **SMALL}
+    drawn = load(folder, local=True).sample(PROMPT, **asked)
+    assert torch.equal(drawn, load(saved, local=True).sample(PROMPT, **asked))
 
 
 def test_files_that_are_not_whole_are_refused(folder, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+import pickle
 
 import diffusers
 import pytest
@@ -15,6 +17,7 @@ from k_diffusion.external.lays import ForeignScheduler
 from k_diffusion.external.networks import limited
 from k_diffusion.external.plan_scheduler import PlanScheduler
 from k_diffusion.external.process import read_conventions
+from k_diffusion.external.settle import own_solver
 from k_diffusion.external.visits import visited
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.registry import SOLVERS, solver
@@ -413,3 +416,92 @@ def test_a_config_without_its_class_is_known_by_its_keys(name):
     assert scheduler.config.lays == name
     theirs = levels_of_own(own)
     assert visited(scheduler.config, 5, None, None, None).sigmas == pytest.approx(theirs)
+
+
+def test_a_config_that_one_scheduler_took_over_from_another_is_known_by_the_keys_of_its_own():
+    euler = diffusers.EulerDiscreteScheduler.from_config(ddim().config)
+    assert "clip_sample" in euler.config
+    assert PlanScheduler.from_config(euler.config).config.lays == "EulerDiscreteScheduler"
+    unipc = diffusers.UniPCMultistepScheduler.from_config(euler.config)
+    assert PlanScheduler.from_config(unipc.config).config.lays == "UniPCMultistepScheduler"
+
+
+def test_a_class_that_is_told_counts_more_than_the_keys(tmp_path):
+    """Those of LCM and TCD, and of LMS and KDPM2, are the same."""
+    for name in ("LCMScheduler", "TCDScheduler", "LMSDiscreteScheduler", "KDPM2DiscreteScheduler",
+                 "KDPM2AncestralDiscreteScheduler", "DDIMParallelScheduler"):  # fmt: skip
+        kind = getattr(diffusers, name)
+        own = kind(**tiny.BETAS)
+        assert PlanScheduler.from_config(own).config.lays == name
+        own.save_pretrained(tmp_path)
+        loaded = kind.from_pretrained(tmp_path)
+        assert PlanScheduler.from_config(loaded.config).config.lays == name
+        # By its keys alone it may be another, which lays the same.
+        guessed = PlanScheduler.from_config(own.config)
+        theirs = ForeignScheduler(own).levels(5)
+        assert visited(guessed.config, 5, None, None, None).sigmas == theirs.sigmas
+
+
+def test_what_a_plan_scheduler_left_in_a_config_decides_nothing():
+    left = diffusers.EulerDiscreteScheduler.from_config(plan(solver="heun").config)
+    assert left.config["solver"] == "heun"
+    assert own_solver(left) == ("euler", {})
+    again = PlanScheduler.from_config(left.config)
+    assert again.config.solver == "dpmpp_2m"
+    assert again.config.lays == "EulerDiscreteScheduler"
+    assert own_solver(plan(solver="dpmpp_sde", options={"eta": 0.5})) == (
+        "dpmpp_sde", {"eta": 0.5}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun"])
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_steps_are_as_asked_where_the_last_level_is_there_twice(name, solver):
+    own = getattr(diffusers, name)(use_karras_sigmas=True, final_sigmas_type="sigma_min")
+    own.set_timesteps(5)
+    assert own.sigmas[-1] == own.sigmas[-2]
+    scheduler = plan(own, solver=solver)
+    scheduler.set_timesteps(5)
+    assert scheduler.num_inference_steps == 5
+    assert len(scheduler.timesteps) == 5 * scheduler.order
+    start = torch.randn(1, 5, generator=seeded())
+    denoiser = EpsDenoiser(Network(), read_conventions(own).process)
+    run = Run(scheduler._visit.plan, start, sigma_dtype=torch.float64)
+    while not run.done:
+        run.advance(denoiser(run.x, run.sigma))
+    assert relative(walk(scheduler, start), run.result) < 1e-6
+    scheduler.set_timesteps(5)
+    scheduler.set_begin_index(2 * scheduler.order)
+    x = start
+    for t in scheduler.timesteps[2 * scheduler.order :]:
+        x = scheduler.step(x, t, x).prev_sample
+    assert x.isfinite().all()
+
+
+def test_it_can_be_copied_within_a_run_and_pickled_before():
+    scheduler = plan(solver="dpmpp_2m", schedule="karras")
+    start = torch.randn(1, 5, generator=seeded())
+    scheduler.set_timesteps(4)
+    whole = walk(scheduler, start)
+    scheduler.set_timesteps(4)
+    assert torch.equal(walk(pickle.loads(pickle.dumps(scheduler)), start), whole)
+    x = start
+    for i, t in enumerate(scheduler.timesteps):
+        if i == 2:
+            scheduler = copy.deepcopy(scheduler)
+        x = scheduler.step(Network()(x, t.expand(1)), t, x).prev_sample
+    assert relative(x, whole) < 1e-6
+
+
+def test_timesteps_come_in_the_shapes_and_precisions_of_pipelines():
+    scheduler = plan(diffusers.FlowMatchEulerDiscreteScheduler(), solver="euler")
+    x = torch.randn(2, 5, generator=seeded())
+    results = []
+    for told in (lambda t: t, lambda t: t.expand(2), lambda t: t.bfloat16(), lambda t: t.long()):
+        scheduler.set_timesteps(4)
+        results.append(scheduler.step(x, told(scheduler.timesteps[0]), x).prev_sample)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    with pytest.raises(ValueError, match="begin_index -1 is none of the 4 timesteps"):
+        scheduler.set_begin_index(-1)
+    with pytest.raises(ValueError, match="begin_index 4 is none"):
+        scheduler.set_begin_index(4)
