@@ -66,6 +66,25 @@ KINDS = {
         SMALL | SHORT | {"true_cfg_scale": 3.0, "negative_prompt": "green"},
         SMALL | SHORT | {"true_cfg_scale": 3.0, "negative": "green"},
     ),
+    "pixart-ddim": (
+        lambda: tiny.tiny_pixart(_ddim()),
+        "ddim",
+        SMALL | SHORT | {"negative_prompt": "green", "use_resolution_binning": False},
+        SMALL | SHORT | {"negative": "green"},
+    ),
+    "pixart-euler": (
+        lambda: tiny.tiny_pixart(_euler()),
+        "euler",
+        SMALL | SHORT | {"use_resolution_binning": False},
+        SMALL | SHORT,
+    ),
+    # Of the large ones, whose networks are told their sizes.
+    "pixart-sizes": (
+        lambda: tiny.tiny_pixart(_ddim(), size=128),
+        "ddim",
+        {"height": 24, "width": 16, "use_resolution_binning": False} | SHORT,
+        {"height": 24, "width": 16} | SHORT,
+    ),
     "audio-ddim": (
         lambda: tiny.tiny_stable_audio(_ddim("v_prediction")),
         "ddim",

@@ -13,6 +13,7 @@ import torch
 from k_diffusion.external import PipelineSampler, load
 from k_diffusion.sampling import KSampler
 from tests.external import tiny_pipelines as tiny
+from tests.external.single_file import compvis
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -130,6 +131,20 @@ def test_pickles_of_tensors_alone_are_read(saved, folder, zipped):
     asked = {"steps": 2, "seeds": [1], "to": "latent", **SMALL}
     drawn = load(folder, local=True).sample(PROMPT, **asked)
     assert torch.equal(drawn, load(saved, local=True).sample(PROMPT, **asked))
+
+
+def test_one_file_of_a_whole_checkpoint(saved, tmp_path):
+    """Through diffusers' own loader, from the names of CompVis, with no socket."""
+    from safetensors.torch import save_file
+
+    weights = compvis(tiny.tiny_sd())
+    save_file(weights, tmp_path / "one.safetensors")
+    torch.save({"state_dict": weights}, tmp_path / "one.ckpt")
+    asked = {"steps": 2, "seeds": [1], "to": "tensor", **SMALL}
+    drawn = load(saved, local=True).sample(PROMPT, **asked)
+    for name in ("one.safetensors", "one.ckpt"):
+        one = load(tmp_path / name, kind="StableDiffusionPipeline", config=saved, local=True)
+        assert torch.equal(one.sample(PROMPT, **asked), drawn)
 
 
 def test_files_that_are_not_whole_are_refused(folder, tmp_path):

@@ -251,6 +251,37 @@ def tiny_dit(scheduler: Any = None, **options: Any) -> Any:
     return with_scheduler(pipeline, scheduler)
 
 
+def tiny_pixart(scheduler: Any = None, size: int = 8, **options: Any) -> Any:
+    """PixArt-alpha: T5 with a mask, learned variances; its own is DPM-Solver++."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    torch.manual_seed(7)
+    tokens, count = tokenizer()
+    transformer = PixArtTransformer2DModel(
+        sample_size=size,
+        num_layers=1,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,  # sizes take a third of the width each
+        caption_channels=16,
+        cross_attention_dim=24,
+        in_channels=4,
+        out_channels=8,
+        attention_bias=True,
+        norm_elementwise_affine=False,
+    ).eval()
+    with torch.no_grad():  # zeros when it is made, so that it would say nothing
+        torch.nn.init.normal_(transformer.proj_out.weight, std=0.1)
+    pipeline = PixArtAlphaPipeline(
+        tokenizer=tokens,
+        text_encoder=t5(count),
+        vae=autoencoder(),
+        transformer=transformer,
+        scheduler=DPMSolverMultistepScheduler(**options),
+    )
+    return with_scheduler(pipeline, scheduler)
+
+
 def tiny_stable_audio(scheduler: Any = None, **options: Any) -> Any:
     """Stable Audio: a 1-D transformer with v prediction on EDM's levels; latents (4, 32)."""
     from diffusers import (
