@@ -230,3 +230,35 @@ def test_keys_that_other_schedulers_left_decide_nothing():
     assert "clip_sample" in euler.config
     assert read_conventions(euler).prediction == "v"
     assert read_conventions(euler).clip is None
+
+
+@pytest.mark.parametrize("steps", [5, 20])
+@torch.no_grad()
+def test_a_network_of_videos_by_their_own_loop(steps):
+    torch.manual_seed(0)
+    network = diffusers.UNet3DConditionModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock3D", "CrossAttnDownBlock3D"),
+        up_block_types=("CrossAttnUpBlock3D", "UpBlock3D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+    ).eval()
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, **STABLE)
+    noise, text = torch.randn(2, 4, 3, 8, 8), torch.randn(2, 5, 8)
+    lays = ForeignScheduler(scheduler)
+    sampler = KSampler(foreign_denoiser(network, scheduler), lays, "ddim")
+    x = noise / lays.levels(steps)[0].sigma
+    ours = sampler.sample(x, steps, {"encoder_hidden_states": text})
+    scheduler.set_timesteps(steps)
+    theirs = noise
+    for t in scheduler.timesteps:
+        out = network(theirs, t, text).sample
+        theirs = scheduler.step(out, t, theirs).prev_sample
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+    other = sampler.sample(x, steps, {"encoder_hidden_states": text + 1})
+    assert (other - theirs).abs().max() > 1e-3 * theirs.abs().max()
