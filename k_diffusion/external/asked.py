@@ -18,7 +18,7 @@ class Asked:
 
     Attributes:
         count: how many samples are told differently; rows of a condition.
-        guidance: the scale; 1 is none.
+        guidance: the scale; up to 1 it is none.
         prompts, negatives: texts, one for each; None: what the pipeline takes then.
         labels: classes, one for each.
         height, width: in pixels.
@@ -40,7 +40,7 @@ class Asked:
 
     @property
     def guided(self) -> bool:
-        return self.guidance != 1
+        return self.guidance > 1
 
 
 class Told(NamedTuple):
@@ -49,7 +49,7 @@ class Told(NamedTuple):
     Attributes:
         condition: keywords of the network; tensors have one row for each that was asked.
         negative: those of them that differ in the second estimate of guidance.
-        scale: of classifier-free guidance; 1: none.
+        scale: of classifier-free guidance; up to 1: none, as pipelines have it.
     """
 
     condition: Keywords
@@ -111,8 +111,15 @@ def encode(pipeline: Any, asked: Asked, **changed: Any) -> Any:
         "do_classifier_free_guidance": asked.guided,
         **{name: 1 for name in taken if name.startswith("num_")},
         **dict.fromkeys(("prompt_2", "prompt_3")),
+        **_scale(asked),
         **{name: value for name, value in asked.options.items() if name in taken},
         **changed,
     }
     with torch.no_grad():
         return pipeline.encode_prompt(**{k: v for k, v in given.items() if k in taken})
+
+
+def _scale(asked: Asked) -> Keywords:
+    """The scale of the adapters, which holds for text encoders, too."""
+    given = (asked.options.get("cross_attention_kwargs") or {}).get("scale")
+    return {} if given is None else {"lora_scale": given}

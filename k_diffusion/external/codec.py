@@ -30,6 +30,11 @@ class Codec:
         return getattr(self.pipeline, "vae", None)
 
     @property
+    def _home(self) -> torch.device:
+        """Where the pipeline computes, be its modules offloaded or not."""
+        return torch.device(self.pipeline._execution_device)
+
+    @property
     def factor(self) -> int:
         """Pixels for one latent."""
         own = getattr(self.pipeline, "vae_scale_factor_spatial", None)
@@ -108,9 +113,8 @@ class Codec:
         from diffusers.utils.torch_utils import randn_tensor
 
         dtype = torch.float32 if self.kind == "video" else self.network.dtype
-        home = torch.device(self.pipeline._execution_device)
         drawn = randn_tensor(
-            (len(generators), *shape), generator=list(generators), device=home, dtype=dtype
+            (len(generators), *shape), generator=list(generators), device=self._home, dtype=dtype
         )
         return drawn.float()
 
@@ -135,8 +139,9 @@ class Codec:
             return images.float()
 
         def encode(vae: Any) -> Tensor:
-            home = next(vae.parameters()).device
-            return vae.encode(images.to(home, vae.dtype)).latent_dist.mode().float()
+            made = vae.encode(images.to(self._home, vae.dtype))
+            found = getattr(made, "latent_dist", None)
+            return (made.latents if found is None else found.mode()).float()
 
         raw = self._within_memory(encode)
         shift, scale = self._statistics(raw)

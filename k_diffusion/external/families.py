@@ -78,12 +78,23 @@ def tell(pipeline: Any, asked: Asked) -> Told:
     if asked.labels is not None and "labels" not in found.options:
         raise ValueError(f"{type(pipeline).__name__} takes no labels: give it a prompt")
     told = found.tell(pipeline, asked)
+    if told.scale <= 1:
+        told = Told(told.condition, {}, 1.0)
     for name, value in (*told.condition.items(), *told.negative.items()):
         if isinstance(value, Tensor) and len(value) != asked.count:
             raise ValueError(
                 f"{name} has {len(value)} rows for {asked.count} prompts: give as many of each"
             )
     return told
+
+
+_ATTENTION = "cross_attention_kwargs"
+
+
+def _attention(asked: Asked) -> Keywords:
+    """What the network's attention is told: the scale of its adapters, say."""
+    given = asked.options.get(_ATTENTION)
+    return {} if given is None else {_ATTENTION: dict(given)}
 
 
 def _guidance_embedding(pipeline: Any, asked: Asked) -> Keywords:
@@ -106,12 +117,16 @@ def _without_guidance(pipeline: Any, asked: Asked) -> Asked:
 @family(
     "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
     "LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline",
-    network="unet",
+    network="unet", options=(_ATTENTION,),
 )  # fmt: skip
 def _stable_diffusion(pipeline: Any, asked: Asked) -> Told:
     plain = _without_guidance(pipeline, asked)
     text, negative = encode(pipeline, plain)
-    condition = {"encoder_hidden_states": text, **_guidance_embedding(pipeline, asked)}
+    condition = {
+        "encoder_hidden_states": text,
+        **_guidance_embedding(pipeline, asked),
+        **_attention(asked),
+    }
     against = {} if negative is None else {"encoder_hidden_states": negative}
     return Told(condition, against, plain.guidance)
 
@@ -121,7 +136,7 @@ def _stable_diffusion(pipeline: Any, asked: Asked) -> Told:
     "StableDiffusionXLInpaintPipeline",
     network="unet", guidance=5.0,
     options=(
-        "aesthetic_score", "crops_coords_top_left", "negative_aesthetic_score",
+        _ATTENTION, "aesthetic_score", "crops_coords_top_left", "negative_aesthetic_score",
         "negative_crops_coords_top_left", "negative_original_size", "negative_target_size",
         "original_size", "target_size",
     ),
@@ -150,6 +165,7 @@ def _stable_diffusion_xl(pipeline: Any, asked: Asked) -> Told:
         "text_embeds": pooled,
         "time_ids": sizes(""),
         **_guidance_embedding(pipeline, asked),
+        **_attention(asked),
     }
     _check_time_ids(pipeline, condition)
     against = {}
@@ -205,7 +221,7 @@ def _flux(pipeline: Any, asked: Asked) -> Told:
         condition["guidance"] = torch.full((asked.count,), asked.guidance, device=text.device)
     against: Keywords = {}
     given = own.get("negative_prompt_embeds")
-    if scale != 1 and (asked.negatives is not None or given is not None):
+    if scale > 1 and (asked.negatives is not None or given is not None):
         text, pooled, _ = encode(
             pipeline,
             asked,
@@ -215,7 +231,7 @@ def _flux(pipeline: Any, asked: Asked) -> Told:
             pooled_prompt_embeds=own.get("negative_pooled_prompt_embeds"),
         )
         against = {"encoder_hidden_states": text, "pooled_projections": pooled}
-    elif scale != 1:
+    elif scale > 1:
         raise ValueError(f"true_cfg_scale {scale} needs a negative prompt")
     elif asked.negatives is not None:
         raise ValueError("Flux hears a negative prompt under true_cfg_scale alone: give one, 4 say")
@@ -257,7 +273,7 @@ def _dit(pipeline: Any, asked: Asked) -> Told:
 
 @family("DDIMPipeline", "DDPMPipeline", network="unet", guidance=1.0, needs=())
 def _unconditional(pipeline: Any, asked: Asked) -> Told:
-    if asked.guided:
+    if asked.guidance != 1:
         raise ValueError(f"{type(pipeline).__name__} has no condition: leave guidance away")
     return Told({}, {}, 1.0)
 
@@ -302,16 +318,18 @@ def _wan(pipeline: Any, asked: Asked) -> Told:
     return Told({"encoder_hidden_states": text}, against, asked.guidance)
 
 
-def shift(pipeline: Any, shape: tuple[int, ...]) -> tuple[float | None, bool]:
+def shift(pipeline: Any, scheduler: Any, shape: tuple[int, ...]) -> tuple[float | None, bool]:
     """How the levels of a pipeline depend on the size: mu, and whether even sigmas are handed over.
 
     Args:
+        pipeline: of diffusers.
+        scheduler: of diffusers, that lays them.
         shape: of one sample's latents.
 
     mu, the logarithm of the flow's shift, is linear in the number of tokens (Esser et al. 2024,
     arXiv:2403.03206, section 5.3.2), by the numbers in the scheduler's config.
     """
-    config: Mapping[str, Any] = pipeline.scheduler.config
+    config: Mapping[str, Any] = scheduler.config
     flux = FAMILIES[type(pipeline).__name__].tell is _flux
     even = flux and not config.get("use_flow_sigmas")
     if not config.get("use_dynamic_shifting"):

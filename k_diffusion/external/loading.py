@@ -8,17 +8,19 @@ are refused before anything of them is loaded.
 from __future__ import annotations
 
 import json
+import pkgutil
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from k_diffusion.external.families import FAMILIES
 from k_diffusion.external.pipelines import PipelineSampler
+from k_diffusion.external.process import KNOWN
 from k_diffusion.external.text import not_there
 from k_diffusion.utils import maths
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
-_LIBRARIES = ("diffusers", "transformers", "k_diffusion")
+_LIBRARIES = ("diffusers", "transformers", "k_diffusion.external.plan_scheduler")
 
 
 def load(
@@ -152,8 +154,7 @@ def _check_index(index: dict[str, Any], file: Path) -> None:
         if component.startswith("_") or not isinstance(said, list) or said[0] is None:
             continue
         library = str(said[0])
-        known = library.partition(".")[0] in _LIBRARIES
-        if not known and not hasattr(diffusers.pipelines, library):
+        if library not in (*_LIBRARIES, *_folders(diffusers.pipelines)):
             raise ValueError(
                 f"{file} takes {component} from {library!r}, which is not of diffusers or "
                 "transformers: such code is never run"
@@ -172,9 +173,39 @@ def _whole(source: str, where: dict[str, Any]) -> Any:
                 source, **{k: v for k, v in where.items() if k in ("local_files_only", "revision")}
             )
             _check_index(dict(named), Path(source) / "model_index.json")
-        return diffusers.DiffusionPipeline.from_pretrained(source, **where)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(source, **where)
+        for name, module in pipeline.components.items():
+            if isinstance(module, diffusers.ModelMixin):
+                _check_complete(module, Path(source) / name)
+        return pipeline
     except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise _refused(source, error) from None
+
+
+_RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def _check_complete(module: Any, folder: Path) -> None:
+    """Refuses a folder's module whose file has not all of its weights: the others are random."""
+    from safetensors import safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        return  # of the hub, or pickles
+    there: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            there.update(weights.keys())
+    for old, new in _RENAMED.items():  # names that diffusers takes still
+        there |= {name.replace(f".{old}.", f".{new}.") for name in there}
+    missing = sorted(set(module.state_dict()) - there)
+    if missing:
+        raise ValueError(f"{files[0]} has no {missing[0]} ({len(missing)} weights are missing)")
+
+
+def _folders(package: Any) -> list[str]:
+    """The packages within diffusers.pipelines, whose classes a pipeline's parts may be."""
+    return [found.name for found in pkgutil.iter_modules(package.__path__) if found.ispkg]
 
 
 def _single_file(
@@ -202,6 +233,8 @@ def _single_network(folder: Path, where: dict[str, Any]) -> Any:
     """An unconditional network with its scheduler, as a pipeline without a VAE."""
     import diffusers
 
+    from k_diffusion.external.plan_scheduler import PlanScheduler
+
     homes = [p for p in (folder, folder / "unet") if (p / "config.json").exists()]
     plans = [p for p in (folder, folder / "scheduler") if (p / "scheduler_config.json").exists()]
     if not homes or not plans:
@@ -217,11 +250,13 @@ def _single_network(folder: Path, where: dict[str, Any]) -> Any:
             "wrap it by foreign_denoiser"
         )
     said = _read(plans[0] / "scheduler_config.json").get("_class_name", "")
-    kind = getattr(diffusers, str(said), None)
-    if kind is None:
-        raise ValueError(f"{plans[0] / 'scheduler_config.json'} names no scheduler: {said!r}")
+    if said not in (*KNOWN, "PlanScheduler"):
+        file = plans[0] / "scheduler_config.json"
+        raise ValueError(f"{file}: {maths.unknown('diffusers scheduler', said, KNOWN)}")
+    kind = PlanScheduler if said == "PlanScheduler" else getattr(diffusers, said)
     try:
         unet = diffusers.UNet2DModel.from_pretrained(homes[0], **where)
+        _check_complete(unet, homes[0])
         return diffusers.DDPMPipeline(unet=unet, scheduler=kind.from_pretrained(plans[0]))
     except (OSError, KeyError, TypeError, RuntimeError, ValueError) as error:
         raise _refused(str(folder), error) from None

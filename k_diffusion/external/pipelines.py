@@ -45,7 +45,8 @@ class PipelineSampler:
     """Draws from a diffusers pipeline; final.
 
     Args:
-        pipeline: of a kind in `families.FAMILIES`.
+        pipeline: of a kind in `families.FAMILIES`. Its scheduler is read now: make another sampler
+            for another.
         scheduler: lays the noise levels: a Scheduler or its name. None: the levels of the
             pipeline's own scheduler.
         solver: a registered solver or its name. None: what the pipeline's own scheduler stands for,
@@ -73,12 +74,13 @@ class PipelineSampler:
         self.pipeline = pipeline
         self.family = families.find_family(pipeline)
         self.codec = Codec(pipeline, self.family)
-        self.conventions = read_conventions(pipeline.scheduler)
+        self._own: Any = pipeline.scheduler
+        self.conventions = read_conventions(self._own)
         network = getattr(pipeline, self.family.network)
         self.denoiser: Any = foreign_denoiser(network, self.conventions)
         self.scheduler = make_scheduler(scheduler) if isinstance(scheduler, str) else scheduler
         if solver is None:
-            solver, own = own_solver(pipeline.scheduler)
+            solver, own = own_solver(self._own)
             options = {**own, **options}
         # Checks what is given; the runs, whose levels may depend on the size, make their own.
         self._checked = KSampler(self.denoiser, None, solver, churn=churn, **options)
@@ -123,6 +125,9 @@ class PipelineSampler:
         prompts = texts("prompt", prompt)
         classes = [labels] if isinstance(labels, int) else labels
         embeds = options.get("prompt_embeds")
+        for name, given in (("height", height), ("width", width)):
+            if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+                raise TypeError(f"{name} must be a whole number of pixels, got {given!r}")
         counts = [len(v) for v in (prompts, classes, embeds) if v is not None]
         count = counts[0] if counts else 1
         if len(set(counts)) > 1:
@@ -189,6 +194,7 @@ class PipelineSampler:
             guidance, guidance_rescale: see `sample`.
             refiner, refine_at, refiner_guidance: see `sample`.
         """
+        self.denoiser.network.stand_at(self.device)
         pair = getattr(self.solver, "outputs", 1) == 2
         model = prompted(self.denoiser, guidance, guidance_rescale, pair)
         if refiner is not None:
@@ -198,8 +204,8 @@ class PipelineSampler:
             model = refined(model, second, refine_at)
         scheduler = self.scheduler
         if scheduler is None:
-            mu, even = families.shift(self.pipeline, tuple(shape))
-            scheduler = ForeignScheduler(self.pipeline.scheduler, mu, even)
+            mu, even = families.shift(self.pipeline, self._own, tuple(shape))
+            scheduler = ForeignScheduler(self._own, mu, even)
         made = self._checked
         steps, options = renoised(made.solver, made.options, self.conventions)
         limits = limited if steps is made.solver else BothLimits
@@ -230,6 +236,7 @@ class PipelineSampler:
         latents: Tensor | None = None,
         refiner: PipelineSampler | None = None,
         refine_at: float | None = None,
+        refiner_options: Mapping[str, Any] | None = None,
         to: str | None = None,
         run: Mapping[str, Any] | None = None,
         **options: Any,
@@ -239,8 +246,9 @@ class PipelineSampler:
         Args:
             prompt, negative: a text, or one for each; see `encode`.
             steps: see `KSampler.sample`.
-            guidance: scale of classifier-free guidance; 1: none. Networks that are told their scale
-                (latent consistency models, Flux) are told it. None: the usual one of the kind.
+            guidance: scale of classifier-free guidance; up to 1: none, as in pipelines. Networks
+                that are told their scale (latent consistency models, Flux) are told it. None: the
+                usual one of the kind.
             guidance_rescale: see `guidance.Rescaled`; it is done on the estimate of x0.
             seed: image i has seed + i. Of a number of steps, noise is what the pipeline would draw
                 from a CPU generator of that seed.
@@ -257,6 +265,7 @@ class PipelineSampler:
             refiner: a sampler of another pipeline with the same latents, whose network takes over
                 at the level refine_at.
             refine_at: sigma / alpha.
+            refiner_options: those of the refiner's `encode`, which hears none of the others.
             to: "pil", "tensor" (in [-1, 1]) or "latent". None: pictures for images and videos, a
                 tensor for sound.
             run: more keywords of `KSampler.sample`: progress, callback, preview, noise...
@@ -293,8 +302,13 @@ class PipelineSampler:
         shape = self.codec.shape(high, wide, frames)
         condition = joined(repeated(told, repeat))
         extra: dict[str, Any] = {}
+        if refiner is None and (refine_at is not None or refiner_options):
+            raise ValueError("refine_at and refiner_options are of a refiner: give it")
         if refiner is not None:
-            second = refiner.encode(prompt, negative, guidance=guidance, height=height, width=width)
+            heard = {"guidance": guidance, "height": height, "width": width}
+            if "prompt_embeds" not in (refiner_options or {}):
+                heard |= {"prompt": prompt, "negative": negative}
+            second = refiner.encode(**{**heard, **(refiner_options or {})})
             condition |= joined(repeated(second, repeat), "refiner_")
             extra = {
                 "refiner": refiner,
@@ -318,10 +332,13 @@ class PipelineSampler:
         how = dict(run or {})
         if isinstance(sampler.solver, Solver) and isinstance(steps, int) and not how.get("enhance"):
             how.setdefault("noise", GeneratorNoise(drawers, x))
-        drawn = sampler.sample(x, steps, condition, seed=chosen, **begin, **how)
-        if to == "latent":
-            return drawn
-        made = self._checked_for_safety(self.decode(drawn))
+        try:
+            drawn = sampler.sample(x, steps, condition, seed=chosen, **begin, **how)
+            if to == "latent":
+                return drawn
+            made = self._checked_for_safety(self.decode(drawn))
+        finally:
+            self.pipeline.maybe_free_model_hooks()  # offloaded modules go back
         if self.family.kind == "sound":
             return made[..., : int(self._seconds(seconds) * self.pipeline.vae.config.sampling_rate)]
         return codec.to_pil(made) if to == "pil" else made

@@ -116,7 +116,6 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._step_index: int | None = None
         self._run: Run | None = None
         self._noise: GeneratorNoise | None = None
-        self._handed: tuple[Tensor, int] | None = None
 
     @classmethod
     def from_config(
@@ -255,8 +254,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             model_output: of shape (B, C, ...), or (B, 2C, ...) where variances follow, which have
                 no use here.
             timestep: which of `timesteps` it is for; read for the first one alone.
-            sample: what the network saw (before `scale_model_input`), shape (B, C, ...). Another
-                tensor than the last one returned is a sample that was edited.
+            sample: what the network saw (before `scale_model_input`), shape (B, C, ...). Where its
+                values are not those that were returned last, it was edited.
             generator: of a stochastic solver's noise; one, or one per sample. None: torch's global.
             return_dict: return a `PlanSchedulerOutput`, instead of a pair of the same.
 
@@ -292,9 +291,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         if not repeated:
             run.advance(*(denoised, estimate)[: run.plan.outputs])
         prev = run.x.to(sample.dtype, copy=True)
-        self._handed = prev, _version(prev)
         if run.done:
-            self._run = self._handed = None
+            self._run = None
         return self._output(prev, denoised.to(sample.dtype), return_dict)
 
     @staticmethod
@@ -366,25 +364,21 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         x = sample.to(dtype, copy=True)  # the pipeline may write into its own
         self._noise = GeneratorNoise(generator, x) if plan.stochastic else None
         self._run = Run(plan, x, self._noise, torch.float64)
-        self._handed = sample, _version(sample)
         return self._run
 
     def _state(self, run: Run, sample: Tensor) -> Tensor:
-        """What the network saw, in the run's dtype; an edited sample goes into the run."""
-        if self._handed is not None:
-            handed, version = self._handed
-            if sample is handed and _version(sample) == version:
-                return run.x
+        """What the network saw, in the run's dtype; what was edited of it goes into the run."""
         if sample.shape != run.x.shape:
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}, but the run began with "
                 f"{tuple(run.x.shape)}: call set_timesteps for another run"
             )
-        edited = sample.to(run.dtype)
+        same = sample == run.x.to(sample.dtype)  # as it was handed over
+        edited = torch.where(same, run.x, sample.to(run.dtype))
         if not run.plan.steps[run.k].start:
             return edited  # an inner stage: only the estimate is made from it
-        if not (run.plan.predictor and torch.equal(edited, run.x.to(sample.dtype).to(run.dtype))):
-            run.x = edited.clone()
+        if not (run.plan.predictor and bool(same.all())):
+            run.x = edited
         return run.x
 
     def _estimate(self, output: Tensor, x: Tensor, run: Run) -> Tensor:
@@ -400,8 +394,3 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         said, sigma = self._said, run.sigma
         answer = -output if said.negated else output
         return self._formulas.estimate(x, said.process.path.alpha(sigma), sigma, lambda _: answer)
-
-
-def _version(tensor: Tensor) -> int:
-    """How often it was written into; tensors made in inference mode do not tell."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -62,10 +62,14 @@ def renoised(
 def texts(name: str, given: Any) -> list[str] | None:
     if given is None:
         return None
-    texts = [given] if isinstance(given, str) else list(given)
-    if not texts or not all(isinstance(text, str) for text in texts):
+    texts = [given] if isinstance(given, str) else given
+    if (
+        not texts
+        or not isinstance(texts, Sequence)
+        or not all(isinstance(text, str) for text in texts)
+    ):
         raise TypeError(f"{name} must be a text, or a list of texts, got {given!r}")
-    return texts
+    return list(texts)
 
 
 def rows_of(told: Told) -> int | None:
@@ -93,7 +97,13 @@ def settle_seeds(
     """
     if seed is not None and seeds is not None:
         raise ValueError("give seed or seeds, not both: seeds is one for each image")
-    if n is not None and (not isinstance(n, int) or n < 1):
+    if seeds is not None and not (isinstance(seeds, Sequence) and all(map(_is_seed, seeds))):
+        raise TypeError(
+            f"seeds must be whole numbers from 0 to 2^63, one for each image: {seeds!r}"
+        )
+    if seed is not None and not _is_seed(seed):
+        raise TypeError(f"seed must be a whole number from 0 to 2^63, got {seed!r}")
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise ValueError(f"n must be a whole number of at least 1, got {n!r}")
     if n is None and rows in (None, 1):
         given = seeds if seeds is not None else latents
@@ -115,3 +125,7 @@ def settle_seeds(
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
     """One for each seed, on the CPU, so that a seed gives the same on every device."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
