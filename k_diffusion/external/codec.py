@@ -58,8 +58,12 @@ class Codec:
         """Height and width in pixels, the usual ones where they are None.
 
         Raises:
+            TypeError: no whole number.
             ValueError: a size that the VAE or the network cannot take.
         """
+        for name, given in (("height", height), ("width", width)):
+            if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+                raise TypeError(f"{name} must be a whole number of pixels, got {given!r}")
         if self.kind == "sound":
             if height is not None or width is not None:
                 raise ValueError("sound has no height and width: give seconds")
@@ -79,7 +83,7 @@ class Codec:
             if size != usual:
                 raise ValueError(f"this DiT draws {usual[0]} x {usual[1]} alone, got {size}")
         for name, value in zip(("height", "width"), size, strict=True):
-            if not isinstance(value, int) or value < 1 or value % self.multiple:
+            if value < 1 or value % self.multiple:
                 near = max(1, round(value / self.multiple)) * self.multiple
                 raise ValueError(
                     f"{name} {value} is not a multiple of {self.multiple}, which one patch of this "

@@ -146,19 +146,19 @@ class ForeignNetwork(nn.Module):
                 "X0Denoiser, FlowDenoiser or EDMDenoiser"
             )
         _check_config(module)
-        # The first of its parameters says where it computes and in which precision, which those of
-        # a module that is offloaded, or stored in fewer bits, do not.
-        self.place = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.register_parameter("place", None)
         self.module = module
         self.negated = negated
-        first = next(module.parameters(), self.place)
-        self.stand_at(first.device)
         self._call, self.takes = _CALLS[name]
 
     def stand_at(self, device: torch.device) -> None:
-        """Say that it computes on this device, wherever its weights are."""
-        dtype = getattr(self.module, "dtype", None) or self.place.dtype
-        self.place.data = torch.empty(0, device=device, dtype=dtype)
+        """Say that it computes on this device, wherever its weights are, in its own precision.
+
+        Said by its first parameter: those of a module that is offloaded, or stored in fewer bits,
+        do not tell.
+        """
+        nothing = torch.empty(0, device=device, dtype=self.module.dtype)  # type: ignore[call-overload]
+        self.place = nn.Parameter(nothing, requires_grad=False)
 
     def check_condition(self, batch: int, **condition: Any) -> None:
         """Refuses by name what the network cannot take.

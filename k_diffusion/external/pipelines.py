@@ -18,6 +18,7 @@ from torch import Tensor
 
 from k_diffusion.external import codec, families
 from k_diffusion.external.asked import Asked, Told
+from k_diffusion.external.begin import begin_from
 from k_diffusion.external.codec import Codec
 from k_diffusion.external.lays import ForeignScheduler
 from k_diffusion.external.networks import BothLimits, foreign_denoiser, limited
@@ -125,9 +126,6 @@ class PipelineSampler:
         prompts = texts("prompt", prompt)
         classes = [labels] if isinstance(labels, int) else labels
         embeds = options.get("prompt_embeds")
-        for name, given in (("height", height), ("width", width)):
-            if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
-                raise TypeError(f"{name} must be a whole number of pixels, got {given!r}")
         counts = [len(v) for v in (prompts, classes, embeds) if v is not None]
         count = counts[0] if counts else 1
         if len(set(counts)) > 1:
@@ -305,7 +303,7 @@ class PipelineSampler:
         if refiner is None and (refine_at is not None or refiner_options):
             raise ValueError("refine_at and refiner_options are of a refiner: give it")
         if refiner is not None:
-            heard = {"guidance": guidance, "height": height, "width": width}
+            heard: dict[str, Any] = {"guidance": guidance, "height": height, "width": width}
             if "prompt_embeds" not in (refiner_options or {}):
                 heard |= {"prompt": prompt, "negative": negative}
             second = refiner.encode(**{**heard, **(refiner_options or {})})
@@ -326,7 +324,7 @@ class PipelineSampler:
                 f"latents have shape {tuple(x.shape)}, but {(len(chosen), *shape)} is drawn"
             )
         x = x.to(self.device)
-        begin = self._begin(pixels, strength, mask, x, condition)
+        begin = begin_from(self.codec, pixels, strength, mask, x, condition)
         if "init" not in begin:
             x = x * self._start(sampler, steps)
         how = dict(run or {})
@@ -371,46 +369,6 @@ class PipelineSampler:
         if sampler.denoiser.path is FLOW:
             return float(1 / first.sigma)
         return float((first.alpha**2 + first.sigma**2) ** 0.5 / first.sigma)
-
-    def _begin(
-        self, pixels: Tensor | None, strength: float | None, mask: Any, x: Tensor, condition: Any
-    ) -> dict[str, Any]:
-        """The keywords of a run that begins from images; a network's own mask to its condition."""
-        known, takes = x.shape[1], self.codec.network.config.in_channels
-        told = self.family.network == "unet" and takes > known
-        if pixels is None:
-            if mask is not None or strength is not None or told:
-                what = "this network for inpainting" if told else "a mask or a strength"
-                raise ValueError(f"{what} needs init, the images to begin from")
-            return {}
-        if told and mask is None:
-            raise ValueError("this network is for inpainting: give mask, 1 where to repaint")
-        start = self.encode_images(pixels)
-        if mask is None:
-            return {"init": start, "strength": strength}
-        wanted = codec.as_mask(mask)
-        if wanted.shape[-2:] != pixels.shape[-2:]:
-            raise ValueError(
-                f"mask has size {tuple(wanted.shape[-2:])} and init {tuple(pixels.shape[-2:])}: "
-                "make them alike"
-            )
-        if not told:
-            rows, columns = start.shape[-2:]
-            small = torch.nn.functional.adaptive_avg_pool2d(wanted, (rows, columns))
-            return {"init": start, "strength": strength, "mask": small.to(x)}
-        if takes != 2 * known + 1:
-            raise ValueError(
-                f"this UNet takes {takes} channels for {known} of latents: only {known} and "
-                f"{2 * known + 1} (for inpainting) are understood"
-            )
-        hidden = (wanted >= 0.5).float()
-        kept = self.encode_images(pixels * (1 - hidden))
-        small = torch.nn.functional.interpolate(hidden, start.shape[-2:]).to(kept)
-        both = torch.cat([small.expand(len(kept), -1, -1, -1), kept], dim=1)
-        condition["concat"] = both.expand(len(x), -1, -1, -1)
-        if strength is None or strength == 1:
-            return {}
-        return {"init": start, "strength": strength}
 
     def _seconds(self, seconds: float | None) -> float:
         if self.family.kind != "sound":

@@ -86,3 +86,63 @@ def test_steps_for_each_sample_take_its_own_negative():
 def test_guidance_by_a_solver_of_two_outputs():
     sampler = KSampler.from_pipeline(tiny.tiny_sd(), "karras", "euler_cfg_pp")
     assert torch.isfinite(sampler.sample(PROMPT, steps=3, seed=1, to="latent", **SMALL)).all()
+
+
+@pytest.mark.parametrize("way", ["offloaded", "stored in 8 bits"])
+def test_a_network_whose_weights_are_elsewhere_or_stored_otherwise(way):
+    import accelerate
+
+    pipeline = tiny.tiny_sd()
+    sampler = KSampler.from_pipeline(pipeline)
+    asked = {"steps": 3, "seeds": [1, 2], "to": "latent", **SMALL}
+    plain = sampler.sample(PROMPT, **asked)
+    if way == "offloaded":
+        accelerate.cpu_offload(pipeline.unet, execution_device="cpu")
+        assert next(pipeline.unet.parameters()).device.type == "meta"
+        assert torch.equal(sampler.sample(PROMPT, **asked), plain)
+    else:
+        pipeline.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        assert _far(sampler.sample(PROMPT, **asked), plain) < 0.5
+    # Moved by its own means, afterwards.
+    sampler = KSampler.from_pipeline(tiny.tiny_sd())
+    sampler.pipeline.unet.to(torch.bfloat16)
+    assert sampler.sample(PROMPT, **asked).dtype == torch.float32
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_guidance_up_to_1_is_none_as_in_pipelines(scale):
+    pipeline = tiny.tiny_sd()
+    expected = pipeline(
+        PROMPT, num_inference_steps=3, guidance_scale=scale, output_type="latent",
+        generator=torch.Generator().manual_seed(1), **SMALL,
+    ).images  # fmt: skip
+    calls = []
+    pipeline.unet.register_forward_pre_hook(lambda *given: calls.append(len(given[1][0])))
+    sampler = KSampler.from_pipeline(pipeline)
+    drawn = sampler.sample(PROMPT, steps=3, guidance=scale, seeds=[1], to="latent", **SMALL)
+    assert _far(drawn, expected) < 1e-4
+    assert calls == [1, 1, 1]
+
+
+def test_a_refiner_hears_its_own_options():
+    base = KSampler.from_pipeline(tiny.tiny_sdxl())
+    refiner = KSampler.from_pipeline(tiny.tiny_sdxl())
+    asked = {"steps": 4, "seeds": [1], "to": "latent", **SMALL}
+
+    def draw(**told):
+        return base.sample(PROMPT, refiner=refiner, refine_at=3.0, refiner_options=told, **asked)
+
+    plain = draw()
+    assert torch.equal(plain, draw(original_size=(16, 16)))
+    assert _far(draw(original_size=(64, 8)), plain) > 1e-4
+    told = refiner.encode("blue cat").condition
+    embeds = {
+        "prompt_embeds": told["encoder_hidden_states"],
+        "pooled_prompt_embeds": told["text_embeds"],
+    }
+    against = refiner.encode("blue cat", "").negative
+    embeds["negative_prompt_embeds"] = against["encoder_hidden_states"]
+    embeds["negative_pooled_prompt_embeds"] = against["text_embeds"]
+    assert torch.equal(draw(**embeds), draw(prompt="blue cat", negative=""))
+    with pytest.raises(ValueError, match="refine_at and refiner_options are of a refiner"):
+        base.sample(PROMPT, refine_at=3.0, **asked)

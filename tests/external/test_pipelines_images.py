@@ -164,3 +164,21 @@ def test_pictures_videos_and_sound():
     assert [len(frames) for frames in video] == [5]
     sound = PipelineSampler(tiny.tiny_stable_audio())
     assert sound.sample(PROMPT, steps=2, seed=1, seconds=1.5).shape == (1, 2, 24)
+
+
+def test_an_autoencoder_that_gives_latents_themselves():
+    pipeline = tiny.tiny_sd()
+    pipeline.vae = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=4,
+    ).eval()
+    init = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    sampler = PipelineSampler(pipeline)
+    with torch.no_grad():
+        known = pipeline.vae.encode(init).latents
+    assert torch.equal(sampler.encode_images(init), known)
+    drawn = sampler.sample(PROMPT, init=init, strength=0.5, steps=4, seed=1, to="tensor")
+    assert drawn.shape == (1, 3, 16, 16)

@@ -165,12 +165,25 @@ def test_files_that_are_not_whole_are_refused(folder, tmp_path):
         load(folder)
 
 
+def test_weights_that_are_missing_are_refused(folder):
+    from safetensors.torch import load_file, save_file
+
+    file = next((folder / "unet").glob("*.safetensors"))
+    weights = load_file(file)
+    del weights["conv_in.weight"]
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"unet.*has no conv_in\.weight \(1 weights are missing"):
+        load(folder, local=True)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("_class_name", ["my_code", "Mine"], "code of its own"),
         ("_class_name", "AudioLDMPipeline", "unknown diffusers pipeline 'AudioLDMPipeline'"),
         ("unet", ["os", "system"], "takes unet from 'os'"),
+        ("unet", ["k_diffusion.cli", "main"], "takes unet from 'k_diffusion.cli'"),
+        ("unet", ["pipeline_utils", "DiffusionPipeline"], "takes unet from 'pipeline_utils'"),
     ],
 )
 def test_code_of_a_folder_is_never_run(folder, key, value, words):
@@ -224,6 +237,12 @@ def test_pipelines_that_are_not_understood():
         ({"prompt": PROMPT, "seed": 1, "seeds": [1]}, "not both"),
         ({"prompt": PROMPT, "to": "png"}, "unknown output 'png'"),
         ({"prompt": PROMPT, "guidance": "high"}, "guidance must be a number"),
+        ({"prompt": PROMPT, "seeds": 5}, "seeds must be whole numbers"),
+        ({"prompt": PROMPT, "seeds": [2**64]}, "seeds must be whole numbers"),
+        ({"prompt": PROMPT, "seed": -1}, "seed must be a whole number"),
+        ({"prompt": PROMPT, "height": "16"}, "height must be a whole number of pixels, got '16'"),
+        ({"prompt": PROMPT, "negative": 5}, "negative must be a text"),
+        ({"prompt": PROMPT, "n": True}, "n must be a whole number"),
         ({"prompt": PROMPT, "latents": torch.zeros(1, 4, 4, 4)}, r"latents have shape"),
         ({"prompt": PROMPT, "init": torch.zeros(1, 3, 16, 16)}, "give strength"),
         ({"prompt": PROMPT, "mask": torch.zeros(16, 16)}, "needs init"),
@@ -231,7 +250,7 @@ def test_pipelines_that_are_not_understood():
 )
 def test_wrong_input_is_refused_by_name(asked, words):
     sampler = PipelineSampler(tiny.tiny_sd())
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((TypeError, ValueError), match=words):
         sampler.sample(**{**SMALL, "steps": 2, **asked})
 
 
