@@ -92,7 +92,8 @@ def levels_of(scheduler: Any) -> list[Level]:
     sigmas = getattr(scheduler, "sigmas", None)
     if isinstance(sigmas, torch.Tensor) and config["_class_name"] != "LCMScheduler":
         path = FLOW if conventions.prediction == "flow" else VE
-        known = list(dict.fromkeys(sigmas.double().tolist()))
+        # Some lay more than there are timesteps for, and end before them.
+        known = list(dict.fromkeys(sigmas[: len(scheduler.timesteps) + 1].double().tolist()))
         levels = [_level(sigma, path) for sigma in known]
         if path is VE and conventions.process.path is VP:
             return [VP.at(level.half_log_snr) if level.sigma else CLEAN for level in levels]

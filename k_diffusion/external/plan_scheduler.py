@@ -247,6 +247,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         sample: Tensor,
         generator: Generators = None,
         return_dict: bool = True,
+        eta: float | None = None,
+        use_clipped_model_output: bool | None = None,
     ) -> PlanSchedulerOutput | tuple[Tensor, Tensor]:
         """Takes the network's answer and goes on to its next input.
 
@@ -258,6 +260,8 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
                 values are not those that were returned last, it was edited.
             generator: of a stochastic solver's noise; one, or one per sample. None: torch's global.
             return_dict: return a `PlanSchedulerOutput`, instead of a pair of the same.
+            eta, use_clipped_model_output: what some pipelines hand to every scheduler; only what
+                does nothing is taken.
 
         Returns:
             In the sample's dtype.
@@ -266,6 +270,11 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             RuntimeError: `set_timesteps` was not called, or the run is over.
             ValueError: it cannot begin here; an edited sample of a solver that would undo edits.
         """
+        if eta or use_clipped_model_output:
+            raise ValueError(
+                f"a pipeline's eta ({eta}) and use_clipped_model_output do nothing here: choose a "
+                'solver, and its options, options={"eta": 0.5} say'
+            )
         visit = self._laid()
         if self._step_index is None:
             self._step_index = self._place(timestep)

@@ -149,6 +149,7 @@ def read_conventions(scheduler: Any) -> Conventions:
             maths.unknown(f"prediction_type in the config of {name},", said, PREDICTIONS)
         )
     prediction = PREDICTIONS[said]
+    _check_sigmas(name, config, said)
     limits = _limits(config)
     if name in FLOWS or prediction == "flow":
         if prediction != "flow":
@@ -185,6 +186,22 @@ def _options(name: str) -> dict[str, Any]:
         raise ValueError(f"this diffusers has no {name}: install a newer one")
     parameters = inspect.signature(kind.__init__).parameters.values()
     return {p.name: p.default for p in parameters if p.name != "self" and p.kind != p.VAR_KEYWORD}
+
+
+def _check_sigmas(name: str, config: Mapping[str, Any], said: str) -> None:
+    """Refuses ways to lay sigmas that contradict the prediction, or are not understood."""
+    flow = bool(config.get("use_flow_sigmas"))
+    if name not in FLOWS and flow != (said == "flow_prediction"):
+        raise ValueError(
+            f"use_flow_sigmas {flow} of {name} does not go with prediction_type {said!r}: flow "
+            "networks are flow_prediction and have flow sigmas, others neither"
+        )
+    if config.get("invert_sigmas"):
+        raise ValueError(f"invert_sigmas of {name} counts from clean to noisy, unlike all else")
+    kind = config.get("timestep_type", "discrete")
+    if kind not in ("discrete", "continuous"):
+        what = f"timestep_type in the config of {name},"
+        raise ValueError(maths.unknown(what, kind, ("discrete", "continuous")))
 
 
 def _limits(config: Mapping[str, Any]) -> dict[str, Any]:

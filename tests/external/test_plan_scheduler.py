@@ -119,6 +119,7 @@ OWN = {
     "pixart": lambda: diffusers.DDIMScheduler(clip_sample=False),
     "video": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0),
     "sd edm": lambda: diffusers.EDMEulerScheduler(),
+    "stable_audio": lambda: diffusers.EDMEulerScheduler(prediction_type="v_prediction"),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import k_diffusion
 from k_diffusion.denoiser import EpsDenoiser, make_denoiser
 from k_diffusion.external.lays import ForeignScheduler
 from k_diffusion.external.networks import limited
+from k_diffusion.external.noise import GeneratorNoise
 from k_diffusion.external.plan_scheduler import PlanScheduler
 from k_diffusion.external.process import read_conventions
 from k_diffusion.external.settle import own_solver
@@ -510,3 +511,65 @@ def test_timesteps_come_in_the_shapes_and_precisions_of_pipelines():
         scheduler.set_begin_index(-1)
     with pytest.raises(ValueError, match="begin_index 4 is none"):
         scheduler.set_begin_index(4)
+
+
+def test_each_step_may_bring_its_own_generator():
+    scheduler = plan(solver="euler_ancestral", schedule="karras")
+    start, network = torch.randn(1, 5, generator=seeded()), Network()
+    scheduler.set_timesteps(4)
+    x, expected = start, start
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(network(x, t.expand(1)), t, x, generator=seeded(i)).prev_sample
+    denoiser = EpsDenoiser(network, read_conventions(ddim()).process)
+    run = Run(scheduler._visit.plan, expected, noise := GeneratorNoise(None, start), torch.float64)
+    for i in range(4):
+        noise.generators = seeded(i)
+        run.advance(denoiser(run.x, run.sigma))
+    assert relative(x, run.result) < 1e-6
+
+
+def test_what_a_pipeline_amends_in_the_config_counts():
+    scheduler = plan(solver="euler")
+    scheduler.register_to_config(prediction_type="v_prediction", steps_offset=1)
+    other = plan(ddim(prediction_type="v_prediction", steps_offset=1), solver="euler")
+    start = torch.randn(1, 5, generator=seeded())
+    for one in (scheduler, other):
+        one.set_timesteps(5)
+    assert torch.equal(walk(scheduler, start), walk(other, start))
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_dynamic_shift_under_a_schedule_of_ours_is_theirs(kind):
+    own = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind)
+    own.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.8)
+    scheduler = plan(own, solver="euler", schedule="sgm_uniform")
+    scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.8)
+    assert scheduler.sigmas.tolist() == pytest.approx(own.sigmas.tolist(), abs=1e-3)
+    fixed = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    )
+    scheduler = plan(fixed, solver="euler", schedule="sgm_uniform")
+    scheduler.set_timesteps(4)
+    shifted = [3 * s / (1 + 2 * s) for s in (1.0, 0.75, 0.5, 0.25, 0.0)]
+    assert scheduler.sigmas.tolist() == pytest.approx(shifted, abs=1e-3)
+
+
+def test_what_pipelines_hand_to_every_scheduler():
+    unet = diffusers.UNet2DModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    ).eval()  # fmt: skip
+    pipe = diffusers.DDIMPipeline(unet, ddim())
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(generator=seeded(), num_inference_steps=4, output_type="np").images
+    pipe.scheduler = plan(solver="ddim")
+    ours = pipe(generator=seeded(), num_inference_steps=4, output_type="np").images
+    assert abs(ours - theirs).max() < 1e-4
+    with pytest.raises(ValueError, match="eta \\(0.5\\) and use_clipped_model_output do nothing"):
+        pipe(generator=seeded(), num_inference_steps=4, eta=0.5, output_type="np")
+    x = torch.zeros(1, 3)
+    scheduler = plan(solver="euler")
+    scheduler.set_timesteps(3)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    with pytest.raises(ValueError, match="sample has shape \\(1, 4\\), but the run began with"):
+        scheduler.step(torch.zeros(1, 4), scheduler.timesteps[1], torch.zeros(1, 4))

@@ -262,3 +262,64 @@ def test_a_network_of_videos_by_their_own_loop(steps):
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     other = sampler.sample(x, steps, {"encoder_hidden_states": text + 1})
     assert (other - theirs).abs().max() > 1e-3 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True"),
+        ("DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, "use_flow_sigmas True"),
+        ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction"}, "use_flow_sigmas Fal"),
+        ("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, "invert_sigmas"),
+        ("EulerDiscreteScheduler", {"timestep_type": "both"}, "unknown timestep_type .*'both'"),
+        ("DDPMScheduler", {"snr_shift_scale": 2.0}, "snr_shift_scale 2.0|unknown key"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_by_key(name, options, words):
+    config = {**dict(_make(name).config), "_class_name": name, **options}
+    with pytest.raises(ValueError, match=words):
+        read_conventions(config)
+
+
+def test_the_scheduler_itself_is_left_alone():
+    own = diffusers.EulerDiscreteScheduler()
+    own.set_timesteps(3)
+    before = own.timesteps.clone(), own.sigmas.clone(), dict(own.config)
+    lays = ForeignScheduler(own)
+    lays.levels(7)
+    assert torch.equal(own.timesteps, before[0])
+    assert torch.equal(own.sigmas, before[1])
+    own.register_to_config(beta_end=0.02)
+    own.set_timesteps(9)
+    assert len(lays.levels(7)) == 8
+    assert dict(own.config) | {"beta_end": before[2]["beta_end"]} == before[2]
+
+
+def test_pndm_lays_its_levels_without_the_inner_ones_of_its_start():
+    levels = ForeignScheduler(diffusers.PNDMScheduler(skip_prk_steps=False)).levels(10)
+    plain = ForeignScheduler(diffusers.DDIMScheduler()).levels(10)
+    ratios = [level.ratio for level in plain][:-1]
+    assert [level.ratio for level in levels][: len(ratios)] == pytest.approx(ratios, rel=1e-3)
+
+
+def test_sigmas_beyond_the_last_timestep_are_not_visited():
+    own = diffusers.EulerDiscreteScheduler(interpolation_type="log_linear")
+    own.set_timesteps(6)
+    levels = ForeignScheduler(own).levels(6)
+    assert [level.ratio for level in levels] == pytest.approx(own.sigmas[:7].tolist(), rel=1e-5)
+
+
+def test_a_network_whose_config_has_an_unknown_key_is_refused():
+    network = _unet()
+    network.register_to_config(sandwich_norm=True)
+    with pytest.raises(
+        ValueError, match="unknown key in the config of UNet2DModel, 'sandwich_norm"
+    ):
+        foreign_denoiser(network, diffusers.DDIMScheduler())
+    denoiser = foreign_denoiser(_unet(), diffusers.DDIMScheduler())
+    for told, words in (
+        ({"class_label": torch.zeros(2)}, "unknown condition 'class_label'.*class_labels"),
+        ({"class_labels": torch.zeros(3)}, r"class_labels has shape \(3,\), but the batch is 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            KSampler(denoiser).sample(torch.randn(2, 3, 8, 8), 2, told)
