@@ -34,8 +34,8 @@ def _theirs(pipe, **asked):
     ).images  # fmt: skip
 
 
-def _ours(pipe):
-    asked = {"steps": 5, "guidance": 3.0, "seeds": [3], "to": "latent", **SMALL}
+def _ours(pipe, **options):
+    asked = {"steps": 5, "guidance": 3.0, "seeds": [3], "to": "latent", **SMALL, **options}
     return KSampler.from_pipeline(pipe).sample("a red fox", **asked)
 
 
@@ -52,6 +52,10 @@ def test_an_adapter_in_the_pipeline(part):
     with_it = _theirs(pipe)
     assert far(with_it, plain) > 1e-3
     assert far(_ours(pipe), with_it) < 1e-4
+    scale = {"cross_attention_kwargs": {"scale": 0.3}}
+    less = _theirs(pipe, **scale)
+    assert far(less, with_it) > 1e-4
+    assert far(_ours(pipe, **scale), less) < 1e-4
     own = pipe.scheduler
     pipe.scheduler = PlanScheduler.from_config(own, solver="ddim")
     assert far(_theirs(pipe), with_it) < 1e-4

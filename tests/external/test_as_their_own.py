@@ -83,20 +83,25 @@ def test_the_noise_of_a_seed_is_that_of_the_pipelines_generator(clip):
     assert far(ours(pipe, 6, seeds=(3, 8)), known) < 1e-4
 
 
-STOCHASTIC = {
+SAME = {
     "ddpm": lambda: diffusers.DDPMScheduler(**tiny.BETAS),
+    "dpmpp_2m": lambda: diffusers.DPMSolverMultistepScheduler(**tiny.BETAS),
     "euler_ancestral": lambda: diffusers.EulerAncestralDiscreteScheduler(**tiny.BETAS),
+    "lcm": lambda: diffusers.LCMScheduler(**tiny.BETAS, clip_sample=False),
 }
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize("steps", [5, 20])
-def test_stochastic_schedulers_give_the_same_too(name, steps):
+def test_other_schedulers_give_the_same_too(name, steps):
     pipe = make_sd()
-    pipe.scheduler = STOCHASTIC[name]()
+    pipe.scheduler = SAME[name]()
     sampler = KSampler.from_pipeline(pipe)
     assert sampler.solver.name == name
-    assert far(ours(pipe, steps), theirs(pipe, steps)) < 1e-4
+    known = theirs(pipe, steps)
+    assert far(ours(pipe, steps), known) < 1e-4
+    pipe.scheduler = PlanScheduler.from_config(pipe.scheduler, solver=name)
+    assert far(theirs(pipe, steps), known) < 1e-4
 
 
 def test_latents_of_the_seeds_are_what_is_drawn_without_them():

@@ -166,6 +166,26 @@ def test_pipelines_run_unchanged(name, solver):
     assert name == "dit" or len(seen) == (4 if "callback" in keywords else calls)
 
 
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_whole_pipelines_are_saved_and_loaded_with_it(name, tmp_path):
+    pipe = made(name)
+    own = OWN[name]()
+    if name == "sd":  # else StableDiffusionPipeline amends it when it is loaded
+        own = diffusers.DDIMScheduler(**tiny.BETAS, clip_sample=False, steps_offset=1)
+    pipe.scheduler = PlanScheduler.from_config(own, solver="heun", schedule="karras")
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe).from_pretrained(tmp_path, local_files_only=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again.scheduler) is PlanScheduler
+    assert dict(again.scheduler.config) == {
+        key: value for key, value in pipe.scheduler.config.items() if key != "_diffusers_version"
+    }
+    drawn = [CALLS[name](p, num_inference_steps=2, generator=seeded()) for p in (pipe, again)]
+    assert relative(*drawn) < 1e-5
+
+
 def test_the_audio_network_sees_the_time_and_the_noise_that_the_loop_outside_gives():
     pipe = tiny.tiny_stable_audio()
     own = pipe.scheduler
