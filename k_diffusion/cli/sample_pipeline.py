@@ -18,6 +18,12 @@ from .problems import Stopped, UsageError, as_usage, plain_warnings, process_num
 from .signals import Terminated
 from .values import Classes, Settings, Words, show_setting, show_settings
 
+_NOT_OPTIONS = (
+    "guidance", "height", "init", "labels", "mask", "n", "negative", "prompt", "run", "seed",
+    "seeds", "steps", "strength", "to", "width",
+)  # fmt: skip
+"""Keywords of `PipelineSampler.sample` that other options give."""
+
 
 @dataclass
 class SamplePipeline:
@@ -71,7 +77,7 @@ class SamplePipeline:
     scheduler_options: Settings = field(default_factory=dict)
     """Options of the levels, such as rho=5; with `--scheduler`."""
     options: Settings = field(default_factory=dict)
-    """What the pipeline itself takes beside texts, such as clip_skip=1."""
+    """What the pipeline itself takes beside texts, such as guidance_rescale=0.7."""
     kind: str = ""
     """For a .safetensors file: the pipeline's class, such as StableDiffusionXLPipeline."""
     config: str = ""
@@ -211,6 +217,9 @@ class SamplePipeline:
             raise UsageError("--prompt and --class-label are given: a model takes one of them")
         if self.scheduler_options and not self.scheduler:
             raise UsageError("--scheduler-options are of a --scheduler: give its name")
+        for name in self.options:
+            if name in _NOT_OPTIONS:
+                raise UsageError(f"--options {name}: the command line has its own way to say it")
         if self.dtype not in ("", "float32", "bfloat16", "float16"):
             raise UsageError(f"--dtype {self.dtype}: give float32, bfloat16 or float16")
         for name, file in (("--init", self.init), ("--mask", self.mask)):

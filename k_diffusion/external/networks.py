@@ -204,7 +204,7 @@ class ForeignNetwork(nn.Module):
 def _check_config(module: nn.Module) -> None:
     """A key of its config that its class does not know may change what it computes."""
     config = dict(getattr(module, "config", {}))
-    known = inspect.signature(type(module).__init__).parameters
+    known = [name for name in inspect.signature(type(module).__init__).parameters if name != "self"]
     for key in config:
         if not key.startswith("_") and key not in known:
             what = f"key in the config of {type(module).__name__},"
