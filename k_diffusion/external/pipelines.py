@@ -4,7 +4,8 @@
     images = sampler.sample("a red fox", negative="grey", steps=20, guidance=7, seeds=[1, 2])
 
 The pipeline's own modules are used as they are, with all that was loaded into them; it is not
-changed. Without a scheduler and a solver it is what the pipeline itself would do.
+changed. Without a scheduler and a solver, the levels are the pipeline's own, and the solver is the
+one that its scheduler stands for: docs/foreign-names.md says how near they come.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from k_diffusion.external.codec import Codec
 from k_diffusion.external.lays import ForeignScheduler
 from k_diffusion.external.networks import BothLimits, foreign_denoiser, limited
 from k_diffusion.external.noise import GeneratorNoise
-from k_diffusion.external.process import read_conventions
+from k_diffusion.external.process import config_of, read_conventions
 from k_diffusion.external.prompted import joined, prompted, refined
 from k_diffusion.external.settle import (
     generators,
@@ -34,6 +35,7 @@ from k_diffusion.external.settle import (
     settle_seeds,
     texts,
 )
+from k_diffusion.external.visits import shifted
 from k_diffusion.sampling import Churn, KSampler, Solver
 from k_diffusion.utils import maths
 from k_diffusion.utils.levels import FLOW
@@ -200,10 +202,11 @@ class PipelineSampler:
                 raise ValueError("refine_at says where the refiner takes over: sigma / alpha")
             second = prompted(refiner.denoiser, refiner_guidance, guidance_rescale, pair)
             model = refined(model, second, refine_at)
-        scheduler = self.scheduler
-        if scheduler is None:
-            mu, even = families.shift(self.pipeline, self._own, tuple(shape))
-            scheduler = ForeignScheduler(self._own, mu, even)
+        mu, even = families.shift(self.pipeline, self._own, tuple(shape))
+        if self.scheduler is None:
+            scheduler: Scheduler = ForeignScheduler(self._own, mu, even)
+        else:
+            scheduler = self.scheduler.within(shifted(config_of(self._own), mu))
         made = self._checked
         steps, options = renoised(made.solver, made.options, self.conventions)
         limits = limited if steps is made.solver else BothLimits

@@ -126,7 +126,7 @@ def config_of(scheduler: Any) -> dict[str, Any]:
     known = _options(name)
     for key in plain:
         if not key.startswith("_") and key not in known and key not in OURS:
-            others = (other for other in KNOWN if key in _options(other))
+            others = (other for other in installed() if key in _options(other))
             if next(others, None) is None:
                 raise ValueError(maths.unknown(f"key in the config of {name},", key, known))
     # A config keeps the keys of schedulers that stood there before: they decide nothing here.
@@ -175,6 +175,13 @@ def read_conventions(scheduler: Any) -> Conventions:
     # sqrt(sigma² + 1), which is 1 at unit variance.
     unit = name not in FROM_SIGMA or config["timestep_spacing"] not in ("linspace", "trailing")
     return Conventions(prediction, _process(config), time, unit_start=unit, **limits)
+
+
+def installed() -> list[str]:
+    """Those of the known schedulers that the diffusers here has."""
+    import diffusers
+
+    return [name for name in KNOWN if hasattr(diffusers, name)]
 
 
 def _options(name: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from k_diffusion.denoiser import DENOISERS, EDMDenoiser, NetworkDenoiser
 from k_diffusion.external.lays import levels_of
-from k_diffusion.external.process import KNOWN, OURS, Conventions, config_of, read_conventions
+from k_diffusion.external.process import OURS, Conventions, config_of, installed, read_conventions
 from k_diffusion.sampling.ksampler import find_solver
 from k_diffusion.sampling.plan import Plan, make_plan
 from k_diffusion.sampling.registry import Solver
@@ -46,7 +46,7 @@ def named(config: Any) -> dict[str, Any]:
         plain["_class_name"] = type(config).__name__
     if "_class_name" not in plain:
         keys = {key for key in own if not key.startswith("_")}
-        fits = [name for name in KNOWN if _keys(name) == keys]
+        fits = [name for name in installed() if _keys(name) == keys]
         if fits:
             plain["_class_name"] = min(fits, key=len)
     return plain
@@ -106,16 +106,11 @@ def visited(
         )
     said = read_conventions(config)
     process, name = said.process, config["schedule"]
-    shift = _shift(config, mu)
+    over = shifted(config, mu)
     if sigmas is not None and own is not None and name is not None and _even(own):
         steps, own, sigmas = len(own), None, None  # what pipelines hand over unasked
     if own is None and name is not None:
-        if isinstance(process, FlowScheduler) and shift != 1:
-            process = dataclasses.replace(process, shift=shift)
-        if isinstance(process, ShiftedCosineScheduler):  # its range is in the config alone
-            least, most = (-2 * math.log(config[key]) for key in ("sigma_max", "sigma_min"))
-            process = dataclasses.replace(process, log_snr_min=least, log_snr_max=most)
-        schedule = make_scheduler(name, **config["schedule_options"]).within(process)
+        schedule = make_scheduler(name, **config["schedule_options"]).within(over)
         return schedule.levels(_whole(steps)).on(process.path)
     if name is None:
         told: dict[str, Any] = {"sigmas": own} if sigmas is not None else {"timesteps": own}
@@ -131,6 +126,22 @@ def visited(
     assert own is not None
     laid = [_at_sigma(s, process) if sigmas is not None else at_timestep(s, process) for s in own]
     return Levels(laid if laid[-1].sigma == 0 else [*laid, CLEAN], process.path)
+
+
+def shifted(config: Mapping[str, Any], mu: float | None) -> Scheduler:
+    """What a schedule of ours is laid over: the process with the flow's shift, and in its range.
+
+    Args:
+        config: of a diffusers scheduler.
+        mu: of a flow's dynamic shift.
+    """
+    process, shift = read_conventions(config).process, _shift(config, mu)
+    if isinstance(process, FlowScheduler) and shift != 1:
+        return dataclasses.replace(process, shift=shift)
+    if isinstance(process, ShiftedCosineScheduler):  # its range is in the config alone
+        least, most = (-2 * math.log(config[key]) for key in ("sigma_max", "sigma_min"))
+        return dataclasses.replace(process, log_snr_min=least, log_snr_max=most)
+    return process
 
 
 def at_timestep(timestep: float, process: Scheduler) -> Level:

@@ -149,6 +149,40 @@ def test_a_pipeline_with_a_plan_scheduler_is_sampled_as_it_samples(kind, solver,
     assert other.solver.name == "ddim"
 
 
+SHORT = {"max_sequence_length": 12}
+WORDS = {
+    "sd": ({}, {}),
+    "sd3": (SHORT, SHORT),
+    "flux": (SHORT, SHORT),
+    "video": ({"num_frames": 5, **SHORT}, {"frames": 5, **SHORT}),
+    "stable_audio": ({"audio_end_in_s": 2.0}, {"seconds": 2.0}),
+}
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential", "sgm_uniform", "simple", "linspace"])
+@pytest.mark.parametrize("kind", WORDS)
+@torch.no_grad()
+def test_schedules_of_ours_are_laid_over_the_same_process(kind, schedule):
+    """With the flow's shift and the range of sigma that the pipeline's config tells."""
+    pipe = made(kind)
+    inside, outside = WORDS[kind]
+    size = {} if kind == "stable_audio" else SMALL
+    own = getattr(tiny, f"tiny_{kind}")().scheduler
+    pipe.scheduler = own
+    sampler = KSampler.from_pipeline(pipe, schedule, "dpmpp_2m")
+    pipe.scheduler = PlanScheduler.from_config(own, solver="dpmpp_2m", schedule=schedule)
+    known = pipe(
+        "a red fox", num_inference_steps=4, guidance_scale=3.0, output_type="latent",
+        generator=torch.Generator().manual_seed(3), **size, **inside,
+    )[0]  # fmt: skip
+    if kind == "flux":
+        known = pipe._unpack_latents(known, 16, 16, pipe.vae_scale_factor)
+    drawn = sampler.sample(
+        "a red fox", steps=4, guidance=3.0, seeds=[3], to="latent", **size, **outside
+    )
+    assert far(drawn, known) < 1e-4
+
+
 @functools.cache
 def made(kind):
     return getattr(tiny, f"tiny_{kind}")()
