@@ -22,7 +22,8 @@ STEPS = {
     # PlanScheduler is a class of diffusers' own kind, so that it brings that in.
     "established names": (
         "from k_diffusion import external, utils\n"
-        "[getattr(room, name) for room in (external, utils) for name in room.__all__ if name != 'PlanScheduler']"
+        "names = {external: {*external.__all__} - {'PlanScheduler'}, utils: utils.__all__}\n"
+        "[getattr(room, name) for room, known in names.items() for name in known]"
     ),
     "a run": (
         "from k_diffusion.sampling import KSampler\n"

@@ -187,8 +187,15 @@ def test_an_image_to_begin_from(model, tmp_path, capsys):
     save_png(image, torch.zeros(3, 16, 16))
     argv = ["sample", "--model", model, "--prompt", "cat", "--steps", "4", "--init", str(image)]
     argv += ["--strength", "0.5", "--local", "--device", "cpu", "-o", str(tmp_path / "out")]
+    argv += ["--mask", str(image), "--options", "guidance_rescale=0.5", "--dtype", "float32"]
     assert main(argv) == 0
     text = load_png(tmp_path / "out" / "seed000000.png")[1]
+    for option in ("--init", "--mask", "--options guidance_rescale=0.5", "--dtype float32"):
+        assert option in text["command"]
+    again = [*shlex.split(text["command"])[1:], "-o", str(tmp_path / "again"), "--device", "cpu"]
+    assert main(again) == 0
+    pictures = [load_png(tmp_path / name / "seed000000.png")[0] for name in ("out", "again")]
+    assert torch.equal(*pictures)
     assert text["init sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
     assert "--strength 0.5" in text["command"]
     image.write_bytes(b"no image")
