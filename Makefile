@@ -52,6 +52,7 @@ bench: $(STAMP) $(PEERS)/.installed
 	$(BIN)/python benchmarks/samplers.py
 	$(BIN)/python benchmarks/models.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/around.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -117,8 +117,13 @@ class Spoilt(Digits):
         return batch
 
 
-def spoil() -> None:
-    """Have the run's images spoilt, in this process and in its children."""
+def prepare() -> None:
+    """Have the run's images spoilt and its sums done by one thread, here and in what is forked.
+
+    Torch adds up in another order with another number of threads, so that a whole program left to
+    choose would not end bitwise as the forked attempts do.
+    """
+    torch.set_num_threads(1)
     SOURCES["digits"] = Spoilt
 
 
@@ -185,7 +190,9 @@ def forked(config: TrainConfig, report: Path) -> int:
 
 def program(config_file: Path, report: Path) -> int:
     plugin = config_file.with_suffix(".py")
-    plugin.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport kill\nkill.spoil()\n")
+    plugin.write_text(
+        f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport kill\nkill.prepare()\n"
+    )
     with report.open("a", encoding="utf-8") as errors:
         command = [sys.executable, "-m", "k_diffusion.cli", "train", "--config", str(config_file)]
         started = subprocess.Popen(
@@ -373,8 +380,7 @@ def main() -> None:
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(2**32) if args.seed is None else args.seed
     draw = random.Random(seed)
-    torch.set_num_threads(1)
-    spoil()
+    prepare()
     print(f"seed {seed}; torch {torch.__version__}, {platform.machine()}")
     rows = []
     with tempfile.TemporaryDirectory() as folder:

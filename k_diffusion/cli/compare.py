@@ -46,8 +46,9 @@ class Compare:
     """The folder to write to; made where it is missing."""
     overwrite: bool = False
     """Replace a sheet that is already there."""
-    no_ema: bool = False
-    """Take the last weights, not their moving average."""
+    weights: str = "ema"
+    """ema: their moving average; last: those after the last step; or another average that
+    `k-diffusion info` lists, such as ema_0.05."""
     device: str = ""
     """cpu, cuda, cuda:1, mps...; without it a GPU where there is one."""
     plugin: Plugins = ()
@@ -57,21 +58,20 @@ class Compare:
         self._check()
         import torch
 
-        from k_diffusion.evaluation.sheet import REFERENCE, compare_samplers
+        from k_diffusion.evaluation.sheet import REFERENCE, compare_samplers, find_comparable
         from k_diffusion.models.registry import known_classes
-        from k_diffusion.sampling import find_solver
         from k_diffusion.training.restore import load_denoiser
         from k_diffusion.utils.scheduler import make_scheduler
 
         load_plugins(self.plugin)
         with as_usage():
             for name in self.samplers:
-                find_solver(name)
+                find_comparable(name)
             for name in self.schedules:
                 make_scheduler(name)
         device = pick_device(self.device)
         checkpoint = newest_in(self.checkpoint)
-        denoiser, info = load_denoiser(checkpoint, ema=not self.no_ema, device=device)
+        denoiser, info = load_denoiser(checkpoint, self.weights, device=device)
         check_shape(info)
         classes = known_classes(denoiser.network)
         if self.class_label and max(self.class_label) >= classes:
@@ -135,7 +135,7 @@ class Compare:
             "software": f"k-diffusion {version('k-diffusion')}",
             "checkpoint": str(info.path),
             "checkpoint sha256": info.sha256,
-            "weights": "last" if self.no_ema else "ema",
+            "weights": self.weights,
             "seeds": f"{self.seed} to {self.seed + self.number - 1}",
             "command": self._command(info),
         }
@@ -146,7 +146,7 @@ class Compare:
         figures = {**said, "reference steps": sheet.reference_steps, "cells": [
             {"sampler": c.sampler, "scheduler": c.scheduler, "steps": c.steps, "calls": c.calls,
              "distance": c.distance} for c in sheet.cells
-        ]}  # fmt: skip
+        ], "on no Brownian path": list(sheet.off_path)}  # fmt: skip
         write_whole(
             self.out / "sheet.json", lambda p: _text(p, json.dumps(figures, indent=1) + "\n")
         )
@@ -173,7 +173,9 @@ class Compare:
             words += [option, value] if value else []
         for word in self.plugin:
             words += ["--plugin", word]
-        return shlex.join(words + ["--no-ema"] * self.no_ema)
+        if self.weights != "ema":
+            words += ["--weights", self.weights]
+        return shlex.join(words)
 
 
 def _text(path: Path, text: str) -> None:

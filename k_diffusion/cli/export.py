@@ -25,8 +25,8 @@ class Export:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """The file to write, such as model.safetensors."""
     weights: str = "ema"
-    """ema: their moving average; last (or model): those after the last step; or the name of another
-    average that `k-diffusion info` lists, such as ema_0.05."""
+    """ema: their moving average; last: those after the last step; or another average that
+    `k-diffusion info` lists, such as ema_0.05."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """What they are stored as; sampling computes in float32 all the same."""
     licence: str = ""
@@ -57,7 +57,7 @@ class Export:
         sha256 = save_inference(
             source,
             self.out,
-            ema={"ema": True, "model": False, "last": False}.get(self.weights, self.weights),
+            weights=self.weights,
             dtype=getattr(torch, self.dtype),
             licence=self.licence,
             note=self.note,

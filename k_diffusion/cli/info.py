@@ -65,8 +65,8 @@ def checkpoint_facts(info: CheckpointInfo) -> dict[str, Any]:
         "known here": known,  # else --plugin FILE.py makes it known
         "prediction": model_trait(model, "prediction", "eps") if known else "?",
         "parameters": info.parameters,
-        "weights": sorted({name.partition("/")[0] for name in info.tensors}),
-        "averages": info.averages,
+        "weights": info.weights,
+        "parts": sorted({name.partition("/")[0] for name in info.tensors}),
         "data": info.data,
         "config": info.config,
     } | ({"card": info.card} if info.card else {})

@@ -98,10 +98,9 @@ class Sample:
     which stays the same for any number of steps."""
     noise_on_cpu: bool = False
     """Make that noise on the CPU, so that a seed gives the same on every device."""
-    no_ema: bool = False
-    """Take the last weights, not their moving average."""
-    ema: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
-    """Take this average of the weights, one that `k-diffusion info` lists, such as ema_0.05."""
+    weights: str = "ema"
+    """ema: their moving average; last: those after the last step; or another average that
+    `k-diffusion info` lists, such as ema_0.05."""
     device: str = ""
     """cpu, cuda, cuda:1, mps...; without it a GPU where there is one."""
     plugin: Plugins = ()
@@ -131,7 +130,7 @@ class Sample:
             )  # fmt: skip
         device = pick_device(self.device)
         checkpoint = newest_in(self.checkpoint)
-        denoiser, info = load_denoiser(checkpoint, ema=self.ema or not self.no_ema, device=device)
+        denoiser, info = load_denoiser(checkpoint, self.weights, device=device)
         check_shape(info)
         teller = Teller(info, denoiser, device)
         condition = teller.condition(self.condition)
@@ -255,8 +254,6 @@ class Sample:
         ):
             if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name} is {value}; give a whole number of at least 1")
-        if self.ema and self.no_ema:
-            raise UsageError(f"--ema is {self.ema}, but --no-ema asks for the last weights")
         if self.seed < 0:
             raise UsageError(f"--seed is {self.seed}; give a whole number of at least 0")
         if self.strength is not None and not 0 <= self.strength <= 1:
@@ -315,7 +312,7 @@ class Sample:
             "software": f"k-diffusion {version('k-diffusion')}",
             "checkpoint": str(info.path),
             "checkpoint sha256": info.sha256,
-            "weights": "last" if self.no_ema else self.ema or "ema",
+            "weights": self.weights,
             "sampler": self.sampler,
             "sampler options": show_settings(self.sampler_options),
             "scheduler": self.scheduler,
@@ -351,7 +348,7 @@ class Sample:
         ):  # fmt: skip
             for word in words:
                 command += [name, word]
-        command += ["--ema", self.ema] if self.ema else ["--no-ema"] * self.no_ema
+        command += ["--weights", self.weights] if self.weights != "ema" else []
         said["command"] = shlex.join(command)
         return {key: value for key, value in said.items() if value}
 

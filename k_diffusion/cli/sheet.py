@@ -21,24 +21,50 @@ COLOURS = (
     "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b", "#e377c2",
     "#7f7f7f", "#bcbd22",
 )  # fmt: skip
+DASHES = (None, (7, 4), (2, 3), (12, 4), (1, 5), (4, 8))
 WIDTH, HEIGHT, LEFT, BOTTOM, LEGEND = 640, 320, 60, 36, 200
+WIDEST = 960
 
 
 def picture(sheet: Sheet) -> torch.Tensor:
-    """All samples, uint8 (C, H, W): a row a method and schedule and seed, a column a number of
-    steps, the reference last."""
+    """All samples, uint8 (C, H, W): a block for each method and schedule, in it a row a seed, and a
+    column a number of steps, the reference last."""
     import torch
 
     budgets = list(dict.fromkeys(cell.steps for cell in sheet.cells))
-    rows, names = [], []
+    over = [f"{count} steps" for count in (*budgets, sheet.reference_steps)]
+    blocks = []
     for (sampler, scheduler), cells in grouped(sheet).items():
-        for i, seed in enumerate(sheet.seeds):
-            rows += [cell.samples[i] for cell in cells] + [sheet.references[sampler][i]]
-            names.append(f"{sampler}, {scheduler}, seed {seed}")
-    first = sheet.cells[0].samples
-    scale = max(1, 64 // first.shape[-1])
-    over = [f"{count} steps" for count in budgets] + [f"{sheet.reference_steps} steps"]
-    return image_grid(torch.stack(rows), rows_named=names, columns_named=over, scale=scale)
+        # Of each seed its samples, from few steps to many.
+        columns = [*(cell.samples for cell in cells), sheet.references[sampler]]
+        rows = torch.stack(columns, 1).flatten(0, 1)
+        block = image_grid(
+            rows,
+            rows_named=[f"seed {seed}" for seed in sheet.seeds],
+            columns_named=over,
+            title=f"{sampler}, {scheduler}",
+            scale=max(1, 64 // rows.shape[-1]),
+        )
+        blocks.append(block)
+    return _tiled(blocks, WIDEST)
+
+
+def _tiled(blocks: Sequence[torch.Tensor], width: int, gap: int = 16) -> torch.Tensor:
+    """Images side by side, in as many lines as it takes to stay within a width where that can be.
+
+    Columns of blocks are as wide as the widest, and a line as high as the highest."""
+    import torch
+    import torch.nn.functional as F
+
+    height, wide = (max(block.shape[axis] for block in blocks) for axis in (1, 2))
+    across = max(1, (width + gap) // (wide + gap))
+    padded = [
+        F.pad(b, (0, wide + gap - b.shape[2], height - b.shape[1], gap), value=255) for b in blocks
+    ]
+    across = min(across, len(padded))
+    padded += [torch.full_like(padded[0], 255)] * (-len(padded) % across)
+    lines = [torch.cat(padded[i : i + across], 2) for i in range(0, len(padded), across)]
+    return torch.cat(lines, 1)[:, :-gap, :-gap]
 
 
 def whole_picture(sheet: Sheet) -> torch.Tensor:
@@ -46,7 +72,7 @@ def whole_picture(sheet: Sheet) -> torch.Tensor:
     import torch
     import torch.nn.functional as F
 
-    above, below = curve_picture(sheet), picture(sheet)[:3]
+    above, below = curve_picture(sheet), F.pad(picture(sheet)[:3], (8, 0, 8, 0), value=255)
     below = below[:1].expand(3, -1, -1) if below.shape[0] < 3 else below
     width = max(above.shape[2], below.shape[2])
     return torch.cat([F.pad(p, (0, width - p.shape[2]), value=255) for p in (above, below)], 1)
@@ -69,7 +95,15 @@ def page(sheet: Sheet, image: torch.Tensor, said: Mapping[str, str]) -> str:
         said: what to say of it, name -> text.
     """
     facts = "".join(
-        f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in said.items()
+        f"<tr><th>{html.escape(k)}</th><td>{_words(v)}</td></tr>" for k, v in said.items()
+    )
+    alone = ", ".join(sheet.off_path)
+    except_for = (
+        f"""
+That of {html.escape(alone)} lies on no path, and need not be the same at other numbers of steps:
+the distance holds that, too."""
+        if alone
+        else ""
     )
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -79,12 +113,15 @@ def page(sheet: Sheet, image: torch.Tensor, said: Mapping[str, str]) -> str:
 <title>Samplers compared</title>
 <style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #222; background: #fff; margin: 2rem auto;
-  max-width: 60rem; padding: 0 1rem; }}
+  max-width: 62rem; padding: 0 1rem; }}
 table {{ border-collapse: collapse; margin: 1rem 0; }}
 th, td {{ border: 1px solid #ccc; padding: .25rem .6rem; text-align: left; }}
-td.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+th {{ white-space: nowrap; }}
+td.number {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }}
+.wide {{ overflow-x: auto; }}
+.word {{ display: inline-block; max-width: 100%; overflow-wrap: anywhere; }}
 img {{ image-rendering: pixelated; max-width: 100%; height: auto; }}
-svg {{ max-width: 100%; height: auto; }}
+svg {{ display: block; }}
 </style>
 </head>
 <body>
@@ -93,9 +130,9 @@ svg {{ max-width: 100%; height: auto; }}
 <h2>Distance to {sheet.reference_steps} steps</h2>
 <p>Root mean square difference in data units, over {len(sheet.seeds)} samples, against calls of the
 model. Deterministic methods are compared with heun, stochastic ones with themselves on the same
-Brownian path.</p>
-{curve(sheet)}
-{_table(sheet)}
+Brownian path.{except_for}</p>
+<div class="wide">{curve(sheet)}</div>
+<div class="wide">{_table(sheet)}</div>
 <h2>Samples</h2>
 <p>The same seeds down the rows; the last column is the reference.</p>
 <img alt="Samples of every method, schedule and number of steps"
@@ -103,6 +140,11 @@ Brownian path.</p>
 </body>
 </html>
 """
+
+
+def _words(text: str) -> str:
+    """A text whose words break nowhere but at their ends, unless one alone is too long."""
+    return " ".join(f'<span class="word">{html.escape(word)}</span>' for word in text.split(" "))
 
 
 def _table(sheet: Sheet) -> str:
@@ -127,6 +169,7 @@ class Line:
     colour: str
     width: int = 1
     dots: bool = False
+    dash: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,18 +208,37 @@ def drawing(sheet: Sheet) -> list[Line | Word]:
     for count in _spread(sorted(set(calls)), across):
         drawn.append(Line(((across(count), 12), (across(count), foot)), "#eeeeee"))
         drawn.append(Word(across(count), foot + 16, str(count), "middle"))
-    drawn.append(Word((LEFT + WIDTH) / 2, HEIGHT - 4, "calls of the model", "middle"))
+    said = f"distance to {sheet.reference_steps} steps, against calls of the model"
+    drawn.append(Word((LEFT + WIDTH) / 2, HEIGHT - 4, said, "middle"))
+    looks = _looks(sheet)
     for k, ((sampler, scheduler), cells) in enumerate(grouped(sheet).items()):
-        colour, y = COLOURS[k % len(COLOURS)], 20 + 16 * k
+        (colour, dash), y = looks[sampler, scheduler], 20 + 16 * k
         points = tuple((across(cell.calls), up(cell.distance)) for cell in cells)
-        drawn.append(Line(points, colour, 2, dots=True))
-        drawn.append(Line(((WIDTH, y - 4), (WIDTH + 18, y - 4)), colour, 2))
-        drawn.append(Word(WIDTH + 24, y, f"{sampler}, {scheduler}"))
+        drawn.append(Line(points, colour, 2, True, dash))
+        drawn.append(Line(((WIDTH, y - 4), (WIDTH + 26, y - 4)), colour, 2, False, dash))
+        drawn.append(Word(WIDTH + 32, y, f"{sampler}, {scheduler}"))
     return drawn
 
 
+def _looks(sheet: Sheet) -> Mapping[tuple[str, str], tuple[str, tuple[int, int] | None]]:
+    """Colour and dashes of each line: as many colours as they are, or one for each sampler, whose
+    schedules are told apart by dashes."""
+    groups = list(grouped(sheet))
+    if len(groups) <= len(COLOURS):
+        return {group: (COLOURS[k], None) for k, group in enumerate(groups)}
+    samplers, schedulers = (list(dict.fromkeys(names)) for names in zip(*groups, strict=True))
+    looks = {}
+    for sampler, scheduler in groups:
+        turn, colour = divmod(samplers.index(sampler), len(COLOURS))
+        dash = DASHES[(schedulers.index(scheduler) + turn * len(schedulers)) % len(DASHES)]
+        looks[sampler, scheduler] = COLOURS[colour], dash
+    return looks
+
+
 def _size(sheet: Sheet) -> tuple[int, int]:
-    return WIDTH + LEGEND, max(HEIGHT, 28 + 16 * len(grouped(sheet)))
+    groups = grouped(sheet)
+    names = max(len(f"{sampler}, {scheduler}") for sampler, scheduler in groups)
+    return WIDTH + max(LEGEND, 40 + 7 * names), max(HEIGHT, 28 + 16 * len(groups))
 
 
 def curve(sheet: Sheet) -> str:
@@ -197,7 +259,7 @@ def curve(sheet: Sheet) -> str:
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in item.points)
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{item.colour}" '
-            f'stroke-width="{item.width}"/>'
+            f'stroke-width="{item.width}"{_dashed(item)}/>'
         )
         if item.dots:
             parts += [
@@ -225,7 +287,8 @@ def curve_picture(sheet: Sheet) -> torch.Tensor:
             x = item.x - {"start": 0.0, "middle": long / 2, "end": long}[item.anchor]
             draw.text((x, item.y), item.text, fill="#222222", font=font, anchor="ls")
             continue
-        draw.line(item.points, fill=item.colour, width=item.width)
+        for part in _strokes(item):
+            draw.line(part, fill=item.colour, width=item.width)
         for x, y in item.points if item.dots else ():
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=item.colour)
     for row, ((sampler, scheduler), cells) in enumerate(groups.items()):
@@ -236,6 +299,27 @@ def curve_picture(sheet: Sheet) -> torch.Tensor:
             draw.text((name + 150 * k, y), text, fill="#222222", font=font, anchor="ls")
     raw = torch.frombuffer(bytearray(paper.tobytes()), dtype=torch.uint8)
     return raw.view(paper.height, paper.width, 3).permute(2, 0, 1).clone()
+
+
+def _dashed(line: Line) -> str:
+    return "" if line.dash is None else f' stroke-dasharray="{line.dash[0]} {line.dash[1]}"'
+
+
+def _strokes(line: Line) -> list[list[tuple[float, float]]]:
+    """What is to be drawn of a line: all of it at one go, or its dashes."""
+    if line.dash is None:
+        return [list(line.points)]
+    strokes, (on, off), done = [], line.dash, 0.0
+    for (x0, y0), (x1, y1) in zip(line.points, line.points[1:], strict=False):
+        long = math.hypot(x1 - x0, y1 - y0)
+        at = -(done % (on + off))  # where the dash that is under way began
+        done += long
+        while at < long:
+            ends = [min(max(end / long, 0.0), 1.0) for end in (at, at + on)]
+            if ends[1] > ends[0]:
+                strokes.append([(x0 + t * (x1 - x0), y0 + t * (y1 - y0)) for t in ends])
+            at += on + off
+    return strokes
 
 
 def _spread(counts: Sequence[int], across: Callable[[int], float]) -> list[int]:

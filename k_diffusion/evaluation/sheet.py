@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.sampling import KSampler, Solver, find_solver, unit_noise
+from k_diffusion.sampling import AdaptiveSolver, KSampler, Solver, find_solver, unit_noise
 from k_diffusion.utils.scheduler import make_scheduler
 
 REFERENCE = 200
@@ -46,12 +46,30 @@ class Sheet:
             shared by all deterministic methods.
         seeds: one a sample.
         reference_steps: of the references.
+        off_path: samplers that draw noise which lies on no Brownian path (restart), and need not be
+            the same at other numbers of steps: their distance holds that, too.
     """
 
     cells: tuple[Cell, ...]
     references: Mapping[str, Tensor]
     seeds: tuple[int, ...]
     reference_steps: int
+    off_path: tuple[str, ...] = ()
+
+
+def find_comparable(name: str) -> Solver | AdaptiveSolver:
+    """A registered solver that draws from a model of one estimate.
+
+    Raises:
+        ValueError: an unknown name, or a solver of two estimates.
+    """
+    solver = find_solver(name)
+    if isinstance(solver, Solver) and solver.outputs > 1:
+        raise ValueError(
+            f"{solver.name} goes by two estimates, the guided and the unconditional one, but a "
+            "model that gives one is compared: take a sampler without cfg_pp"
+        )
+    return solver
 
 
 def compare_samplers(
@@ -84,7 +102,8 @@ def compare_samplers(
         tick: told how many calls of the model were made since it was told last.
 
     Raises:
-        ValueError: an unknown name, or a schedule that the model cannot take.
+        ValueError: an unknown name, a solver of two estimates (CFG++), or a schedule that the
+            model cannot take: before anything is drawn.
     """
     noise = unit_noise(tuple(shape), list(seeds), device)
 
@@ -105,8 +124,15 @@ def compare_samplers(
         )  # fmt: skip
         return samples.cpu(), seen
 
+    off_path = []
     for sampler in samplers:
-        find_solver(sampler)
+        solver = find_comparable(sampler)
+        for scheduler in schedulers:
+            run = KSampler(denoiser, make_scheduler(scheduler), solver)
+            for count in steps:
+                run.levels(count)
+        if isinstance(solver, Solver) and any(d.interval.fresh for d in run.plan(steps[0]).draws):
+            off_path.append(sampler)
     known: dict[str, Tensor] = {}
     references = {}
     for sampler in samplers:
@@ -122,4 +148,4 @@ def compare_samplers(
                 samples, calls = draw(sampler, scheduler, count)
                 distance = (samples - references[sampler]).square().mean().sqrt()
                 cells.append(Cell(sampler, scheduler, count, calls, float(distance), samples))
-    return Sheet(tuple(cells), references, tuple(seeds), reference_steps)
+    return Sheet(tuple(cells), references, tuple(seeds), reference_steps, tuple(off_path))

@@ -13,6 +13,7 @@ from torch import Tensor
 from k_diffusion.external.text import not_there
 from k_diffusion.models.autoencoder import Autoencoder, register_autoencoder
 from k_diffusion.models.registry import check_types, known_fields
+from k_diffusion.utils.words import reason_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,7 @@ def _load(config: AutoencoderKLConfig) -> Any:
             config.path, use_safetensors=True, local_files_only=config.local, **options
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise ValueError(
             f"autoencoder {config.path!r} cannot be loaded ({reason[:250]}): give a folder with "
             "config.json and diffusion_pytorch_model.safetensors, or the id of a repository on the "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from k_diffusion.models.conditioners import Conditioner, register_conditioner
 from k_diffusion.models.registry import check_types
+from k_diffusion.utils.words import reason_of
 
 NEEDED = "config.json, model.safetensors and a tokenizer's files"
 
@@ -181,7 +182,7 @@ def _load(config: TextConfig) -> tuple[Any, Any]:
             config.path, subfolder=config.subfolder, use_safetensors=True, **where
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise ValueError(
             f"text encoder {config.path!r} cannot be loaded ({_cut(reason, 250)}): give a folder "
             f"with {NEEDED}, or the id of one on the Hugging Face hub that can be reached"

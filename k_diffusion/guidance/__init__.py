@@ -11,9 +11,10 @@ from .contrast import Contrast, Null, Second, Unconditional, Weaker, null_condit
 from .gradient import Guided, Score
 from .kinds import apg, autoguidance, cfg, cfg_zero_star
 from .measured import Operator, posterior_sampling, pseudo_inverse
+from .on_path import OnPath
 from .perturbed import Perturbed, perturbed_attention
 from .rules import Linear, Pair, Projected, Rescaled, Rule, ZeroStar
-from .switch import OnPath, SwitchAt
+from .switch import SwitchAt
 from .threshold import Clamp, DynamicThreshold, dynamic_threshold
 
 __all__ = [

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import Call, make_denoiser
-from k_diffusion.guidance.held import Holder
+from k_diffusion.guidance.held import Holder, placed
 from k_diffusion.utils.levels import Path
 from k_diffusion.utils.maths import is_number
 
@@ -153,7 +153,7 @@ def per_sample_scale(
             f"{tuple(value.shape)}: where a run's samples are another number each time, give the "
             "name of a keyword instead, and the values in the run's condition"
         )
-    return along(value.to(x.device), x)
+    return along(placed(value, x.device, x.dtype), x)
 
 
 def check_scale(name: str, scale: Any) -> None:
@@ -189,6 +189,22 @@ class Interval:
     Raises:
         ValueError: they are no interval.
     """
+
+    @classmethod
+    def of(cls, interval: Sequence[float] | None) -> Interval:
+        """Of the two bounds that a kind of guidance is given; None: all levels.
+
+        Raises:
+            TypeError: something else than two bounds.
+        """
+        if interval is None:
+            return cls()
+        if not isinstance(interval, (tuple, list)) or len(interval) != 2:
+            raise TypeError(
+                f"interval must be two bounds of sigma / alpha, low and high, such as (0.3, 5.0), "
+                f"got {interval!r}: no bound above is (0.3, math.inf), none below is (0.0, 5.0)"
+            )
+        return cls(*interval)
 
     def __init__(self, low: float = 0.0, high: float = math.inf) -> None:
         if not (is_number(low) and is_number(high) and 0 <= low < high):

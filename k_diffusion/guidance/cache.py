@@ -25,8 +25,10 @@ class Cached(Wrapper):
     give each sampler that runs at the same time one of its own. Elsewhere (adaptive steps, levels
     that differ within a batch) no call is spared.
 
-    The decision is the batch's: its worst sample decides. To know what the last call showed the
-    host waits for that call, once for each call made.
+    The decision is the batch's: its worst sample decides. So a sample alone may be spared other
+    calls than among others, and differ by what those are off: of all guidance this alone does not
+    draw each sample as if alone. To know what the last call showed the host waits for that call,
+    once for each call made.
 
     Args:
         denoiser: a Denoiser, or whatever `make_denoiser` takes.

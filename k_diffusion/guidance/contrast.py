@@ -22,7 +22,16 @@ from k_diffusion.guidance.base import (
     noise_to_signal,
     per_sample_scale,
 )
-from k_diffusion.guidance.held import Held, Holder, Keywords, bound_rows, keywords_of, without
+from k_diffusion.guidance.held import (
+    Held,
+    Holder,
+    Keywords,
+    beside,
+    bound_rows,
+    keywords_of,
+    without,
+)
+from k_diffusion.guidance.on_path import OnPath, with_path
 from k_diffusion.guidance.rules import Linear, Pair, Rule
 
 Null = Mapping[str, Any] | Callable[[Mapping[str, Any]], Mapping[str, Any]] | None
@@ -80,7 +89,7 @@ class Contrast(Wrapper):
         super().__init__(denoiser)
         check_scale("scale", scale)
         self.second, self.scale, self.rule = second, scale, rule or Linear()
-        self.interval = Interval(*(interval or ()))
+        self.interval = Interval.of(interval)
         self.pair = pair
 
     def held(self) -> tuple[Held, ...]:
@@ -96,13 +105,26 @@ class Contrast(Wrapper):
         other = getattr(self.second, "denoiser", None)
         return (self.denoiser,) if other is None else (self.denoiser, other)
 
+    @property
+    def float64_sigma(self) -> bool:
+        """Whether one of these wants sigma in float64."""
+        return any(getattr(model, "float64_sigma", False) for model in self.models())
+
+    def check_condition(self, batch: int, **condition: Any) -> None:
+        """Refuses by name what either cannot take."""
+        super().check_condition(batch, **condition)
+        for other in self.models()[1:]:
+            check = getattr(other, "check_condition", None)
+            if check is not None:
+                check(batch, **self.passed(condition, other))
+
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
         """The guided estimate of x0, or a pair; see above."""
         inside = self.interval.holds(call_of(sigma))
         if inside is False or (_is_one(self.scale) and not self.pair):
             d = self.denoiser(x, sigma, **self.passed(condition, self.denoiser))
             return (d, d) if self.pair else d
-        given = Held(self, "scale").of(condition)
+        given = Held(self, "scale").beside(condition, x)
         check_scale("scale", given)
         told = self.passed(condition, self.denoiser, self.second)
         d, u = self.second(self.denoiser, x, sigma, told)
@@ -151,11 +173,16 @@ class Weaker(Holder):
     arXiv:2406.02507, eq. 3).
 
     Args:
-        denoiser: the lesser model, in the coordinates of the first.
+        denoiser: the lesser model. In other coordinates than the first it is asked at equal signal-
+            to-noise ratio; at pure noise, which a variance-exploding one does not reach, there is
+            no guidance.
+
+    Raises:
+        ValueError: it is on an unknown path.
     """
 
     def __init__(self, denoiser: Any) -> None:
-        self.denoiser = make_denoiser(denoiser)
+        self.denoiser = with_path("weaker", make_denoiser(denoiser))
 
     def inside(self) -> tuple[Any, ...]:
         """See `Holder`."""
@@ -166,10 +193,16 @@ class Weaker(Holder):
     ) -> tuple[Tensor, Tensor]:
         """See `Second`."""
         first, second = keywords_of(denoiser), keywords_of(self.denoiser)
-        return (
-            denoiser(x, sigma, **without(condition, second - first)),
-            self.denoiser(x, sigma, **without(condition, first - second)),
-        )
+        d = denoiser(x, sigma, **without(condition, second - first))
+        if (lesser := self.denoiser).path is not denoiser.path:
+            lesser = OnPath(lesser, with_path("model", denoiser).path)
+            if (call := call_of(sigma)) is not None and not lesser.reaches(call.level):
+                return d, d
+        u = lesser(x, sigma, **without(condition, first - second))
+        if lesser is not self.denoiser and call_of(sigma) is None:
+            reached = lesser.own(sigma).isfinite().reshape(-1, *[1] * (x.ndim - 1))
+            u = torch.where(reached, u, d)
+        return d, u
 
 
 def null_condition(null: Null, denoiser: Any, condition: Keywords, x: Tensor) -> Keywords:
@@ -215,7 +248,8 @@ def batched_call(
     joined = None
     if batched:
         bound = bound_rows(denoiser, x.shape)
-        joined = _joined([{**bound, **condition} for condition in conditions], len(x))
+        each = [beside(denoiser, {**bound, **condition}, x) for condition in conditions]
+        joined = _joined(each, len(x))
     if joined is None:
         return [denoiser(x, sigma, **condition) for condition in conditions]
     count = len(conditions)

@@ -79,7 +79,7 @@ class Guided(Wrapper):
         if isinstance(alone, str):
             raise TypeError(f"alone must be a list of keywords' names, got {alone!r}")
         self.alone = frozenset(alone)
-        self.interval = Interval(*(interval or ()))
+        self.interval = Interval.of(interval)
         self._names = _named(score)
 
     def held(self) -> tuple[Held, ...]:
@@ -98,6 +98,40 @@ class Guided(Wrapper):
         told = without(condition, keywords_of(self) - keywords_of(self.score) - self.alone)
         return {k: v for k, v in told.items() if self._names is None or k in self._names}
 
+    def _gradient(self, d: Any, x: Tensor, sigma: Tensor, condition: Keywords) -> Tensor:
+        """That of the score by x, shape of x; what breaks the way to it is named."""
+        inner = type(self.denoiser).__name__
+        if not isinstance(d, Tensor):
+            raise TypeError(
+                f"guidance by a score takes one estimate, but {inner} gave {type(d).__name__}: put "
+                "Guided inside the guidance that makes a pair"
+            )
+        if not d.requires_grad:
+            raise ValueError(
+                f"the estimate of {inner} has no gradient by x, so that a score cannot guide it: "
+                "something in it detaches or runs without gradients; Cached goes around Guided, "
+                "not inside"
+            )
+        value = self.score(d, sigma, **self._for_score(condition))
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"score must give a tensor of one value a sample, got {type(value).__name__}"
+            )
+        if value.shape != x.shape[:1]:
+            raise ValueError(
+                f"score must give one value a sample, shape ({x.shape[0]},), got "
+                f"{tuple(value.shape)}"
+            )
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value.sum(), x, allow_unused=True)
+        if gradient is None:
+            raise ValueError(
+                "score has no gradient by the estimate: it, or an operator in it, detaches, or "
+                "does not look at its first argument"
+            )
+        return gradient
+
     def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """The guided estimate of x0."""
         call = call_of(sigma)
@@ -106,21 +140,20 @@ class Guided(Wrapper):
         if inside is False or (call is not None and call.level.alpha == 0):
             estimate: Tensor = self.denoiser(x, sigma, **told)
             return estimate
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "guidance by a score takes a gradient, which torch.inference_mode forbids: use "
+                "torch.no_grad, in which it finds its own"
+            )
         with torch.enable_grad():
             given = x.detach().requires_grad_(True)
             d = self.denoiser(given, sigma, **told)
-            value = self.score(d, sigma, **self._for_score(condition))
-            if value.shape != x.shape[:1]:
-                raise ValueError(
-                    f"score must give one value a sample, shape ({x.shape[0]},), got "
-                    f"{tuple(value.shape)}"
-                )
-            (gradient,) = torch.autograd.grad(value.sum(), given)
+            gradient = self._gradient(d, given, sigma, condition)
         d = d.detach()
         alpha = self.alpha(sigma)
         # At alpha = 0 the gradient is 0, and its factor would be no number.
         factor = torch.where(alpha > 0, sigma**2 / alpha.clamp_min(1e-30), 0.0)
-        strength = Held(self, "scale").of(condition)
+        strength = Held(self, "scale").beside(condition, x)
         check_scale("scale", strength)
         scale = per_sample_scale(strength, x, lambda: noise_to_signal(self, sigma))
         step = scale * along(factor, x) * gradient

@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Keywords = dict[str, Any]
 
@@ -47,6 +49,11 @@ class Held:
                 f"condition={{{self.value!r}: ...}}"
             )
         return self.value
+
+    def beside(self, condition: Mapping[str, Any], x: Tensor) -> Any:
+        """The same; a tensor on the device of x."""
+        value = self.of(condition)
+        return placed(value, x.device) if isinstance(value, Tensor) else value
 
     def lengths(self, ndim: int) -> set[int]:
         """Of its tensors that have one value a sample, for samples in a batch of `ndim` axes."""
@@ -102,6 +109,51 @@ def bound_rows(denoiser: Any, shape: Sequence[int]) -> Keywords:
         return {}
     found = _all_held(denoiser)
     return {held.keyword: held.value for held in found if shape[0] in held.lengths(len(shape))}
+
+
+def beside(denoiser: Any, condition: Keywords, x: Tensor) -> Keywords:
+    """A condition whose tensors for guidance are on the device of x."""
+    names = {held.keyword for held in _all_held(denoiser)}
+    return {
+        name: placed(value, x.device) if name in names and isinstance(value, Tensor) else value
+        for name, value in condition.items()
+    }
+
+
+_PLACED: Any = WeakTensorKeyDictionary()
+
+
+def placed(value: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor on a device and in a dtype, moved when it is first asked for there and then kept.
+
+    A move from the host waits for it, so that one at each call of a model would be a wait at each.
+    What is written into afterwards is moved anew.
+    """
+    dtype = dtype or value.dtype
+    if value.device == device and value.dtype == dtype:
+        return value
+    if value.requires_grad or value.is_inference():  # a graph to keep, or no count of the writes
+        return value.to(device, dtype)
+    known = _PLACED.setdefault(value, {})
+    version, moved = known.get((device, dtype), (-1, value))
+    if version != value._version:
+        moved = value.to(device, dtype)
+        known[device, dtype] = value._version, moved
+    return moved
+
+
+def wide_shape(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    """The shape of a mask in so many dimensions.
+
+    Raises:
+        ValueError: it lacks one alone, and that may be the batch's or the channels'.
+    """
+    if len(shape) == ndim - 1 >= 2 and shape[0] != 1:
+        raise ValueError(
+            f"mask has shape {shape}, which may be one for each sample or one for each channel: "
+            f"give {(shape[0], 1, *shape[1:])} or {(1, *shape)}"
+        )
+    return (1,) * (ndim - len(shape)) + shape
 
 
 def check_bound(denoiser: Any, shape: Sequence[int]) -> None:

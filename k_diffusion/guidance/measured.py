@@ -73,7 +73,7 @@ def pseudo_inverse(
     iterations: int = 8,
     interval: tuple[float, float] | None = None,
 ) -> Guided:
-    """Pseudo-inverse guidance, for linear operators: covariance noise² I + r² A Aᵀ.
+    """Pseudo-inverse guidance, for linear operators and affine ones: covariance noise² I + r² A Aᵀ.
 
     Exact for Gaussian data of deviation sigma_data. (r² A Aᵀ + noise² I)⁻¹ is applied by conjugate
     gradients, from A and its transpose, which automatic differentiation gives: no pseudo-inverse
@@ -82,7 +82,7 @@ def pseudo_inverse(
 
     Args:
         denoiser, measured, scale, noise, interval: see `posterior_sampling`.
-        operator: A, linear.
+        operator: A, linear but for a constant.
         sigma_data: standard deviation of the data, above 0; None: the denoiser's, or 1.
         iterations: of the conjugate gradients.
 
@@ -104,7 +104,8 @@ def pseudo_inverse(
 
         def covariance(v: Tensor) -> Tensor:
             (back,) = torch.autograd.grad(image, origin, v, retain_graph=True)
-            return uncertain * operator(back) + noise**2 * v
+            # Of an affine operator, A x + b, the linear part; b is in what was measured, too.
+            return uncertain * (operator(back) - image.detach()) + noise**2 * v
 
         with torch.no_grad():
             solved = conjugate_gradients(covariance, away.detach(), iterations)
@@ -156,7 +157,7 @@ class _Towards(Holder):
 
     def __call__(self, x0: Tensor, sigma: Tensor, **condition: Any) -> Tensor:
         """See `Score`."""
-        return self.score(x0, sigma, Held(self, "measured").of(condition))
+        return self.score(x0, sigma, Held(self, "measured").beside(condition, x0))
 
 
 class _Spread:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from k_diffusion.denoiser import call_of, make_denoiser, mark_call
-from k_diffusion.guidance.base import Interval, Wrapper, along, noise_to_signal
+from k_diffusion.denoiser import call_of, make_denoiser
+from k_diffusion.guidance.base import Interval, Wrapper, noise_to_signal
 from k_diffusion.guidance.held import keywords_of, without
-from k_diffusion.utils.levels import Path
+from k_diffusion.guidance.on_path import OnPath, with_path
 from k_diffusion.utils.maths import is_number
 
 
@@ -47,13 +46,8 @@ class SwitchAt(Wrapper):
         super().__init__(base)
         if not is_number(ratio) or not 0 < ratio < math.inf:
             raise ValueError(f"ratio must be a number above 0, sigma / alpha, got {ratio!r}")
-        refiner = make_denoiser(refiner)
-        for name, model in (("base", self.denoiser), ("refiner", refiner)):
-            if not isinstance(model.path, Path):
-                raise ValueError(
-                    f"{name} is on the path {model.path!r}, which is none of VE, VP and FLOW: wrap "
-                    "it in FunctionDenoiser with the path it is on"
-                )
+        with_path("base", self.denoiser)
+        refiner = with_path("refiner", make_denoiser(refiner))
         same = refiner.path is self.denoiser.path
         self.refiner: Any = refiner if same else OnPath(refiner, self.denoiser.path)
         self.ratio = float(ratio)
@@ -100,40 +94,6 @@ class SwitchAt(Wrapper):
             return self.passed(condition, self.refiner)
         own = {k: v for k, v in condition.items() if k in keywords_of(self.refiner)}
         return {**self.told(without(condition, keywords_of(self))), **own}
-
-
-class OnPath(Wrapper):
-    """A Denoiser asked in other coordinates than its own, at equal signal-to-noise ratio.
-
-    Args:
-        denoiser: a Denoiser, or whatever `make_denoiser` takes.
-        path: the coordinates of x and sigma. Levels that its own path does not reach (pure noise,
-            of a variance-exploding denoiser) give infinite values.
-    """
-
-    def __init__(self, denoiser: Any, path: Path) -> None:
-        super().__init__(denoiser)
-        self._path = path
-
-    @property
-    def path(self) -> Path:
-        """The coordinates of x and sigma."""
-        return self._path
-
-    def alpha(self, sigma: Any) -> Any:
-        """The signal scale at sigma, a float or a tensor."""
-        return self._path.alpha(sigma)
-
-    def __call__(self, x: Tensor, sigma: Tensor, **condition: Any) -> Any:
-        """The estimate of x0, shape of x (B, ...)."""
-        wide = sigma if sigma.device.type == "mps" else sigma.double()
-        snr = self._path.alpha(wide).log() - wide.log()
-        own = self.denoiser.path.sigma(snr)
-        inner = own if getattr(self.denoiser, "float64_sigma", False) else own.to(sigma.dtype)
-        if (call := call_of(sigma)) is not None and math.isfinite(call.level.half_log_snr):
-            level = self.denoiser.path.at(call.level.half_log_snr)
-            mark_call(inner, replace(call, level=level))
-        return self.denoiser(x * along(own / wide, x), inner, **condition)
 
 
 def _either(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from k_diffusion.sampling.adaptive import (
     ADAPTIVE,
     AdaptiveInfo,
     AdaptiveSolver,
+    find_solver,
     sample_adaptive,
 )
 from k_diffusion.sampling.advice import SamplingAdvice
@@ -55,7 +56,7 @@ from k_diffusion.sampling.compat_tools import (
 from k_diffusion.sampling.dpm_solver import DPMSolver
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.enhance import Enhance
-from k_diffusion.sampling.ksampler import NOISES, KSampler, find_solver
+from k_diffusion.sampling.ksampler import NOISES, KSampler
 from k_diffusion.sampling.likelihood import (
     ExactTrace,
     HutchinsonTrace,

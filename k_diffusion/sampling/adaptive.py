@@ -19,6 +19,7 @@ from k_diffusion.denoiser import make_denoiser
 from k_diffusion.guidance.held import bound_rows
 from k_diffusion.sampling.noise import SampleNoise
 from k_diffusion.sampling.pairs import PAIRS, Chart, Pair, get_pair
+from k_diffusion.sampling.registry import SOLVERS, Solver
 from k_diffusion.sampling.stepping import Ancestral, Slope, State, StepControl, along, integrate
 from k_diffusion.utils import maths
 from k_diffusion.utils.levels import Level, Levels, Path
@@ -327,3 +328,17 @@ ADAPTIVE: dict[str, AdaptiveSolver] = {
         AdaptiveSolver("dormand_prince", PAIRS["dormand_prince"]),
     )
 }
+
+
+def find_solver(name: Solver | AdaptiveSolver | str) -> Solver | AdaptiveSolver:
+    """A registered solver of fixed or of adaptive steps; a solver passes through.
+
+    Raises:
+        ValueError: unknown name (the nearest known one is offered).
+    """
+    if isinstance(name, (Solver, AdaptiveSolver)):
+        return name
+    known: dict[str, Solver | AdaptiveSolver] = {**SOLVERS, **ADAPTIVE}
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(maths.unknown("sampler", name, known))
+    return known[name]

@@ -11,7 +11,7 @@ no tensor is compared. The state is float32 or better whatever the denoiser comp
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -117,6 +117,24 @@ def _program(plan: Plan) -> Program:
     return (*steps, (compiled(plan.last), None))
 
 
+def place_sigmas(
+    plans: Sequence[Plan], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """The noise standard deviations of all queries of some plans, moved to a device at one go.
+
+    Args:
+        dtype: float64 becomes float32 on devices that have none.
+
+    Returns:
+        For each plan its own, shape (queries,).
+    """
+    if device.type == "mps" and dtype == torch.float64:
+        dtype = torch.float32
+    sigmas = [step.level.sigma for plan in plans for step in plan.steps]
+    moved = torch.tensor(sigmas, dtype=torch.float64, device="cpu").to(dtype).to(device)
+    return moved.split([plan.evaluations for plan in plans])
+
+
 class Run:
     """A plan being executed.
 
@@ -128,6 +146,8 @@ class Run:
         noise: makes the noise, for a plan that draws any.
         sigma_dtype: dtype of `sigma`; by default the state's. float64 becomes float32 on devices
             that have none.
+        sigmas: those of the queries, shape (queries,), where `place_sigmas` has moved them to the
+            device already, for several runs at once.
 
     Attributes:
         done: whether no query is left.
@@ -140,6 +160,7 @@ class Run:
         x: Tensor,
         noise: NoiseSource | None = None,
         sigma_dtype: torch.dtype | None = None,
+        sigmas: Tensor | None = None,
     ) -> None:
         if not x.is_floating_point():
             raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
@@ -158,13 +179,8 @@ class Run:
         self._noise = noise
         self._program = _program(plan)
         self._values: Values = {"x0": x.to(self.dtype)}
-        sigma_dtype = sigma_dtype or self.dtype
-        if x.device.type == "mps" and sigma_dtype == torch.float64:
-            sigma_dtype = torch.float32
-        sigmas = torch.tensor(
-            [step.level.sigma for step in plan.steps], dtype=torch.float64, device="cpu"
-        )
-        sigmas = sigmas.to(sigma_dtype).to(x.device)
+        if sigmas is None:
+            (sigmas,) = place_sigmas([plan], x.device, sigma_dtype or self.dtype)
         self._sigmas = sigmas.unsqueeze(1).expand(-1, x.shape[0]).unbind()
         itself = object()  # not this Run, whose tensors a memory of it would keep
         for k, (step, marked) in enumerate(zip(plan.steps, self._sigmas, strict=True)):

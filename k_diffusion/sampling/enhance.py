@@ -68,7 +68,7 @@ class Enhance:
         size = self.size(*x.shape[2:])
         large = x if size == x.shape[2:] else F.interpolate(x, size, mode="bicubic")
         mask = start.mask
-        if mask is not None and mask.shape[2:] != (1, 1):
+        if mask is not None:
             mask = mask.expand(*mask.shape[:2], *x.shape[2:])
             mask = F.interpolate(mask, size, mode="nearest-exact")
         noise = unit_noise(large.shape[1:], start.seeds, x.device, stream=ENHANCED)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from k_diffusion.guidance.threshold import dynamic_threshold
 from k_diffusion.utils import maths
 
 Normalise = str | Callable[[Tensor], Tensor] | None
@@ -29,11 +29,7 @@ def dynamic(x: Tensor, share: float = SHARE) -> Tensor:
 
     Source: Saharia et al. 2022, arXiv:2205.11487, section 2.3 (there at every step).
     """
-    flat = x.flatten(1).abs()
-    rank = min(flat.shape[1], max(1, math.ceil(share * flat.shape[1])))
-    amplitude = flat.kthvalue(rank, dim=1).values.clamp_min(1)
-    amplitude = amplitude.reshape(-1, *[1] * (x.ndim - 1))
-    return torch.maximum(torch.minimum(x, amplitude), -amplitude) / amplitude
+    return dynamic_threshold(x, share)
 
 
 NORMALISERS: dict[str, Callable[[Tensor], Tensor]] = {"clamp": clamp, "dynamic": dynamic}

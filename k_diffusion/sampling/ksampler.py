@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import DENOISERS, FunctionDenoiser, make_denoiser, model_device
-from k_diffusion.sampling.adaptive import ADAPTIVE, AdaptiveSolver
+from k_diffusion.sampling.adaptive import AdaptiveSolver, find_solver
 from k_diffusion.sampling.advice import SamplingAdvice, advice
 from k_diffusion.sampling.auto_steps import make_auto
 from k_diffusion.sampling.enhance import Enhance, make_enhance
@@ -23,12 +23,11 @@ from k_diffusion.sampling.noise import NoiseSource
 from k_diffusion.sampling.passes import Passes
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
 from k_diffusion.sampling.preview import Preview
-from k_diffusion.sampling.registry import SOLVERS, Solver
+from k_diffusion.sampling.registry import Solver
 from k_diffusion.sampling.settings import described, described_model
 from k_diffusion.sampling.start import Start, make_start, whole
 from k_diffusion.sampling.walk import NOISES, NoiseSampler, Walk, noise_maker
 from k_diffusion.sampling.watch import Flag, Recorder, Result, Watchers
-from k_diffusion.utils import maths
 from k_diffusion.utils.levels import FLOW, Levels, Path
 from k_diffusion.utils.scheduler import (
     FlowScheduler,
@@ -37,7 +36,7 @@ from k_diffusion.utils.scheduler import (
     make_scheduler,
 )
 
-__all__ = ["NOISES", "KSampler", "find_solver"]
+__all__ = ["NOISES", "KSampler"]
 
 Callback = Callable[[int, Tensor, Tensor, Tensor], None]
 
@@ -187,6 +186,7 @@ class KSampler:
         normalise: Normalise = None,
         to: str | None = None,
         on_nan: str = "raise",
+        step_count: Any = None,
     ) -> Any:
         """Draws samples from noise, or from images.
 
@@ -238,6 +238,7 @@ class KSampler:
                 callback included, to find the first call and module that were not. "raise":
                 FloatingPointError says so. "report": a RuntimeWarning does, and the result is
                 returned; from an adaptive solver there is none.
+            step_count: another word for `steps`, which it goes before.
 
         Returns:
             Samples, shape (B, C, ...), in the scale of the data that the model was trained on; or a
@@ -250,6 +251,7 @@ class KSampler:
             FloatingPointError: the result is not finite.
             Cancelled: `cancel` was set; it holds the last estimate.
         """
+        steps = steps if step_count is None else step_count
         start = make_start(
             x,
             shape=shape,
@@ -390,10 +392,11 @@ class KSampler:
         """Where the model is; the CPU for one without parameters."""
         return model_device(self.model) or torch.device("cpu")
 
-    def settings(self) -> dict[str, str]:
-        """What a sample depends on beside the weights, by name, as text."""
+    def settings(self, each: Sequence[Tensor] = ()) -> dict[str, str]:
+        """What a sample depends on beside the weights, by name, as text; each: see
+        `described_model`."""
         return {
-            "model": described_model(self.model),
+            "model": described_model(self.model, each),
             "scheduler": described(self.scheduler),
             "solver": self.solver.name,
             "options": str(dict(sorted(self.options.items()))),
@@ -406,20 +409,6 @@ class KSampler:
         if check is not None:
             check(batch, **keywords)
         return keywords
-
-
-def find_solver(name: Solver | AdaptiveSolver | str) -> Solver | AdaptiveSolver:
-    """A registered solver of fixed or of adaptive steps; a solver passes through.
-
-    Raises:
-        ValueError: unknown name (the nearest known one is offered).
-    """
-    if isinstance(name, (Solver, AdaptiveSolver)):
-        return name
-    known: dict[str, Solver | AdaptiveSolver] = {**SOLVERS, **ADAPTIVE}
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(maths.unknown("sampler", name, known))
-    return known[name]
 
 
 @functools.lru_cache(maxsize=256, typed=True)  # typed: steps=True must not find what 1 left

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.guidance.held import bound_rows, check_bound
-from k_diffusion.sampling.masks import wide_shape
+from k_diffusion.guidance.held import bound_rows, check_bound, wide_shape
 from k_diffusion.sampling.settings import described, digest_rows
 from k_diffusion.sampling.start import whole
 from k_diffusion.utils.images import clear_unfinished, save_png, write_whole
@@ -230,7 +229,9 @@ class Many:
 
     def _told(self, i: int) -> Any:
         """All that sample i alone is told."""
-        return [_rows(self._condition, [i], self._n), self._images([i])]
+        condition = None if callable(self._condition) else self._condition
+        bound = [_rows(value, [i], self._n) for value in self._bound.values()]
+        return [_rows(condition, [i], self._n), *([bound] if bound else []), self._images([i])]
 
     def _check_settings(self, folder: Path, suffix: str) -> None:
         """Refuses a folder of other samples; writes down what these are."""
@@ -239,14 +240,15 @@ class Many:
             "shape": list(self.shape),
             "steps": described(self._steps),
             "seed": self._seed if isinstance(self._seed, int) else "one per sample",
-            **self._sampler.settings(),
+            **self._sampler.settings(_each(list(self._bound.values()), self._n)),
             **{name: described(value) for name, value in sorted(self._options.items())},
         }
         for name in ("callback", "preview", "cancel", *_PER_SAMPLE):
             settings.pop(name, None)
-        if callable(self._condition):
+        called = callable(self._condition)
+        if called:
             settings["condition"] = described(self._condition)
-        elif self._condition is not None or self._images([]):
+        if self._bound or self._images([]) or not (called or self._condition is None):
             settings[TOLD] = digest_rows(self._told, self._n)
         if not file.exists():
             other = next(folder.glob(f"[0-9]*{suffix}"), None)
@@ -277,8 +279,8 @@ class Many:
         for i, (one, other) in enumerate(zip(*map(_in_eights, (before, now)), strict=False)):
             if one != other:
                 raise ValueError(
-                    f"{folder} holds sample {i} with another condition or image than this run's: "
-                    "give another folder"
+                    f"{folder} holds sample {i} with another condition, image or guidance than "
+                    "this run's: give another folder"
                 )
         if len(now) > len(before):  # the set has grown
             write_whole(file, lambda path: _write_json(path, {**settings, TOLD: now}))
@@ -351,6 +353,15 @@ def _rows(value: Any, rows: Sequence[int], n: int) -> Any:
         make = getattr(type(value), "_make", tuple)  # of a named tuple
         return make(items)
     return value
+
+
+def _each(value: Any, n: int) -> list[Tensor]:
+    """Of the tensors in mappings and lists those with a row for each of n samples."""
+    if isinstance(value, Tensor):
+        return [value] if value.shape[:1] == (n,) else []
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for item in value for t in _each(item, n)] if isinstance(value, (list, tuple)) else []
 
 
 def _check_rows(value: Any, n: int, name: str) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from k_diffusion.guidance.base import Wrapper
+from k_diffusion.guidance.held import wide_shape
 from k_diffusion.utils.levels import Level, Levels
 
 # Keywords that carry the known part to the wrapper: an adaptive solver takes the rows of each.
@@ -78,20 +79,6 @@ def check_mask(mask: Any, init: Tensor) -> Tensor:
     return mask.reshape(wide).to(init.dtype)
 
 
-def wide_shape(shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """The shape of a mask in so many dimensions.
-
-    Raises:
-        ValueError: it lacks one alone, and that may be the batch's or the channels'.
-    """
-    if len(shape) == ndim - 1 >= 2 and shape[0] != 1:
-        raise ValueError(
-            f"mask has shape {shape}, which may be one for each sample or one for each channel: "
-            f"give {(shape[0], 1, *shape[1:])} or {(1, *shape)}"
-        )
-    return (1,) * (ndim - len(shape)) + shape
-
-
 @dataclass(frozen=True)
 class Resample:
     """Jumps back during inpainting: each part of the levels is walked several times.
@@ -104,6 +91,10 @@ class Resample:
     distribution is known, 20 Heun steps are off by 0.34 (largest difference of the distribution
     functions) once, 0.21 with 4 times and 0.12 with 10; with 10 times over parts of 5 steps by
     0.21; and 60 steps 4 times by 0.21 (benchmarks/inpainting.py).
+
+    Each walk over a part begins anew, without the history of a multistep method: such a one
+    (dpmpp_2m say) is DDIM in parts of one step, and has its order only within longer ones. heun and
+    its kin have theirs within a step.
 
     Source: Lugmayr et al. 2022, arXiv:2201.09865, section 4.2 and appendix (r and j there).
 

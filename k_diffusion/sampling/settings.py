@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,12 +29,18 @@ def described(value: Any) -> Any:
     return getattr(value, "__qualname__", type(value).__name__)
 
 
-def described_model(model: Any) -> str:
+def described_model(model: Any, each: Sequence[Tensor] = ()) -> str:
     """A model by its name; guidance by all that it was made with, down to the model inside.
 
     Functions are told by name and by the numbers, tensors and functions that they close over.
+
+    Args:
+        model: a Denoiser, guided or not.
+        each: tensors that it holds of which each row belongs to a sample: they are told by their
+            dtype alone, so that a set may grow; see `digest_rows` for what they hold.
     """
-    return _inside(model, DEPTH) if isinstance(model, Wrapper) else type(model).__name__
+    rows = frozenset(map(id, each))
+    return _inside(model, DEPTH, rows) if isinstance(model, Wrapper) else type(model).__name__
 
 
 def digest(value: Any) -> str:
@@ -64,18 +70,20 @@ def _told(value: Any) -> str:
 
 
 def _bytes(value: Tensor) -> bytes:
-    flat = value.detach().cpu().contiguous().reshape(-1)
+    flat = value.detach().cpu().contiguous()
+    flat = flat.as_strided((flat.numel(),), (1,))  # of one value any stride is contiguous
     return flat.view(torch.uint8).numpy().tobytes()
 
 
-def _inside(value: Any, depth: int) -> str:
+def _inside(value: Any, depth: int, rows: frozenset[int]) -> str:
     if value is None or isinstance(value, (bool, int, float, str)):
         return repr(value)
     if isinstance(value, Tensor):
-        return f"Tensor({digest(value)})"
+        each = f"{value.dtype} of each sample".removeprefix("torch.")
+        return f"Tensor({each if id(value) in rows else digest(value)})"
     if depth == 0 or isinstance(value, nn.Module):  # weights are not compared
         return type(value).__name__
-    told = functools.partial(_inside, depth=depth - 1)
+    told = functools.partial(_inside, depth=depth - 1, rows=rows)
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(told, value))}]"
     if isinstance(value, Mapping):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from k_diffusion.sampling.adaptive import AdaptiveSolver
 from k_diffusion.sampling.brownian import PathNoise
-from k_diffusion.sampling.engine import Run
+from k_diffusion.sampling.engine import Run, place_sigmas
 from k_diffusion.sampling.masks import Known, Stage, noise_back
 from k_diffusion.sampling.noise import FRESH, RESAMPLED, CallerNoise, NoiseSource, SampleNoise
 from k_diffusion.sampling.nonfinite import WAY_OUT, Told, explain, is_finite, which_samples
@@ -87,7 +87,9 @@ class Walk:
         denoiser = self.denoiser if start.mask is None else Known(self.denoiser)
         state = start.state(self.stages[0].levels[0])
         make_noise = noise_maker(self.noise, self.noise_on_cpu)
-        float64 = torch.float64 if getattr(denoiser, "float64_sigma", False) else None
+        dtype = torch.float64 if getattr(denoiser, "float64_sigma", False) else state.dtype
+        # All at once: a stage of its own for each step would wait for the device at each.
+        sigmas = place_sigmas(self.plans, state.device, dtype) if self.plans else ()
         before, jumps = 0, None
         for i, stage in enumerate(self.stages):
             seeds = start.seeds
@@ -112,7 +114,7 @@ class Walk:
                 continue
             plan = self.plans[i]
             source = make_noise(seeds, state) if plan.stochastic else None
-            run = Run(plan, state, source, float64)
+            run = Run(plan, state, source, sigmas=sigmas[i])
             del state
             while not run.done:
                 if told is not None:

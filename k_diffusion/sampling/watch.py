@@ -88,7 +88,7 @@ class Recorder:
         call = call_of(sigma)
         assert call is not None  # every run of a plan marks its calls
         self.levels.append(call.level)
-        self.states.append(x.clone() if k == 0 else x)  # the first may be the caller's own
+        self.states.append(x)
         # The model may write its next answer into the same buffer.
         self.estimates.append(denoised.to(x.dtype, copy=True))
 

@@ -19,7 +19,7 @@ def model_card(
 
     Args:
         info: of the checkpoint; its network's type must be registered.
-        weights: which they are: "ema", "model", or the name of another average.
+        weights: which they are: "ema", "last", or the name of another average.
         dtype: what they are stored as.
         licence: under which they are given away; empty: the card says that none is stated.
         note: Markdown, put at the end.
@@ -52,7 +52,7 @@ def model_card(
 
 
 def _which(weights: str, config: Mapping[str, Any]) -> str:
-    if weights == "model":
+    if weights == "last":
         return "those after the last step"
     if weights != "ema":
         return f"the moving average {weights}"

@@ -5,8 +5,8 @@ Everything is a copy of its own in memory; the run's folder stays as it is.
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -162,7 +162,7 @@ def check_run(
     device = trainer.device
     cuda = device.type == "cuda"
     named = dict(trainer.network.named_parameters())
-    return RunCheck(
+    found = RunCheck(
         config=trainer.config,
         shape=trainer.source.shape,
         num_classes=trainer.source.num_classes,
@@ -185,6 +185,12 @@ def check_run(
         resumed_from=start,
         free_bytes=free,
     )
+    if free < found.checkpoint_bytes:
+        raise ConfigError(
+            f"out = {str(out)!r} lies on a disk with {_size(free)} left, and a checkpoint takes "
+            f"about {_size(found.checkpoint_bytes)}: make room, or give another folder"
+        )
+    return found
 
 
 def _writable(out: Path) -> int:
@@ -196,9 +202,13 @@ def _writable(out: Path) -> int:
     there = next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ConfigError(f"out = {str(out)!r} lies in {there}, which is no folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"out = {str(out)!r}: nothing may be written into {there}")
-    return shutil.disk_usage(there).free
+    try:
+        with tempfile.TemporaryFile(dir=there):  # rights alone do not tell: not root's, nor /proc's
+            return shutil.disk_usage(there).free
+    except OSError as error:
+        raise ConfigError(
+            f"out = {str(out)!r}: nothing can be written into {there} ({error.strerror})"
+        ) from None
 
 
 def decode_sample(source: Source, count: int) -> int:

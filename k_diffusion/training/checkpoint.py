@@ -15,7 +15,6 @@ and refuses any flipped bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -26,19 +25,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from k_diffusion.training.seals import (
+    canonical_json,
+    digest_of,
+    flush_folder,
+    forget,
+    seal_of,
+    tensor_hash,
+)
 from k_diffusion.training.tensor_file import (
     FormatError,
     look_at_tensor,
     read_header,
     read_tensor,
-    tensor_bytes,
     write_tensors,
 )
 from k_diffusion.utils.maths import nearest
+from k_diffusion.utils.words import reason_of
 
 FORMAT = "k_diffusion"
 VERSION = 1
 SUFFIX = ".safetensors"
+LAST = "last"
+"""The weights after the last step; in files they are the part "model"."""
 MANIFEST = "manifest.json"
 """In a folder: it is a checkpoint of several processes, see `sharded`."""
 
@@ -95,6 +104,12 @@ class CheckpointInfo:
         kinds = {n.partition("/")[0] for n in self.tensors}
         return sorted(kind for kind in kinds if kind == "ema" or kind.startswith("ema_"))
 
+    @property
+    def weights(self) -> list[str]:
+        """What may be asked for: the averages, and `LAST` where it has the last step's."""
+        last = any(name.startswith("model/") for name in self.tensors)
+        return [*self.averages, *[LAST] * last]
+
 
 # ---------------------------------------------------------------- writing
 
@@ -137,7 +152,7 @@ def make_contents(
     }
     return Contents(
         {f"{part}/{n}": tensor for part, named in parts.items() for n, tensor in named.items()},
-        _json(record | ({"card": card} if card else {})),
+        canonical_json(record | ({"card": card} if card else {})),
     )
 
 
@@ -169,10 +184,10 @@ def write_checkpoint(path: str | Path, contents: Contents) -> str:
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
-        "manifest": _json({name: _digest(tensor) for name, tensor in tensors.items()}),
+        "manifest": canonical_json({name: digest_of(tensor) for name, tensor in tensors.items()}),
         "record": contents.record,
     }
-    metadata["sha256"] = _seal(metadata)
+    metadata["sha256"] = seal_of(metadata)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,44 +196,18 @@ def write_checkpoint(path: str | Path, contents: Contents) -> str:
                 write_tensors(file, tensors, metadata)
                 file.flush()
                 os.fsync(file.fileno())
-                _forget(file.fileno())
+                forget(file.fileno())
             _verify_written(temporary, metadata["sha256"])
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
     except (OSError, CheckpointError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or reason_of(error)
         raise CheckpointError(
             f"checkpoint {path} could not be written ({reason}); what was there before is untouched"
         ) from error
     return metadata["sha256"]
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def _hash(dtype: torch.dtype, shape: tuple[int, ...]) -> Any:
-    """SHA-256 of a tensor, of which the bytes are still to come."""
-    return hashlib.sha256(f"{dtype} {shape} ".encode())
-
-
-def _digest(tensor: Tensor) -> str:
-    """SHA-256 of a CPU tensor's dtype, shape and bytes."""
-    digest = _hash(tensor.dtype, tuple(tensor.shape))
-    digest.update(tensor_bytes(tensor))
-    return str(digest.hexdigest())
-
-
-def _seal(metadata: Mapping[str, str]) -> str:
-    return hashlib.sha256(_json({**metadata, "sha256": ""}).encode()).hexdigest()
-
-
-def _forget(handle: int) -> None:
-    """Let the system drop its copy of a flushed file, so that reading it asks the disk."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _verify_written(path: Path, sha256: str) -> None:
@@ -230,17 +219,6 @@ def _verify_written(path: Path, sha256: str) -> None:
         ) from None
     if found != sha256:
         raise CheckpointError(f"read back from the disk it is another checkpoint, {found[:12]}")
-
-
-def _flush_folder(path: Path) -> None:
-    """Make the system write a folder's entries to the disk."""
-    if os.name == "nt":
-        return  # Windows has no handle on a folder
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # ---------------------------------------------------------------- reading
@@ -273,7 +251,7 @@ def read_checkpoint(
             metadata, entries = read_header(file)
             manifest, record = _verify_metadata(path, metadata)
             for entry in entries:
-                digest = _hash(entry.dtype, entry.shape)
+                digest = tensor_hash(entry.dtype, entry.shape)
                 part, _, rest = entry.name.partition("/")
                 if part in kept:
                     kept[part][rest] = read_tensor(file, entry, digest.update)
@@ -377,7 +355,9 @@ def _neighbour(path: Path) -> str:
         return f": there is no folder {path.parent}"
     names = sorted(p.name for p in path.parent.iterdir() if p.suffix == SUFFIX)
     close = nearest(path.name, names) or (names[-1] if names else None)
-    return f"; did you mean {path.parent / close}?" if close else f": {path.parent} holds none"
+    if close:
+        return f"; did you mean {path.parent / close}?"
+    return f", and there is no other in {path.parent.absolute()}"
 
 
 def _verify_metadata(
@@ -394,7 +374,7 @@ def _verify_metadata(
             f"checkpoint {path} has version {metadata['version']} of the format; this release "
             f"reads version {VERSION}: use the release that wrote it"
         )
-    if metadata.get("sha256") != _seal(metadata):
+    if metadata.get("sha256") != seal_of(metadata):
         raise _damaged(path, "its metadata is not what was written")
     try:
         manifest, record = json.loads(metadata["manifest"]), json.loads(metadata["record"])

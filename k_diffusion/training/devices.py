@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.training.config import ConfigError
+from k_diffusion.utils.words import reason_of
 
 
 def make_accelerator(precision: str) -> Any:
@@ -34,7 +35,7 @@ def make_accelerator(precision: str) -> Any:
         )
     except ValueError as error:
         AcceleratorState._reset_state()
-        message = " ".join(str(error).split())
+        message = reason_of(error)
         raise ConfigError(f"precision = {precision!r} does not work here: {message}") from None
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("precision = 'fp16' needs a GPU; give 'bf16' or 'no'")

@@ -19,7 +19,7 @@ from k_diffusion.training.inputs import Inputs
 from k_diffusion.training.noise_scale import PartNorms
 
 if TYPE_CHECKING:
-    from k_diffusion.training.parallel import Alone
+    from k_diffusion.training.joining import Joining
 
 
 class OutOfMemory(RuntimeError):
@@ -55,7 +55,7 @@ def largest_that_fits(fits: Callable[[int], bool], limit: int, slack: float = 0.
 
 
 def add_gradients(
-    way: Alone,
+    way: Joining,
     inputs: Inputs,
     micro_batch: int,
     *,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.models.mp_layers import MPConv, MPLinear
+from k_diffusion.training.shards import is_cut
 
 LINEAR = (
     nn.Linear,
@@ -253,14 +254,14 @@ def _portions(weights: Sequence[Tensor]) -> Iterator[tuple[tuple[int, int], list
 
 def _whole(tensor: Any) -> Tensor:
     """All of a tensor of which each process may hold a part: a part has other singular values."""
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    whole: Tensor = tensor.full_tensor() if is_cut(tensor) else tensor
     return whole
 
 
 def _placed_as(weight: Any, matrix: Tensor) -> Tensor:
     """A whole matrix in a weight's shape and dtype, and of a sharded one the part held here."""
     update = matrix.reshape(weight.shape).to(weight.dtype)
-    if not hasattr(weight, "full_tensor"):
+    if not is_cut(weight):
         return update
     from torch.distributed.tensor import DTensor, Replicate
 

@@ -43,6 +43,11 @@ def opening_lines(trainer: Trainer, start: Path | None, looked: bool) -> list[st
             "be taken up again later"
             for name in trainer.averages_left_out
         ]
+        if changed := trainer.computed_otherwise:
+            lines += [
+                f"the run goes on to rounding, not bit for bit, as {'; '.join(changed)}: sums are "
+                "done in another order there"
+            ]
     never = config.checkpoint_every_images is None and config.keep_every_images is None
     if never and trainer.step < config.steps:
         lines += [

@@ -21,6 +21,7 @@ from k_diffusion.models.registry import model_trait
 from k_diffusion.training.card import model_card
 from k_diffusion.training.checkpoint import (
     CONDITIONER,
+    LAST,
     CheckpointError,
     CheckpointInfo,
     read_checkpoint,
@@ -30,11 +31,12 @@ from k_diffusion.training.compare import differences, filled, flat, full_model
 from k_diffusion.training.named_tensors import copy_tensors, named_tensors, own_tensors
 from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.scheduler import make_scheduler
+from k_diffusion.utils.words import reason_of
 
 
 def load_denoiser(
     path: str | Path,
-    ema: bool | str = True,
+    weights: str = "ema",
     device: str | torch.device = "cpu",
     network: nn.Module | None = None,
 ) -> tuple[Any, CheckpointInfo]:
@@ -42,7 +44,7 @@ def load_denoiser(
 
     Args:
         path: a checkpoint, or what `save_inference` wrote.
-        ema: True: the averaged weights; False: the last ones; a name: that average, one of the
+        weights: "ema": the averaged ones; "last": those after the last step; or another of the
             info's `averages`, such as "ema_0.05".
         device: where to put it.
         network: takes the weights instead of one built from the config: for a network of your own.
@@ -53,8 +55,8 @@ def load_denoiser(
     Raises:
         CheckpointError: missing, damaged, not a checkpoint, or it does not fit the network.
     """
-    info, weights = read_checkpoint(path, [_weights_part(ema)])
-    chosen = _chosen(info, weights, ema)
+    info, parts = read_checkpoint(path, [_part(weights)])
+    chosen = _chosen(info, parts, weights)
     try:
         process = info.config.get("process")
         scheduler = make_scheduler(**process) if process else None
@@ -63,7 +65,7 @@ def load_denoiser(
         denoiser = make_denoiser(network, scheduler)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"checkpoint {path} holds a network that cannot be built here ({_line(error)})"
+            f"checkpoint {path} holds a network that cannot be built here ({reason_of(error)})"
         ) from None
     load_into(network, chosen, info)
     return denoiser.to(device).eval().requires_grad_(False), info
@@ -97,7 +99,8 @@ def load_conditioner(
         ).to(device)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"checkpoint {info.path} has a conditioner that cannot be made here ({_line(error)})"
+            f"checkpoint {info.path} has a conditioner that cannot be made here "
+            f"({reason_of(error)})"
         ) from None
 
 
@@ -125,7 +128,7 @@ def save_inference(
     source: str | Path,
     path: str | Path,
     *,
-    ema: bool | str = True,
+    weights: str = "ema",
     dtype: torch.dtype | None = None,
     licence: str = "",
     note: str = "",
@@ -135,7 +138,7 @@ def save_inference(
     Args:
         source: a checkpoint.
         path: the file to write.
-        ema: which weights are taken, see `load_denoiser`; in the new file they are "ema".
+        weights: which are taken, see `load_denoiser`; in the new file they are "ema".
         dtype: what they are stored as; None: as they are. Those that are no floats stay.
         licence, note: for the card, see `model_card`.
 
@@ -146,28 +149,28 @@ def save_inference(
         CheckpointError: the source is damaged, has no such weights, or has a network or conditioner
             that nobody could rebuild from the file; or a weight is beyond the dtype.
     """
-    info, weights = read_checkpoint(source, [_weights_part(ema), CONDITIONER])
-    chosen = _chosen(info, weights, ema)
+    info, parts = read_checkpoint(source, [_part(weights), CONDITIONER])
+    chosen = _chosen(info, parts, weights)
     _check_rebuildable(info, chosen)
     if dtype is not None:
         chosen = {name: _stored(info, name, t, dtype) for name, t in chosen.items()}
     floats = {_name(t.dtype) for t in chosen.values() if t.is_floating_point()}
     card = model_card(
         info,
-        weights=info.state.get("weights", _weights_part(ema)),
+        weights=info.state.get("weights", weights),
         dtype=" and ".join(sorted(floats)),
         licence=licence,
         note=note,
     )
     return save_checkpoint(
         path,
-        {"ema": chosen, CONDITIONER: weights[CONDITIONER]},
+        {"ema": chosen, CONDITIONER: parts[CONDITIONER]},
         config=info.config,
         images_seen=info.images_seen,
         step=info.step,
         data=info.data,
         state={key: info.state.get(key) for key in ("network", "conditioner")}
-        | {"weights": info.state.get("weights", _weights_part(ema))},
+        | {"weights": info.state.get("weights", weights)},
         card=card,
     )
 
@@ -189,7 +192,7 @@ def _check_rebuildable(info: CheckpointInfo, weights: Mapping[str, Tensor]) -> N
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
             f"checkpoint {info.path} holds a network or conditioner that is not known here "
-            f"({_line(error)})"
+            f"({reason_of(error)})"
         ) from None
     trained = state.get("network", type(network).__name__)
     if trained != type(network).__name__:
@@ -217,30 +220,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _weights_part(ema: bool | str) -> str:
-    return ema if isinstance(ema, str) else "ema" if ema else "model"
+def _part(weights: str) -> str:
+    return "model" if weights == LAST else weights
 
 
 def _chosen(
-    info: CheckpointInfo, weights: Mapping[str, dict[str, Tensor]], ema: bool | str
+    info: CheckpointInfo, parts: Mapping[str, dict[str, Tensor]], weights: str
 ) -> dict[str, Tensor]:
-    part = _weights_part(ema)
-    chosen = weights[part]
-    if not chosen or (isinstance(ema, str) and part not in info.averages):
-        there = [
-            *info.averages,
-            *(["model"] if any(n.startswith("model/") for n in info.tensors) else []),
-        ]
-        averages = info.averages
-        way = nearest(part, averages) or (averages[0] if averages else "model")
-        asked = "the last weights, model" if way == "model" else f"the average {way}"
+    chosen = parts[_part(weights)]
+    if not chosen or weights not in info.weights:
+        way = nearest(weights, info.weights) or next(iter(info.weights), "")
         raise CheckpointError(
-            f"checkpoint {info.path} holds no "
-            f"{f'average {part}' if isinstance(ema, str) else f'{part} weights'}, only "
-            f"{', '.join(there) or 'nothing'}: ask for {asked}"
+            f"checkpoint {info.path} holds no weights {weights!r}, only "
+            f"{', '.join(info.weights) or 'nothing'}" + (f": ask for {way!r}" if way else "")
         )
     return chosen
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from k_diffusion.training.checkpoint import (
@@ -61,9 +62,24 @@ def facts_of(trainer: Trainer) -> dict[str, Any]:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "optimizer": plain_state(trainer.optimizer, trainer.named, trainer.group_start),
             "extra": trainer.extra,
+            "computed_with": computed_with(trainer),
             "network": type(trainer.network).__name__,
             "conditioner": None if conditioner is None else type(conditioner).__name__,
         },
+    }
+
+
+def computed_with(trainer: Trainer) -> dict[str, str]:
+    """What decides the last bits of a step besides (seed, step): sums go in another order there."""
+    device, threads = trainer.device, torch.get_num_threads()
+    return {
+        "torch": torch.__version__,
+        "processes": str(trainer.processes.count),
+        **(
+            {"device": torch.cuda.get_device_name(device)}
+            if device.type == "cuda"
+            else {"device": device.type, "threads": str(threads)}
+        ),
     }
 
 
@@ -213,6 +229,13 @@ def _go_on_from(path: Path, trainer: Trainer, together: bool) -> None:
     if trainer.noise_scale is not None and state.noise_scale is not None:
         trainer.noise_scale.load_state_dict(state.noise_scale)
     trainer.extra = state.extra
+    before, now = info.state.get("computed_with"), computed_with(trainer)
+    if isinstance(before, dict):
+        trainer.computed_otherwise = [
+            f"{key} {before.get(key, 'none')} before and {now.get(key, 'none')} now"
+            for key in sorted({*before, *now})
+            if before.get(key) != now.get(key)
+        ]
 
 
 def begin_from(

@@ -34,13 +34,13 @@ from k_diffusion.training.checkpoint import (
     VERSION,
     CheckpointError,
     CheckpointInfo,
-    _json,
-    _seal,
     check_record,
 )
 from k_diffusion.training.parallel import Processes
+from k_diffusion.training.seals import canonical_json, flush_folder, seal_of
 from k_diffusion.training.shards import is_cut, local
 from k_diffusion.training.tensor_file import DTYPES
+from k_diffusion.utils.words import reason_of
 
 RECORD = "record.json"
 
@@ -101,20 +101,20 @@ def save_sharded(
     def end() -> str:
         files = {name: digest for found in digests for name, digest in found.items()}
         shapes = {n: [str(t.dtype).removeprefix("torch."), list(t.shape)] for n, t in all_tensors}
-        _write(temporary / RECORD, _json({**facts(), "tensors": shapes}))
+        _write(temporary / RECORD, canonical_json({**facts(), "tensors": shapes}))
         files[RECORD] = _sha256(temporary / RECORD)
         if set(files) != set(os.listdir(temporary)):
             raise CheckpointError(f"not all files in {temporary} have been verified")
         manifest: Any = {"format": FORMAT, "version": str(VERSION), "files": files}
-        manifest["sha256"] = _seal(manifest)
-        _write(temporary / MANIFEST, _json(manifest))
-        _flush_folder(temporary)
+        manifest["sha256"] = seal_of(manifest)
+        _write(temporary / MANIFEST, canonical_json(manifest))
+        flush_folder(temporary)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)  # of a run that was killed right here
             path.rename(old)
         temporary.rename(path)
         shutil.rmtree(old, ignore_errors=True)
-        _flush_folder(path.parent)
+        flush_folder(path.parent)
         return str(manifest["sha256"])
 
     all_tensors = sorted(tensors.items())
@@ -166,17 +166,6 @@ def _write(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(path: Path) -> None:
-    """Make the system write a folder's entries to the disk."""
-    if os.name == "nt":
-        return  # Windows has no handle on a folder
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # ---------------------------------------------------------------- reading
 
 
@@ -206,7 +195,7 @@ def read_sharded(
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, _line(error)) from None
+        raise _damaged(path, reason_of(error)) from None
     check_record(path, record)
     shapes = _shapes(path, record.get("tensors"), manifest["files"])
     kept: Parts = {part: {} for part in parts}
@@ -312,12 +301,12 @@ def _read_manifest(path: Path) -> tuple[str, dict[str, Any]]:
     """What is wrong with the manifest, and the manifest."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        sealed = isinstance(manifest, dict) and manifest.get("sha256") == _seal(manifest)
+        sealed = isinstance(manifest, dict) and manifest.get("sha256") == seal_of(manifest)
         there = {file.name for file in path.iterdir()}
     except FileNotFoundError:
         return f"{MANIFEST} is missing", {}
     except (OSError, ValueError, RecursionError) as error:
-        return f"{MANIFEST} cannot be read ({_line(error)})", {}
+        return f"{MANIFEST} cannot be read ({reason_of(error)})", {}
     if not sealed:
         return f"{MANIFEST} is not what was written", {}
     written = manifest.get("format"), manifest.get("version")
@@ -367,8 +356,4 @@ def _damaged(path: Path, reason: str) -> CheckpointError:
 def _reason(error: BaseException) -> str:
     """Of torch's own exception, which is no Exception, what failed, without its traceback."""
     failures = getattr(error, "failures", None) or {}
-    return _line(next((failure[0] for failure in failures.values()), error))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return reason_of(next((failure[0] for failure in failures.values()), error))

@@ -25,9 +25,10 @@ from k_diffusion.training.gradient import (
 )
 from k_diffusion.training.health import unchanged_buffers
 from k_diffusion.training.inputs import Inputs
+from k_diffusion.training.joining import Joining
 from k_diffusion.training.noise_scale import BucketNorms, NoiseScale, PartNorms
 from k_diffusion.training.objective import Objective
-from k_diffusion.training.parallel import Alone, Sharded, clip, out_of_memory
+from k_diffusion.training.parallel import clip, out_of_memory
 from k_diffusion.training.sections import AUTO
 from k_diffusion.training.state import TrainingError
 from k_diffusion.utils.maths import fold_seed
@@ -89,7 +90,7 @@ class StepGradient:
         network: nn.Module,
         objective: Objective,
         optimizer: torch.optim.Optimizer,
-        joining: Alone,
+        joining: Joining,
         noise_scale: NoiseScale | None,
         shape: tuple[int, ...],
     ) -> None:
@@ -243,7 +244,7 @@ class StepGradient:
         if self._bucket_norms is not None:
             return count
         micro_batches = len(even_parts(self._share, self.micro_batch or 1))
-        return micro_batches * (1 if isinstance(self.joining, Sharded) else count)
+        return micro_batches * (1 if self.joining.cuts else count)
 
     def _add_gradients(
         self, inputs: Inputs, micro_batch: int, norms: PartNorms | None = None

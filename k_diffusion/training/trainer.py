@@ -35,12 +35,13 @@ from k_diffusion.training.ema import MAIN, Ema, make_averages
 from k_diffusion.training.fit import check_classes, check_learns, check_shape, settle
 from k_diffusion.training.health import BadStep, examine
 from k_diffusion.training.inputs import Inputs
+from k_diffusion.training.joining import make_joining
 from k_diffusion.training.learning_rate import learning_rate
 from k_diffusion.training.named_tensors import copy_tensors, own_tensors
 from k_diffusion.training.noise_scale import NoiseScale
 from k_diffusion.training.objective import Objective, density_of, make_objective
 from k_diffusion.training.optimizer import adopt, group_values, make_optimizer
-from k_diffusion.training.parallel import Processes, Sharded, check_processes, make_joining
+from k_diffusion.training.parallel import Processes, check_processes
 from k_diffusion.training.resume import begin_from, check_agreed, facts_of, go_on_from, tensors_of
 from k_diffusion.training.sharded import save_sharded
 from k_diffusion.training.shards import gathered, local
@@ -171,6 +172,8 @@ class Trainer:
         """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
         self.averages_left_out: list[str] = []
         """Of the checkpoint that was resumed from: those that the config has no more."""
+        self.computed_otherwise: list[str] = []
+        """What is not as when that checkpoint was computed, and changes the last bits, in words."""
         if resume is not None:
             go_on_from(Path(resume), self)
         check_agreed(self.processes, self.step)
@@ -354,4 +357,4 @@ class Trainer:
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds only its share of the weights."""
-        return isinstance(self._joining, Sharded)
+        return self._joining.cuts

@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.utils.data import Dataset
 
+from k_diffusion.utils.words import reason_of
+
 
 class FolderOfImages(Dataset):
     """All images in a folder and the folders in it, without classes.
@@ -57,6 +59,6 @@ class FolderOfImages(Dataset):
             try:
                 image = Image.open(file).convert("RGB")
             except Exception as error:  # a decoder may raise anything on a broken file
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = reason_of(error)
                 raise OSError(f"image {path} cannot be decoded: {reason}") from error
         return (self.transform(image),)

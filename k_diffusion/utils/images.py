@@ -105,6 +105,7 @@ def image_grid(
     *,
     rows_named: Sequence[object] = (),
     columns_named: Sequence[object] = (),
+    title: str = "",
     gap: int = 2,
     scale: int = 1,
 ) -> torch.Tensor:
@@ -115,6 +116,7 @@ def image_grid(
         columns: images a row; 0 takes as many as there are column names, or a square.
         rows_named: one name a row, or none.
         columns_named: one name a column, or none.
+        title: a line above all; none where it is empty.
         gap: pixels around each image.
         scale: each pixel becomes a square of this many pixels.
 
@@ -140,12 +142,15 @@ def image_grid(
     channels, height, width = pixels.shape[1:]
     left = [_word(str(name)) for name in rows_named]
     top = [_word(str(name)) for name in columns_named]
+    over = [_word(title)] if title else []
     # Cells widen for the widest column name, and grow no lower than a row name.
     cell_h = max([height, *(word.shape[0] for word in left)]) + gap
     cell_w = max([width, *(word.shape[1] for word in top)]) + gap
     x0 = max((word.shape[1] + 2 * gap for word in left), default=0)
-    y0 = max((word.shape[0] + gap for word in top), default=0)
-    paper = torch.full((channels, y0 + rows * cell_h + gap, x0 + columns * cell_w + gap), _PAPER)
+    head = sum(word.shape[0] + gap for word in over)
+    y0 = head + max((word.shape[0] + gap for word in top), default=0)
+    wide = max([x0 + columns * cell_w, *(word.shape[1] + gap for word in over)]) + gap
+    paper = torch.full((channels, y0 + rows * cell_h + gap, wide), _PAPER)
     paper = paper.to(torch.uint8)
     for index in range(count):
         y = y0 + index // columns * cell_h + gap + (cell_h - gap - height) // 2
@@ -157,7 +162,9 @@ def image_grid(
         paper[colours, y : y + word.shape[0], gap : gap + word.shape[1]] = word
     for column, word in enumerate(top):
         x = x0 + column * cell_w + gap + (cell_w - gap - word.shape[1]) // 2
-        paper[colours, gap : gap + word.shape[0], x : x + word.shape[1]] = word
+        paper[colours, head + gap : head + gap + word.shape[0], x : x + word.shape[1]] = word
+    for word in over:
+        paper[colours, gap : gap + word.shape[0], gap : gap + word.shape[1]] = word
     return paper
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,9 +17,18 @@ import torch
 from PIL import Image
 
 from k_diffusion.cli import main
-from k_diffusion.cli.sheet import curve, curve_picture, drawing, page, picture
+from k_diffusion.cli.sheet import (
+    COLOURS,
+    Line,
+    _strokes,
+    curve,
+    curve_picture,
+    drawing,
+    page,
+    picture,
+)
 from k_diffusion.evaluation.sheet import compare_samplers
-from k_diffusion.utils.images import load_png
+from k_diffusion.utils.images import load_png, to_uint8
 
 
 def gaussian(x: torch.Tensor, sigma: torch.Tensor, **condition: Any) -> torch.Tensor:
@@ -53,6 +64,92 @@ def test_the_reference_itself_is_at_no_distance() -> None:
     )  # fmt: skip
     assert [c.distance for c in same.cells] == [0.0, 0.0]
     assert "NaN" not in curve(same)
+
+
+def test_what_cannot_be_compared_is_refused_before_anything_is_drawn() -> None:
+    calls = []
+
+    def model(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gaussian(x, sigma)
+
+    def compare(*samplers: str, schedulers: Any = ("karras",), steps: Any = (2,)) -> None:
+        compare_samplers(
+            model, (1, 2, 2), [0], samplers=samplers, schedulers=schedulers, steps=steps
+        )
+
+    for name in ("euler_cfg_pp", "dpmpp_2m_cfg_pp"):
+        with pytest.raises(ValueError, match=f"{name} goes by two estimates"):
+            compare("euler", name)
+    with pytest.raises(ValueError, match="pure noise"):  # of a variance-exploding model
+        compare("euler", schedulers=("karras", "zero_terminal_snr"))
+    with pytest.raises(ValueError, match="steps"):
+        compare("euler", steps=(2, 0))
+    assert calls == []
+
+
+def test_noise_on_no_path_is_told_of() -> None:
+    sheet = compare_samplers(
+        gaussian, (1, 2, 2), [0], samplers=["euler", "ddpm", "restart"], schedulers=["karras"],
+        steps=[8], reference_steps=9,
+    )  # fmt: skip
+    assert sheet.off_path == ("restart",)
+    text = page(sheet, picture(sheet), {})
+    assert "That of restart lies on no path" in text
+    alone = dataclasses.replace(sheet, off_path=())
+    assert "on no path" not in page(alone, picture(alone), {})
+
+
+def test_many_lines_are_told_apart(sheet: Any) -> None:
+    """A colour for each; where there are too few, one a sampler, and dashes for the schedules."""
+
+    def looks(samplers: int, schedulers: int) -> list[tuple[str, Any]]:
+        cells = [
+            dataclasses.replace(
+                sheet.cells[0], sampler=f"s{i}", scheduler=f"t{j}", steps=n, calls=n
+            )
+            for i in range(samplers)
+            for j in range(schedulers)
+            for n in (4, 9)
+        ]
+        many = dataclasses.replace(sheet, cells=tuple(cells))
+        lines = [item for item in drawing(many) if getattr(item, "dots", False)]
+        assert curve(many).count("stroke-dasharray") == 2 * sum(bool(x.dash) for x in lines)
+        curve_picture(many)
+        return [(line.colour, line.dash) for line in lines]
+
+    for samplers, schedulers in ((1, 4), (5, 2), (4, 3), (12, 3)):
+        found = looks(samplers, schedulers)
+        assert len(set(found)) == samplers * schedulers
+    assert len({colour for colour, _ in looks(5, 2)}) == 10
+    assert [colour for colour, _ in looks(4, 3)] == [c for c in COLOURS[:4] for _ in range(3)]
+
+
+def test_dashes_cover_their_share_of_a_line() -> None:
+    line = Line(((0.0, 0.0), (30.0, 40.0), (30.0, 120.0)), "#000000", dash=(7, 4))
+    strokes = _strokes(line)
+    long = sum(math.dist(*stroke) for stroke in strokes)
+    assert abs(long - (130 // 11 * 7 + min(130 % 11, 7))) < 1e-9
+    assert strokes[0][0] == (0.0, 0.0)
+    assert _strokes(dataclasses.replace(line, dash=None)) == [list(line.points)]
+
+
+def test_samples_lie_in_a_block_for_each_method(sheet: Any) -> None:
+    """A column a number of steps and the reference, a row a seed; blocks side by side."""
+    one = dataclasses.replace(sheet, cells=sheet.cells[:3])
+    block = picture(one)
+    assert picture(sheet).shape[2] == 3 * block.shape[2] + 2 * 16
+    assert abs(picture(sheet).shape[1] - (2 * block.shape[1] + 16)) < 10  # names' tails
+    samples = torch.stack([*(c.samples for c in one.cells), one.references["euler"]], 1)
+    pixels = to_uint8(samples).flatten(0, 1)  # seed by seed
+    found = 0
+    for k, pixel in enumerate(pixels):
+        large = pixel.repeat_interleave(16, -2).repeat_interleave(16, -1)[0]
+        row, column = divmod(k, 4)
+        y = block.shape[1] - 66 * (2 - row)
+        x = block.shape[2] - 66 * (4 - column)
+        found += torch.equal(block[0, y : y + 64, x : x + 64], large)
+    assert found == 8
 
 
 class Reader(HTMLParser):
@@ -123,6 +220,10 @@ def test_of_a_checkpoint(trained: Path, tmp_path: Path, capsys: Any) -> None:
     ("words", "message"),
     [
         (["--samplers", "eulerr"], "did you mean 'euler'"),
+        (
+            ["--samplers", "euler,euler_cfg_pp"],
+            "euler_cfg_pp goes by two estimates",
+        ),
         (["--schedules", "karas"], "did you mean 'karras'"),
         (["--steps", "5,0"], "--steps holds 0; give numbers of at least 1"),
         (["--steps", "five"], "'five' is not a whole number"),

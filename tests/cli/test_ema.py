@@ -91,35 +91,29 @@ def test_an_average_is_chosen_by_name(folder, tmp_path, capsys) -> None:
     assert info.averages == ["ema", "ema_0.05", "ema_0.1"]
     weights = {
         name: next(load_denoiser(checkpoint, name)[0].parameters())
-        for name in (True, "ema", False, "ema_0.05", "ema_0.1")
+        for name in ("ema", "last", "ema_0.05", "ema_0.1")
     }
-    assert torch.equal(weights[True], weights["ema"])
-    distinct = {name: tensor for name, tensor in weights.items() if name != "ema"}
-    assert len({tuple(tensor.flatten().tolist()) for tensor in distinct.values()}) == 4
-    with pytest.raises(
-        ValueError, match=r"holds no average ema_0.2, .*: ask for the average ema_0\.\d"
-    ):
+    assert torch.equal(next(load_denoiser(checkpoint)[0].parameters()), weights["ema"])
+    assert len({tuple(tensor.flatten().tolist()) for tensor in weights.values()}) == 4
+    with pytest.raises(ValueError, match=r"holds no weights 'ema_0.2', .*: ask for 'ema_0\.\d'"):
         load_denoiser(checkpoint, "ema_0.2")
-    with pytest.raises(ValueError, match="holds no average optimizer, only"):
-        load_denoiser(checkpoint, "optimizer")
+    for part in ("optimizer", "model"):
+        with pytest.raises(ValueError, match=f"holds no weights '{part}', only ema, .*, last: ask"):
+            load_denoiser(checkpoint, part)
     (first, *_) = sorted((folder / "ema").iterdir())
-    with pytest.raises(
-        ValueError, match=r"no ema weights, only ema_0.05, ema_0.1: ask for the average"
-    ):
+    with pytest.raises(ValueError, match=r"no weights 'ema', only ema_0.05, ema_0.1: ask for"):
         load_denoiser(first)
 
     argv = ["sample", str(folder), "-n", "1", "--steps", "2", "--out", str(tmp_path)]
-    assert main([*argv, "--ema", "ema_0.1"]) == 0
+    assert main([*argv, "--weights", "ema_0.1"]) == 0
     text = Image.open(tmp_path / "grid.png").text
     assert text["weights"] == "ema_0.1"
-    assert text["command"].endswith(" --ema ema_0.1")
+    assert text["command"].endswith(" --weights ema_0.1")
     one = (tmp_path / "grid.png").read_bytes()
     assert main([*argv, "--overwrite"]) == 0
     assert (tmp_path / "grid.png").read_bytes() != one
     capsys.readouterr()
-    assert main([*argv, "--overwrite", "--ema", "ema_0.2"]) == 1
-    assert "holds no average ema_0.2" in capsys.readouterr().err
-    assert main([*argv, "--overwrite", "--ema", "ema_0.1", "--no-ema"]) == 2
-    assert "--ema is ema_0.1, but --no-ema asks" in capsys.readouterr().err
+    assert main([*argv, "--overwrite", "--weights", "ema_0.2"]) == 1
+    assert "holds no weights 'ema_0.2'" in capsys.readouterr().err
     assert main(["info", str(folder)]) == 0
-    assert "averages:       ema, ema_0.05, ema_0.1\n" in capsys.readouterr().out
+    assert "weights:        ema, ema_0.05, ema_0.1, last\n" in capsys.readouterr().out

@@ -81,7 +81,8 @@ def test_the_command_in_the_text_makes_the_image_again(trained, tmp_path, noise)
         "eta=0.7",
         "--scheduler-options",
         "sigma_max=20",
-        "--no-ema",
+        "--weights",
+        "last",
         *noise,
     ]
     assert main(["sample", str(trained), *argv, "--out", str(first)]) == 0
@@ -315,7 +316,8 @@ def test_info(trained, capsys) -> None:
     assert facts["sha256"] == info.sha256
     assert facts["images seen"] == 32
     assert (facts["model"], facts["prediction"]) == ("unet", "edm")
-    assert facts["weights"] == ["ema", "model", "optimizer"]
+    assert facts["weights"] == ["ema", "last"]
+    assert facts["parts"] == ["ema", "model", "optimizer"]
     assert facts["parameters"] == info.parameters > 1000
     assert facts["config"] == info.config
     assert main(["info", str(trained)]) == 0

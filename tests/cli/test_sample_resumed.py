@@ -151,7 +151,7 @@ def test_a_set_grows(trained, tmp_path, unbroken, drawn) -> None:
         (["--steps", "4"], "drawn with steps 3, not 4; give another folder, or --overwrite"),
         (["--sampler-options", "eta=0.5"], "drawn with sampler options none, not eta=0.5"),
         (["--noise", "path"], "drawn with noise none, not path"),
-        (["--no-ema"], "drawn with weights ema, not last"),
+        (["--weights", "last"], "drawn with weights ema, not last"),
         (["--guidance", "2"], "drawn with guidance none, not 2.0"),
     ],
 )

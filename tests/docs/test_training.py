@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from k_diffusion.training.joining import blocks_of
 from k_diffusion.training.muon import hidden_weights
-from k_diffusion.training.parallel import blocks_of
 from k_diffusion.training.sections import OptimizerConfig
 from k_diffusion.training.weight_groups import weight_groups
 

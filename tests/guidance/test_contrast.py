@@ -11,7 +11,16 @@ from mixture import MEANS, NULL, SPREAD, Mixture, given
 from torch import Tensor
 
 from k_diffusion.denoiser import Call, FunctionDenoiser, call_of, mark_call
-from k_diffusion.guidance import Interval, autoguidance, cfg
+from k_diffusion.guidance import (
+    Composed,
+    Guided,
+    Interval,
+    Part,
+    apg,
+    autoguidance,
+    cfg,
+    cfg_zero_star,
+)
 from k_diffusion.sampling import KSampler, sample_euler
 from k_diffusion.utils.levels import FLOW, VE, VP, Level, Path
 
@@ -108,6 +117,70 @@ def test_autoguidance_with_itself_is_nothing() -> None:
     assert torch.equal(guided, model(x, sigma, class_label=label))
 
 
+@pytest.mark.parametrize("solver", ["heun", "dormand_prince"])
+@pytest.mark.parametrize("other", [VE, VP, FLOW], ids=str)
+@pytest.mark.parametrize("path", [VE, VP, FLOW], ids=str)
+def test_a_weaker_model_in_other_coordinates(path: Path, other: Path, solver: str) -> None:
+    """It is asked at equal signal-to-noise ratio: the same model in others is nothing; and at pure
+    noise, which not all coordinates reach, nothing goes wrong."""
+    x, _, label = given(path)
+    name = None if path is FLOW else "karras"
+    plain = KSampler(Mixture(path), name, solver).sample(x, 8, label)
+    guided = KSampler(autoguidance(Mixture(path), Mixture(other), 3.0), name, solver)
+    assert float((guided.sample(x, 8, label) - plain).abs().max()) < 1e-9
+    sigma = torch.tensor([0.7, 0.3, 0.9, 0.5], dtype=torch.float64)
+    other_sigma = other.sigma(path.alpha(sigma).log() - sigma.log())
+    inner = x * (other_sigma / sigma)[:, None]
+
+    def lesser(x: Tensor, sigma: Tensor, class_label: Tensor) -> Tensor:
+        return 0.9 * Mixture(other)(x, sigma, class_label)
+
+    away = autoguidance(Mixture(path), FunctionDenoiser(lesser, other), 3.0)
+    d, u = Mixture(path)(x, sigma, label), lesser(inner, other_sigma, label)
+    assert float((away(x, sigma, class_label=label) - (u + 3 * (d - u))).abs().max()) < 1e-12
+
+
+def test_a_weaker_model_is_asked_nothing_at_pure_noise_that_it_does_not_reach() -> None:
+    model, lesser = Mixture(FLOW), Mixture(VE)
+    x, _, label = given(FLOW)
+    KSampler(autoguidance(model, lesser, 3.0), None, "euler").sample(x, 6, label)
+    assert (len(model.rows), len(lesser.rows)) == (6, 5)
+
+
+def test_what_the_weaker_model_takes_is_checked_too() -> None:
+    odd = FunctionDenoiser(lambda x, sigma: x, "sideways")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weaker is on the path 'sideways', which is none of VE"):
+        autoguidance(Mixture(), odd, 2.0)
+    with pytest.raises(ValueError, match="model is on the path 'sideways'"):
+        autoguidance(odd, Mixture(), 2.0)(*given(VE)[:2])
+    asked = []
+
+    class Picky(Mixture):
+        float64_sigma = False
+
+        def check_condition(self, batch: int, **condition: Any) -> None:
+            asked.append((batch, set(condition)))
+
+    guided = autoguidance(Picky(), cfg(Picky(), "strength", null=NULL), 2.0)
+    assert not guided.float64_sigma
+    assert autoguidance(Picky(), Mixture(), 2.0).float64_sigma
+    x, _, label = given(VE)
+    KSampler(guided, "karras", "euler").sample(x, 1, {"class_label": label, "strength": 2.0})
+    assert asked == [(4, {"class_label"})] * 2
+
+
+def test_outside_the_interval_a_pair_is_the_first_estimate_twice() -> None:
+    model = Mixture()
+    x, sigma, label = given(VE)
+    d = model(x, sigma, class_label=label)
+    guided = cfg(model, 3.0, null=NULL, interval=(1.0, 2.0), pair=True)
+    known = mark_call(sigma.clone(), Call(0, Level(1.0, 0.7)))
+    for at in (sigma, known):
+        first, second = guided(x, at, class_label=label)
+        assert torch.equal(first, d)
+        assert torch.equal(second, d)
+
+
 def test_rescale_restores_the_deviation() -> None:
     x, sigma, label = given(VE)
     model = Mixture()
@@ -152,11 +225,23 @@ def test_calls_are_known_on_the_host_in_every_run() -> None:
     assert call_of(mark_call(sigma, Call(3, Level(1.0, 1.0)))) == Call(3, Level(1.0, 1.0))
 
 
+def composed(model: Any, scale: float, **more: Any) -> Any:
+    return Composed(model, [Part({}, scale)], **more)
+
+
+def scored(model: Any, scale: float, **more: Any) -> Any:
+    return Guided(model, lambda x0, sigma: x0.sum(1), scale, **more)
+
+
 def test_wrong_input_is_refused_by_name() -> None:
     model = Mixture()
     for interval in ((2.0, 1.0), (-1.0, 2.0), (1.0, 1.0), (math.nan, 1.0), ("0", 1.0)):
         with pytest.raises(ValueError, match="interval = .* 0 <= low < high"):
             cfg(model, 2.0, interval=interval)
+    for make in (cfg, apg, cfg_zero_star, composed, scored):
+        for few in (0.5, (1.0, 2.0, 3.0), (1.0,), (), "ab"):
+            with pytest.raises(TypeError, match=r"interval must be two bounds .* got .*: no bound"):
+                make(model, 2.0, interval=few)
     with pytest.raises(ValueError, match="scale must be finite, got nan"):
         cfg(model, math.nan)
     with pytest.raises(TypeError, match="scale must be a number, .* got str"):

@@ -10,10 +10,11 @@ import torch
 from mixture import MEANS, SPREAD, Mixture, given
 from torch import Tensor
 
-from k_diffusion.guidance import Guided, posterior_sampling, pseudo_inverse
+from k_diffusion.denoiser import Call, mark_call
+from k_diffusion.guidance import Cached, Guided, cfg, posterior_sampling, pseudo_inverse
 from k_diffusion.guidance.measured import conjugate_gradients
 from k_diffusion.sampling import KSampler
-from k_diffusion.utils.levels import FLOW, VE, VP, Path
+from k_diffusion.utils.levels import FLOW, VE, VP, Level, Path
 
 
 class Gaussian:
@@ -87,6 +88,20 @@ def test_pseudo_inverse_is_exact_for_gaussian_data(path: Path, noise: float) -> 
         assert float((guided[i] - mean).abs().max()) < 1e-9
 
 
+def test_pseudo_inverse_of_an_affine_operator_is_that_of_its_linear_part() -> None:
+    """A x + b = y is A x = y - b, where a mean is taken off or a range is mapped, say."""
+    torch.manual_seed(0)
+    model = Gaussian()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    matrix, b = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
+    measured = torch.randn(3, 4, dtype=torch.float64)
+    sigma = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    for noise in (0.0, 0.3):
+        plain = pseudo_inverse(model, lambda x0: x0 @ matrix.T, measured - b, noise=noise)
+        moved = pseudo_inverse(model, lambda x0: x0 @ matrix.T + b, measured, noise=noise)
+        assert float((moved(x, sigma) - plain(x, sigma)).abs().max()) < 1e-12
+
+
 def test_isotropic_form_is_exact_where_the_operator_is_a_mask() -> None:
     torch.manual_seed(1)
     model = Gaussian(FLOW)
@@ -150,6 +165,58 @@ def test_scale_interval_and_longest_step() -> None:
     gain = 0.64 / (0.64 + 0.49)
     exact = 0.49 * gain * -2 * (plain - measured)
     assert torch.allclose(step, exact, rtol=1e-12, atol=0)
+
+
+def test_what_breaks_the_way_of_the_gradient_is_named() -> None:
+    model, (x, sigma, _) = Gaussian(), given(VE)
+
+    def score(x0: Tensor, sigma: Tensor) -> Tensor:
+        return -x0.square().sum(1)
+
+    def refused(kind: type[Exception], match: str, inner: Any, score: Any = score) -> None:
+        with pytest.raises(kind, match=match):
+            KSampler(Guided(inner, score), "karras", "euler").sample(x, 12, seed=1)
+
+    refused(ValueError, "the estimate of Cached has no gradient by x, .*: .* Cached goes around",
+            Cached(model, 1.0))  # fmt: skip
+    refused(ValueError, "the estimate of FunctionDenoiser has no gradient", lambda x, s: x.detach())
+    refused(TypeError, "takes one estimate, but Contrast gave tuple: put Guided inside",
+            cfg(model, 2.0, pair=True))  # fmt: skip
+    refused(TypeError, "score must give a tensor of one value a sample, got float", model,
+            lambda x0, sigma: 1.0)  # fmt: skip
+    refused(ValueError, "score has no gradient by the estimate: it, or an operator in it, detaches",
+            model, lambda x0, sigma: x0.detach().sum(1))  # fmt: skip
+    weight = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    refused(ValueError, "score has no gradient by the estimate", model, lambda x0, sigma: weight)
+    refused(ValueError, "score has no gradient by the estimate",
+            posterior_sampling(model, lambda x0: x0.detach(), x).denoiser,
+            posterior_sampling(model, lambda x0: x0.detach(), x).score)  # fmt: skip
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+        Guided(model, score)(x, sigma)
+    with torch.no_grad():
+        inner = Guided(Cached(model, 0.0), score)(x, sigma)  # a call that is made has its gradient
+    assert torch.equal(inner, Guided(model, score)(x, sigma))
+
+
+def test_at_pure_noise_the_score_says_nothing() -> None:
+    """x knows nothing of y there, whatever the model makes of it; and no gradient is paid for."""
+    asked = []
+
+    class Odd(Gaussian):
+        def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+            return x  # at alpha = 0 as elsewhere
+
+    def score(x0: Tensor, sigma: Tensor) -> Tensor:
+        asked.append(sigma)
+        return -x0.square().sum(1)
+
+    x, *_ = given(FLOW)
+    one = torch.ones(4, dtype=torch.float64)
+    guided = Guided(Odd(FLOW), score)
+    assert torch.equal(guided(x, one), x)
+    assert len(asked) == 1
+    assert torch.equal(guided(x, mark_call(one.clone(), Call(0, Level(0.0, 1.0)))), x)
+    assert len(asked) == 1
 
 
 def test_wrong_input_is_refused_by_name() -> None:

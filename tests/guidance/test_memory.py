@@ -13,7 +13,7 @@ from mixture import Mixture, given
 from torch import Tensor
 
 from k_diffusion.denoiser import Call, FunctionDenoiser, call_of, mark_call
-from k_diffusion.guidance import Cached, OnPath, SwitchAt, apg, cfg
+from k_diffusion.guidance import Cached, Composed, OnPath, Part, SwitchAt, apg, cfg
 from k_diffusion.guidance.memory import RunMemory
 from k_diffusion.sampling import KSampler, sample_euler, unit_noise
 from k_diffusion.utils.levels import FLOW, VE, Level
@@ -150,3 +150,40 @@ def test_apg_has_no_momentum_where_no_call_is_known() -> None:
     guided(x, marked, class_label=label)
     for _ in range(2):
         assert torch.equal(guided(x, sigma, class_label=label), plain)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_each_of_composed_conditions_has_a_memory_of_its_own(masked: bool) -> None:
+    """Though outside an interval not all of them are asked for."""
+    mask = torch.tensor([1.0, 0.0]) if masked else None
+    x, _, _ = given(VE)
+
+    class Each:
+        """A cache for each condition, by its label."""
+
+        float64_sigma, path = True, VE
+        alpha = staticmethod(VE.alpha)
+
+        def __init__(self) -> None:
+            self.caches: dict[int, Cached] = {}
+
+        def __call__(self, x: Tensor, sigma: Tensor, class_label: Tensor) -> Tensor:
+            cache = self.caches.setdefault(int(class_label[0]), Cached(Mixture(), 0.05))
+            result: Tensor = cache(x, sigma, class_label=class_label)
+            return result
+
+    def run(model: Any, batched: bool) -> Tensor:
+        parts = [
+            Part({"class_label": torch.full((4,), label)}, weight, mask)
+            for label, weight in ((2, -0.5), (0, 2.0), (1, 0.7))
+        ]
+        guided = Composed(model, parts, null={"class_label": torch.full((4,), 3)},
+                          interval=(0.05, 4.0), batched=batched)  # fmt: skip
+        return KSampler(guided, "karras", "dpmpp_2m").sample(x, 30)
+
+    each = Each()
+    apart = run(each, False)
+    assert sum(cache.spared for cache in each.caches.values()) > 4
+    assert float((run(Cached(Mixture(), 0.05), False) - apart).abs().max()) < 1e-12
+    exact = run(Mixture(), True)
+    assert 1e-6 < float((apart - exact).abs().max()) < 0.2

@@ -149,6 +149,22 @@ def test_zero_star_is_still_in_the_first_part_of_a_resampled_run_alone() -> None
     assert min(moved.values()) > 1e-3
 
 
+def test_a_dynamic_threshold_that_has_a_largest() -> None:
+    """What lies beyond it is cut off, not divided away."""
+    torch.manual_seed(0)
+    x0 = torch.randn(3, 50, dtype=torch.float64) * torch.tensor([[0.1], [1.0], [10.0]])
+    size = x0.abs().quantile(0.9, dim=1)
+    assert 1 < float(size[1]) < 3 < float(size[2])
+    held = dynamic_threshold(x0, 0.9, 1.0, 3.0)
+    assert torch.equal(held[:2], dynamic_threshold(x0, 0.9, 1.0)[:2])
+    assert worst(held[2], x0[2].clamp(-3, 3) / 3) < 1e-15
+    wide = DynamicThreshold(FunctionDenoiser(lambda x, sigma: x), 0.9, 1.0, largest=3.0)
+    assert torch.equal(wide(x0, torch.ones(3)), held)
+    for largest in (0.5, float("nan"), "3"):
+        with pytest.raises(ValueError, match="largest must be at least bound, 1.0, got"):
+            DynamicThreshold(Mixture(), largest=largest)  # type: ignore[arg-type]
+
+
 def test_clamp_and_dynamic_threshold() -> None:
     model, x, sigma, *_ = estimates()
     plain = model(x, sigma)
@@ -195,6 +211,75 @@ def test_composed(batched: bool) -> None:
     marked = mark_call(sigma.clone(), Call(0, Level(1.0, 0.7)))
     known = Composed(model, regions, null=NULL, interval=(1.0, 2.0))(x, marked)
     assert worst(known, mixed) < 1e-14
+
+
+def test_composed_outside_its_interval_goes_away_from_nothing() -> None:
+    """Outside there is no guidance: a weight below 0, which is to lead away, has no share."""
+    model, x, sigma, label, d, u = estimates()
+    other = (label + 1) % 3
+    e = model(x, sigma, class_label=other)
+    known = mark_call(sigma.clone(), Call(0, Level(1.0, 0.7)))
+
+    def outside(at: Tensor, *weights: Any) -> Tensor:
+        model.rows.clear()
+        parts = [Part({"class_label": label}, weights[0]), Part({"class_label": other}, weights[1])]
+        return Composed(model, parts, null=NULL, interval=(1.0, 2.0), batched=False)(x, at)
+
+    for at in (sigma, known):
+        for second in (-2.0, torch.tensor([-2.0])):
+            assert worst(outside(at, 3.0, second), d) < 1e-15
+            assert worst(outside(at, 1.0, second), d) < 1e-15
+        assert worst(outside(at, 3.0, 1.0), (3 * d + e) / 4) < 1e-15
+        assert worst(outside(at, -1.0, 0.0), u) == 0
+        each = outside(at, torch.tensor([1.0, 0.0, -1.0, 2.0]), torch.tensor([1.0, 0.0, 1.0, -2.0]))
+        for i, expected in enumerate(((d + e) / 2, u, e, d)):
+            assert worst(each[i], expected[i]) < 1e-15
+
+
+def test_calls_that_composed_spares_outside_its_interval() -> None:
+    model, x, sigma, label, *_ = estimates()
+    known = mark_call(sigma.clone(), Call(0, Level(1.0, 0.7)))
+    left = torch.tensor([1.0, 0.0])
+
+    def calls(*parts: Part, **more: Any) -> int:
+        model.rows.clear()
+        composed = Composed(model, parts, null=NULL, interval=(1.0, 2.0), batched=False)
+        composed(x, known, class_label=label, **more)
+        return len(model.rows)
+
+    assert calls(Part({}, 3.0)) == 1  # as cfg
+    assert calls(Part({}, 3.0), Part({}, -2.0), Part({}, 0.0)) == 1
+    assert calls(Part({}, 3.0, left), Part({}, 2.0, 1 - left)) == 2
+    assert calls(Part({}, 3.0, left), Part({}, 2.0)) == 2
+    # Where a place may be left to it, u is asked for.
+    assert calls(Part({}, 3.0, left)) == 2
+    assert calls(Part({}, 3.0, left), Part({}, -2.0, 1 - left)) == 2
+    assert calls(Part({}, torch.tensor([3.0]))) == 2
+    assert calls(Part({}, "w"), w=3.0) == 2
+    assert calls(Part({}, 3.0, "m"), m=torch.ones(4, 2)) == 2
+    assert calls(Part({}, -1.0)) == 1
+
+
+def test_a_mask_of_one_axis_less_is_refused() -> None:
+    """(B, H, W) and (C, H, W) cannot be told apart: nothing is guessed."""
+    x, sigma = torch.zeros(3, 3, 4, 4), torch.ones(3)
+
+    def shift(x: Tensor, sigma: Tensor, by: float = 0.0) -> Tensor:
+        return x + by
+
+    def composed(mask: Tensor) -> Tensor:
+        return Composed(shift, [Part({"by": 1.0}, 1.0, mask)])(x, sigma)
+
+    with pytest.raises(ValueError, match=r"mask has shape \(3, 4, 4\), which may be one for each "):
+        composed(torch.ones(3, 4, 4))
+    one = torch.zeros(3, 1, 4, 4)
+    one[1] = 1
+    assert torch.equal(composed(one), one.expand(3, 3, 4, 4))
+    assert torch.equal(
+        composed(one.reshape(1, 3, 4, 4)), one.reshape(1, 3, 4, 4).expand(3, 3, 4, 4)
+    )
+    for shape in ((4, 4), (1, 4, 4), (1, 1)):
+        assert torch.equal(composed(torch.ones(shape)), torch.ones_like(x))
 
 
 def attentive(kind: str, **more: Any) -> Any:

@@ -50,6 +50,15 @@ def test_each_sample_is_that_of_the_steps_it_took_and_changed_by_less(solver, to
     assert (alone.samples - result.samples[1:2]).abs().max() < 1e-6
 
 
+def test_step_count_is_another_word():
+    sampler = KSampler(model, LEVELS, "euler")
+    for steps in ("auto", 7):
+        expected = sampler.sample(X, steps, SHARP, details=True)
+        found = sampler.sample(X, condition=SHARP, step_count=steps, details=True)
+        assert torch.equal(found.samples, expected.samples)
+        assert found.steps == expected.steps
+
+
 def test_the_limit_is_near():
     sampler = KSampler(model, LEVELS, "heun")
     result = sampler.sample(X, AutoSteps(2e-3, most=1024), SHARP)

@@ -6,8 +6,19 @@ import pytest
 import torch
 
 from k_diffusion.denoiser import FunctionDenoiser
-from k_diffusion.sampling import ADAPTIVE, SOLVERS, VE, Churn, KSampler, Resample, unit_noise
+from k_diffusion.sampling import (
+    ADAPTIVE,
+    SOLVERS,
+    VE,
+    Churn,
+    KSampler,
+    Resample,
+    SampleNoise,
+    unit_noise,
+    walk,
+)
 from k_diffusion.sampling.masks import make_stages, noise_back
+from k_diffusion.sampling.noise import RESAMPLED
 from k_diffusion.utils.levels import FLOW, VP
 from k_diffusion.utils.scheduler import KarrasScheduler
 
@@ -245,3 +256,32 @@ def test_a_mask_that_may_be_of_samples_or_of_channels_is_refused(call):
     kept = (draw(mask[None]) == 0.5).float().mean((0, 2, 3))
     assert kept.tolist() == [0, 1, 1]
     assert torch.equal(draw(mask[:1]), draw(mask[0]))
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "dpmpp_3m", "unipc", "deis", "lms"])
+def test_a_multistep_method_is_ddim_where_each_step_is_walked_anew(solver):
+    def run(name, jump):
+        return KSampler(denoise, KarrasScheduler(0.01, 20), name).sample(
+            None, 8, init=torch.tensor([[-0.4, 0.0]]), mask=torch.tensor([0, 1]),
+            seeds=range(20), resample=Resample(3, jump),
+        )  # fmt: skip
+
+    assert (run(solver, 1) - run("ddim", 1)).abs().max() < 1e-6
+    assert (run(solver, 2) - run("ddim", 2)).abs().max() > 0.03
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_the_noise_of_jumps_is_made_where_that_of_the_solver_is(on_cpu, monkeypatch):
+    made = []
+
+    class Noted(SampleNoise):
+        def __init__(self, seeds, like, stream=0, *, on_cpu=False):
+            made.append((stream, on_cpu))
+            super().__init__(seeds, like, stream, on_cpu=on_cpu)
+
+    monkeypatch.setattr(walk, "SampleNoise", Noted)
+    KSampler(denoise, KarrasScheduler(0.01, 20), "euler").sample(
+        None, 2, init=torch.zeros(1, 2), mask=torch.tensor([0, 1]), seeds=[1], resample=2,
+        noise_on_cpu=on_cpu,
+    )  # fmt: skip
+    assert made == [(RESAMPLED, on_cpu)]

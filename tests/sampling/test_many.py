@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from k_diffusion.sampling import Cancelled, KSampler
+from k_diffusion.sampling import many as many_module
 from k_diffusion.utils.images import load_png
 from k_diffusion.utils.memory import is_out_of_memory
 from k_diffusion.utils.scheduler import KarrasScheduler
@@ -89,6 +91,32 @@ def test_out_of_memory_loses_no_sample_and_draws_none_twice(error):
     assert many.batch_size == 2
     # Each sample is drawn in one run of three calls; a run that fails does so at its first call.
     assert batches == [8, 4, *[2] * 15, *[1] * 3]
+
+
+def test_a_last_batch_that_does_not_fit_is_halved_itself():
+    """Not the batch size, which it does not fill: half of that may be as many again."""
+    batches = []
+    many = sampler_of(limited(2, batches)).sample_many(5, steps=1, shape=SHAPE, batch_size=8)
+    assert len(many.collect()) == 5
+    assert batches == [5, 2, 2, 1]
+
+
+def test_memory_is_given_back_when_nothing_of_the_failed_run_is_held(monkeypatch):
+    held, given_back = [], []
+
+    def model(x, sigma):
+        if len(x) > 2:
+            own = x.clone()
+            held.append(weakref.ref(own))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return smooth(x, sigma)
+
+    def release(device):
+        given_back.append((device, [ref() is None for ref in held]))
+
+    monkeypatch.setattr(many_module, "release_memory", release)
+    sampler_of(model).sample_many(4, steps=1, shape=SHAPE, batch_size=4).collect()
+    assert given_back == [(torch.device("cpu"), [True])]
 
 
 def test_memory_that_runs_out_in_the_middle_of_a_run():

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from k_diffusion.denoiser import FunctionDenoiser
 from k_diffusion.guidance import (
@@ -24,7 +25,7 @@ from k_diffusion.guidance import (
     pseudo_inverse,
 )
 from k_diffusion.sampling import KSampler
-from k_diffusion.sampling.settings import described_model
+from k_diffusion.sampling.settings import described_model, digest
 from k_diffusion.utils.scheduler import KarrasScheduler
 
 LEVELS = KarrasScheduler(0.05, 5)
@@ -225,3 +226,50 @@ def test_a_folder_is_held_to_its_conditions_and_images_sample_by_sample(tmp_path
     many(2, condition=lambda i: {"label": torch.tensor(i)}).save(tmp_path / "called")
     with pytest.raises(ValueError, match="condition = .*lambda"):
         many(2).save(tmp_path / "called")
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_set_whose_guidance_holds_one_value_a_sample_may_grow(tmp_path, called):
+    """What each sample is told is compared sample by sample, be it bound to the guidance."""
+    scales, masks = torch.arange(1.0, 7.0), torch.ones(6, 1, 6, 6)
+
+    def model_of(n, scales=scales, masks=masks, low=-1.0):
+        guided = cfg(smooth, scales[:n], null={"label": -scales[:n]})
+        return Clamp(Composed(guided, [Part({"label": ONE[:, 0, 0, 0]}, 2.0, masks[:n])]), low)
+
+    def one(rows):
+        return {"label": torch.ones(len(rows))}
+
+    def all_of(n, **changed):
+        condition = one if called else one([0])
+        return many(n, model_of(n, **changed), batch_size=4, condition=condition)
+
+    def save(n, **changed):
+        return [load_file(path)["sample"] for path in all_of(n, **changed).save(tmp_path)]
+
+    few, more = save(3), save(6)
+    assert all(torch.equal(a, b) for a, b in zip(few, more, strict=False))
+    assert (torch.stack(more) - all_of(6).collect()).abs().max() <= 1e-6
+    save(2)
+    others = {"scales": scales + (torch.arange(6) == 4),
+              "masks": masks * (torch.arange(6) != 4).reshape(-1, 1, 1, 1)}  # fmt: skip
+    for name, value in others.items():
+        with pytest.raises(ValueError, match="holds sample 4 with another condition, image or gui"):
+            save(5, **{name: value})
+    save(4, **others)
+    with pytest.raises(ValueError, match="holds samples with model = "):
+        save(6, low=-2.0)
+
+
+def test_digests_are_of_the_values_however_they_lie():
+    wide = torch.arange(12.0).reshape(3, 4)
+    for view, same in (
+        (wide[1:2, 2], torch.tensor([6.0])),  # of one value, with a stride
+        (wide[:, 1], torch.tensor([1.0, 5.0, 9.0])),
+        (wide.T, wide.T.contiguous()),
+        (wide[0, 0], torch.tensor(0.0)),
+        (wide[:0], torch.zeros(0, 4)),
+    ):
+        assert digest(view) == digest(same)
+    assert digest(wide) != digest(wide.reshape(4, 3)) != digest(wide.double().reshape(4, 3))
+    assert digest(wide.bfloat16()) == digest(wide.bfloat16().clone())

@@ -250,12 +250,13 @@ INIT = {"init": torch.zeros(2, 3, 8, 8), "mask": torch.ones(8, 8)}
         ({}, ()),
         (INIT, ()),
         ({**INIT, "strength": 0.7}, ()),
+        ({**INIT, "resample": 3}, ()),
         ({"cancel": threading.Event()}, ()),
         ({"details": True, "normalise": "dynamic", "to": "uint8"}, ()),
         ({"trajectory": True}, ("_to_copy", "copy_", "clone")),  # on the device itself
         ({"preview": Preview(lambda k, p: None, size=4)}, ("_to_copy",)),  # float to uint8
     ],
-    ids=["plain", "mask", "strength", "cancel", "finish", "trajectory", "preview"],
+    ids=["plain", "mask", "strength", "resample", "cancel", "finish", "trajectory", "preview"],
 )
 def test_nothing_waits_for_the_device_between_calls(options, allowed, warm_watch):
     names, _ = names_in_a_run(**options)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +54,24 @@ def test_what_is_found_is_what_training_has(make_run_config: Any, tmp_path: Path
     assert found.saved_bytes > 32 * 8 * 8 * 8 * 4  # one image of eight channels a sample, and more
     assert (found.peak_bytes, found.device_bytes, found.device) == (None, None, "cpu")
     assert found.free_bytes > 0
+
+
+def test_what_is_out_of_room_is_refused(
+    make_run_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="nothing can be written into /proc"):
+        check_run(make_run_config(out="/proc/run"))
+    room = check_run(make_run_config(out=str(tmp_path / "run"))).checkpoint_bytes
+    for free, fits in ((room, True), (room - 1, False)):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free)
+        )
+        if fits:
+            check_run(make_run_config(out=str(tmp_path / "run")))
+            continue
+        with pytest.raises(ConfigError, match=r"disk with .* left, and a checkpoint takes about"):
+            check_run(make_run_config(out=str(tmp_path / "run")))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_summary(make_run_config: Any) -> None:

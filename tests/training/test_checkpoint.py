@@ -111,9 +111,9 @@ def test_denoiser_comes_back(saved: Path, tiny: Any) -> None:
     assert denoiser.process.sigma_max == 20.0  # type: ignore[attr-defined]
     assert info.images_seen == 640
     own = tiny(prediction="edm")
-    for ema, part in ((True, "ema"), (False, "model")):
+    for weights, part in (("ema", "ema"), ("last", "model")):
         for network in (None, own):
-            denoiser, _ = load_denoiser(saved, ema=ema, network=network)
+            denoiser, _ = load_denoiser(saved, weights, network=network)
             for name, tensor in denoiser.network.state_dict().items():
                 assert torch.equal(tensor, parts_of(tiny)[part][name])
     assert denoiser.network is own
@@ -121,18 +121,16 @@ def test_denoiser_comes_back(saved: Path, tiny: Any) -> None:
 
 def test_inference_file_has_one_set_of_weights(saved: Path, tmp_path: Path, tiny: Any) -> None:
     small = tmp_path / "small.safetensors"
-    for ema, part in ((True, "ema"), (False, "model")):
-        save_inference(saved, small, ema=ema)
+    for weights, part in (("ema", "ema"), ("last", "model")):
+        save_inference(saved, small, weights=weights)
         info = read_info(small)
         assert {name.partition("/")[0] for name in info.tensors} == {"ema"}
         assert info.config == read_info(saved).config
         denoiser, _ = load_denoiser(small)
         for name, tensor in denoiser.network.state_dict().items():
             assert torch.equal(tensor, parts_of(tiny)[part][name])
-    with pytest.raises(
-        CheckpointError, match="holds no model weights, only ema: ask for the average ema"
-    ):
-        load_denoiser(small, ema=False)
+    with pytest.raises(CheckpointError, match="holds no weights 'last', only ema: ask for 'ema'"):
+        load_denoiser(small, "last")
 
 
 # ---------------------------------------------------------------- damage

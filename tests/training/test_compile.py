@@ -113,7 +113,7 @@ def test_resume_is_bitwise_and_names_are_the_network_s(
     info, parts = read_checkpoint(tmp_path / "b.safetensors", ["model", "ema", "optimizer"])
     assert not any("_orig_mod" in name for name in info.tensors)
     assert set(parts["model"]) == set(rest.network.state_dict())
-    denoiser, _ = load_denoiser(tmp_path / "b.safetensors", ema=False)
+    denoiser, _ = load_denoiser(tmp_path / "b.safetensors", "last")
     x, sigma = torch.randn(2, 1, 8, 8), torch.tensor([0.5, 2.0])
     rest.network.eval()
     with torch.no_grad():

@@ -54,7 +54,7 @@ def crafted(folder: Path, record: Change | None = None, manifest: Change | None 
     if manifest:
         manifest(sealed)
     with contextlib.suppress(ValueError):  # of what no seal can be made
-        sealed["sha256"] = sharded._seal(sealed)
+        sealed["sha256"] = sharded.seal_of(sealed)
     (folder / "manifest.json").write_text(json.dumps(sealed))
 
 

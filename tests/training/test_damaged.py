@@ -333,13 +333,13 @@ def test_a_folder_in_its_place(folder: Path) -> None:
 
 def test_a_tampered_file_with_a_right_seal_is_refused_too(folder: Path) -> None:
     """Sealed anew, a record that this library does not write is no crash."""
-    from k_diffusion.training.checkpoint import _seal
+    from k_diffusion.training.seals import seal_of
 
     path = max(folder.iterdir())
     tensors, texts = tensors_of(path.read_bytes())
     for key, value in (("record", "{}"), ("record", "[]"), ("manifest", "[]"), ("record", "{")):
         changed = {**texts, key: value}
-        changed["sha256"] = _seal(changed)
+        changed["sha256"] = seal_of(changed)
         path.write_bytes(rebuilt(tensors, changed))
         with pytest.raises(CheckpointError, match="its record is not one that k_diffusion writes"):
             read_info(path)

@@ -119,3 +119,17 @@ def test_what_is_loaded_from_elsewhere_is_not_held(
     trainer.save(tmp_path / "none.safetensors")
     names = read_info(tmp_path / "none.safetensors").tensors
     assert not any(name.startswith("conditioner/") for name in names)
+
+
+def test_a_run_that_begins_from_weights_takes_it_with_them(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The classes were learned in this order; in another one the weights would know nothing."""
+    options = {"conditioner": {"type": "shuffled"}, "total_images": 64}
+    before = run_training(make_run_config(**options), progress=False)
+    known = read_checkpoint(before.checkpoint, ["conditioner"])[1]["conditioner"]["order"].tolist()
+    config = make_run_config(
+        **options, out=str(tmp_path / "new"), seed=9, init_from=str(before.checkpoint)
+    )
+    assert order(Trainer(config)) == known
+    assert order(Trainer(config.model_copy(update={"init_from": None}))) != known

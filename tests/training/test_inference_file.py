@@ -35,12 +35,12 @@ def trained(make_run_config: MakeConfig) -> Path:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("ema", [True, False])
+@pytest.mark.parametrize("weights", ["ema", "last"])
 def test_weights_come_back_in_float32(
-    trained: Path, tmp_path: Path, dtype: torch.dtype, ema: bool
+    trained: Path, tmp_path: Path, dtype: torch.dtype, weights: str
 ) -> None:
     small = tmp_path / "small.safetensors"
-    sha256 = save_inference(trained, small, ema=ema, dtype=dtype)
+    sha256 = save_inference(trained, small, weights=weights, dtype=dtype)
     info, parts = read_checkpoint(small, ["ema"])
     assert info.sha256 == sha256
     assert set(parts["ema"]) == {name.partition("/")[2] for name in info.tensors}
@@ -48,7 +48,7 @@ def test_weights_come_back_in_float32(
     stored = {t.dtype for t in parts["ema"].values() if t.is_floating_point()}
     assert stored == {dtype}
     denoiser, _ = load_denoiser(small)
-    whole, _ = load_denoiser(trained, ema=ema)
+    whole, _ = load_denoiser(trained, weights)
     for name, tensor in whole.network.state_dict().items():
         got = denoiser.network.state_dict()[name]
         assert got.dtype == tensor.dtype
@@ -60,7 +60,7 @@ def test_weights_come_back_in_float32(
 
 def test_what_sampling_needs_is_in_it(trained: Path, tmp_path: Path) -> None:
     small, again = tmp_path / "small.safetensors", tmp_path / "again.safetensors"
-    save_inference(trained, small, ema=False, dtype=torch.float16)
+    save_inference(trained, small, weights="last", dtype=torch.float16)
     info, whole = read_info(small), read_info(trained)
     assert (info.config, info.data, info.images_seen) == (
         whole.config,

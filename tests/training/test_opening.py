@@ -75,6 +75,19 @@ def test_an_average_left_out_is_told(make_run_config: MakeConfig) -> None:
     assert said[2:] == [UNSAFE]
 
 
+def test_a_resume_that_is_exact_to_rounding_only_is_told(
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_run_config()
+    run(config, on_step=stop)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    _, said = run(config, resume="auto")
+    assert said[1] == (
+        "the run goes on to rounding, not bit for bit, as threads 1 before and 7 now: sums are "
+        "done in another order there"
+    )
+
+
 class Limited(nn.Module):
     """Refuses more than so many samples at once, as a device does."""
 

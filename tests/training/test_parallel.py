@@ -23,7 +23,8 @@ from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits
 from k_diffusion.training.health import ONLY_NORM, BadStep, joined
 from k_diffusion.training.inputs import Inputs
-from k_diffusion.training.parallel import Processes, blocks_of, check_processes
+from k_diffusion.training.joining import blocks_of
+from k_diffusion.training.parallel import Processes, check_processes
 from k_diffusion.training.run import run_training
 from k_diffusion.training.trainer import Trainer
 

@@ -209,7 +209,7 @@ def damages(shards: Path, run: Path) -> None:
         (folder / files[2]).write_bytes(data)
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["files"][files[2]] = sharded._sha256(folder / files[2])
-        manifest["sha256"] = sharded._seal(manifest)
+        manifest["sha256"] = sharded.seal_of(manifest)
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
     # Even where every hash has been made to fit, nothing is run.

@@ -99,6 +99,18 @@ def test_names_of_an_alpha_grid_are_opaque() -> None:
     assert (named[:3] < 255).any()
 
 
+def test_a_title_stands_above_all() -> None:
+    images = torch.full((2, 1, 8, 8), -1.0)
+    plain = image_grid(images, rows_named=["a"], columns_named=["b", "c"])
+    titled = image_grid(images, rows_named=["a"], columns_named=["b", "c"], title="of both " * 9)
+    above = titled.shape[1] - plain.shape[1]
+    assert above > 5
+    assert torch.equal(titled[:, above:, : plain.shape[2]], plain)
+    assert (titled[:, above:, plain.shape[2] :] == 255).all()
+    assert titled.shape[2] > 2 * plain.shape[2]  # it is not cut off
+    assert (titled[:, :above] < 255).any()
+
+
 def test_the_number_of_names_must_fit() -> None:
     with pytest.raises(ValueError, match="rows_named has 3 names; the grid has 2"):
         image_grid(torch.zeros(4, 1, 2, 2), rows_named="abc")
