@@ -51,11 +51,12 @@ WHY = {
     "adaptive": "adaptive: it finds its own steps, and a pipeline asks for all timesteps first",
 }
 TAIL = """
-`restart` goes up again and so has more timesteps than the steps say; `exp_ab` and its kin begin with
-one call more, to keep their order; `sa_solver_pece` begins with a step of one call, and all others
-take two. So a run of theirs that begins in the middle would ask other questions than the pipeline
-has timesteps for, and is refused. From pure noise (flow) solvers that begin with one step of DDIM
-and then take several calls list the first timestep `order` times; the repeated answers go unused.
+`restart` goes up again and so has more timesteps than the steps say; `exp_ab` and its kin begin
+with one call more, to keep their order; `sa_solver_pece` begins with a step of one call, and all
+others take two. So a run of theirs that begins in the middle would ask other questions than the
+pipeline has timesteps for, and is refused. From pure noise (flow) solvers that begin with one step
+of DDIM and then take several calls list the first timestep `order` times; the repeated answers go
+unused.
 """
 
 
