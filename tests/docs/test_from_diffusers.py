@@ -1,0 +1,175 @@
+"""docs/from-diffusers.md, docs/from-comfyui.md and examples/pipeline.py do what they say.
+
+The pages' code names models of the hub. Where it runs, folders of those names hold tiny ones, and
+every socket fails.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+from PIL import Image
+
+from k_diffusion.external.families import FAMILIES
+from k_diffusion.external.names import foreign_name
+from k_diffusion.external.networks import _CALLS
+from k_diffusion.sampling import ADAPTIVE, SOLVERS
+from k_diffusion.utils.images import load_png
+from tests.external import tiny_pipelines as tiny
+
+ROOT = Path(__file__).parents[2]
+DIFFUSERS = ROOT / "docs" / "from-diffusers.md"
+COMFYUI = ROOT / "docs" / "from-comfyui.md"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning"),
+]
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def run(page: Path) -> dict[str, Any]:
+    """All that the page's code has named at its end."""
+    names: dict[str, Any] = {}
+    for number, block in enumerate(blocks(page), 1):
+        exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+    return names
+
+
+def load(name: str, file: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def refiner() -> Any:
+    """SDXL's: the second text encoder alone, and a score in the place of the size."""
+    base = tiny.tiny_sdxl()
+    config = {k: v for k, v in base.unet.config.items() if not k.startswith("_")}
+    config |= {"cross_attention_dim": 16, "projection_class_embeddings_input_dim": 5 * 8 + 16}
+    parts = {**base.components, "text_encoder": None, "tokenizer": None}
+    parts["unet"] = diffusers.UNet2DConditionModel.from_config(config).eval()
+    parts = {k: v for k, v in parts.items() if k not in ("image_encoder", "feature_extractor")}
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        **parts, requires_aesthetics_score=True, add_watermarker=False
+    )
+
+
+def inpainting() -> Any:
+    pipe = tiny.tiny_sd(kind="Inpaint")
+    config = {k: v for k, v in pipe.unet.config.items() if not k.startswith("_")}
+    pipe.unet = diffusers.UNet2DConditionModel.from_config({**config, "in_channels": 9}).eval()
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the models that the pages name, and of the pictures."""
+    root = tmp_path_factory.mktemp("hub")
+    for name, made in {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": tiny.tiny_sd(),
+        "stable-diffusion-v1-5/stable-diffusion-inpainting": inpainting(),
+        "stabilityai/stable-diffusion-xl-base-1.0": tiny.tiny_sdxl(),
+        "stabilityai/stable-diffusion-xl-refiner-1.0": refiner(),
+        "stabilityai/stable-diffusion-3-medium-diffusers": tiny.tiny_sd3(),
+    }.items():
+        made.save_pretrained(root / name)
+    Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(root / "photo.png")
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (8, 0, 16, 16))
+    mask.save(root / "mask.png")
+    return root
+
+
+@pytest.fixture
+def offline(models: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise AssertionError("the network was asked")
+
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.chdir(models)
+    return models
+
+
+def test_the_code_for_those_who_use_diffusers(offline: Path) -> None:
+    names = run(DIFFUSERS)
+    assert len(names["again"]) == 2
+    assert names["outside"].shape == (2, 4, 8, 8)
+    assert names["apart"] < 1e-5
+    assert names["fox"].scheduler.config.solver == "heun"
+    assert names["pipe"].scheduler.config.solver == "dpmpp_3m_sde"
+    assert names["images"].isfinite().all()
+    assert names["image"].size == (16, 16)
+    for name in ("varied", "painted", "filled", "plain", "fine"):
+        assert [image.size for image in names[name]] == [(16, 16)], name
+    assert names["fine"][0].tobytes() != names["plain"][0].tobytes()
+
+
+def test_the_code_for_those_who_use_comfyui(offline: Path) -> None:
+    names = run(COMFYUI)
+    assert names["named"][:2] == ("dpmpp_2m_sde", "karras")
+    assert names["latents"].shape == (2, 4, 8, 8)
+    assert names["latents"].isfinite().all()
+    assert names["sampler"].solver.name == "euler_cfg_pp"
+    assert len(names["as_there"].levels(20)) == 21
+    assert [image.size for image in names["images"]] == [(16, 16)]
+
+
+def test_the_pages_name_every_pipeline_and_network() -> None:
+    text = DIFFUSERS.read_text(encoding="utf-8")
+    part = text.partition("### Which pipelines")[2].partition("\nEach does")[0]
+    assert set(re.findall(r"`(\w+Pipeline)`", part)) == set(FAMILIES)
+    part = text.partition("makes a Denoiser of")[2].partition("The condition's")[0]
+    assert {*re.findall(r"`(\w+Model)`", part), "UNet1DModel"} == set(_CALLS)
+
+
+@pytest.mark.parametrize("page", [DIFFUSERS, COMFYUI])
+def test_what_the_pages_link_to_is_there(page: Path) -> None:
+    for file, part in re.findall(r"\]\(([\w-]+\.md)(?:#([\w-]+))?\)", page.read_text("utf-8")):
+        text = (page.parent / file).read_text("utf-8")
+        heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        known = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+        assert not part or part in known, f"{file}#{part}"
+
+
+def test_the_page_of_solvers_that_run_inside_is_of_the_registry() -> None:
+    made = load("make_plan_scheduler", ROOT / "docs" / "make_plan_scheduler.py")
+    text = made.OUT.read_text(encoding="utf-8")
+    assert made.page(made.documented()) == text
+    assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) == {*SOLVERS, *ADAPTIVE}
+    inside = {name: float(apart) for name, apart in made.documented().items()}
+    assert set(inside) == {name for name, solver in SOLVERS.items() if solver.outputs == 1}
+    assert max(inside.values()) < 1e-5
+    assert made.begins(made.visit("restart")) < made.STEPS == made.begins(made.visit("heun"))
+
+
+def test_the_example(tmp_path: Path) -> None:
+    example = load("pipeline", ROOT / "examples" / "pipeline.py")
+    assert example.main("", "a red fox", 3, str(tmp_path)) < 1e-5
+    one, other = (load_png(tmp_path / f"{name}.png")[0] for name in ("sampler", "pipeline"))
+    assert (one.float() - other.float()).abs().max() <= 1
+    assert one.float().std() > 1
+    # The folder that it left is a model like any other.
+    assert example.main(str(tmp_path / "model"), "the moon", 2, str(tmp_path)) < 1e-5
+
+
+def test_names_that_are_said_to_be_missing_are() -> None:
+    text = COMFYUI.read_text(encoding="utf-8").partition("**None here**")[2].partition(";")[0]
+    missing = re.findall(r"`(\w+)`", text)
+    assert len(missing) == 6
+    for name in missing:
+        with pytest.raises(ValueError, match="unknown foreign sampler"):
+            foreign_name(name)
