@@ -14,17 +14,21 @@ from typing import Any
 
 import diffusers
 import pytest
+import torch
 from PIL import Image
 
+import k_diffusion
 from k_diffusion.external.families import FAMILIES
 from k_diffusion.external.names import foreign_name
 from k_diffusion.external.networks import _CALLS
-from k_diffusion.sampling import ADAPTIVE, SOLVERS
+from k_diffusion.sampling import ADAPTIVE, SOLVERS, KSampler
 from k_diffusion.utils.images import load_png
+from k_diffusion.utils.scheduler import CustomScheduler
 from tests.external import tiny_pipelines as tiny
 
 ROOT = Path(__file__).parents[2]
 DIFFUSERS = ROOT / "docs" / "from-diffusers.md"
+K_DIFFUSION = ROOT / "docs" / "from-k-diffusion.md"
 COMFYUI = ROOT / "docs" / "from-comfyui.md"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),
@@ -33,14 +37,14 @@ pytestmark = [
 ]
 
 
-def blocks(page: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+def blocks_of(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
 def run(page: Path) -> dict[str, Any]:
     """All that the page's code has named at its end."""
     names: dict[str, Any] = {}
-    for number, block in enumerate(blocks(page), 1):
+    for number, block in enumerate(blocks_of(page.read_text("utf-8")), 1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), names)
     return names
 
@@ -123,9 +127,50 @@ def test_the_code_for_those_who_use_comfyui(offline: Path) -> None:
     assert names["named"][:2] == ("dpmpp_2m_sde", "karras")
     assert names["latents"].shape == (2, 4, 8, 8)
     assert names["latents"].isfinite().all()
-    assert names["sampler"].solver.name == "euler_cfg_pp"
+    assert names["sampler"].solver.name == "dpm_2"
     assert len(names["as_there"].levels(20)) == 21
     assert [image.size for image in names["images"]] == [(16, 16)]
+
+
+class LatentDiffusion(torch.nn.Module):
+    """A UNet of diffusers in the place of CompVis' model."""
+
+    def __init__(self, pipe: Any) -> None:
+        super().__init__()
+        self.unet = pipe.unet
+        self.alphas_cumprod = pipe.scheduler.alphas_cumprod
+
+    def apply_model(self, x: torch.Tensor, t: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
+        return self.unet(x, t, cond).sample
+
+
+@torch.no_grad()
+def test_the_code_for_those_who_wrap_networks() -> None:
+    pipe = tiny.tiny_sd()
+    text, empty = pipe.encode_prompt("a red fox", "cpu", 1, True, "")
+    names = {"torch": torch, "K": k_diffusion, "latent_diffusion": LatentDiffusion(pipe)}
+    names |= {"text": text, "empty": empty, "unet": pipe.unet, "scheduler": pipe.scheduler}
+    part = K_DIFFUSION.read_text("utf-8").partition("## Networks from elsewhere")[2]
+    small = part.partition("\n## ")[0].replace("64, 64", "8, 8")  # for speed
+    guided, plain, new = blocks_of(small)
+    exec(compile(guided, "from-k-diffusion.md, guided", "exec"), names)
+    x, sigmas, wrapped = names["x"], names["sigmas"], names["CFGDenoiser"](names["wrapped"])
+    guided_latents = names["latents"]
+    exec(compile(plain, "from-k-diffusion.md, plain", "exec"), names)
+    exec(compile(new, "from-k-diffusion.md, new", "exec"), names)
+    assert names["samples"].isfinite().all()
+    assert names["drawn"].shape == (1, 4, 8, 8)
+    # The ways agree: the old loops' levels, through the new Denoisers.
+    levels = CustomScheduler(sigmas=sigmas.tolist())
+    for model, solver, told, known in (
+        (names["guided"], "dpmpp_2m", {"cond": text}, guided_latents),
+        (names["same"].denoiser, "heun", names["told"], names["latents"]),
+    ):
+        sampler = KSampler(model, levels, solver)
+        first = sampler.levels(20)[0]
+        drawn = sampler.sample(x * first.alpha / first.sigma, 20, told)
+        assert (drawn - known).abs().max() < 1e-4 * known.abs().max()
+    assert not torch.equal(wrapped(x, sigmas[:1], empty, text, 7.5), x)
 
 
 def test_the_pages_name_every_pipeline_and_network() -> None:
@@ -136,7 +181,7 @@ def test_the_pages_name_every_pipeline_and_network() -> None:
     assert {*re.findall(r"`(\w+Model)`", part), "UNet1DModel"} == set(_CALLS)
 
 
-@pytest.mark.parametrize("page", [DIFFUSERS, COMFYUI])
+@pytest.mark.parametrize("page", [DIFFUSERS, COMFYUI, K_DIFFUSION])
 def test_what_the_pages_link_to_is_there(page: Path) -> None:
     for file, part in re.findall(r"\]\(([\w-]+\.md)(?:#([\w-]+))?\)", page.read_text("utf-8")):
         text = (page.parent / file).read_text("utf-8")
