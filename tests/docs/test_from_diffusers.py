@@ -17,13 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
-import k_diffusion
+import k_diffusion as K
+from k_diffusion.external import GeneratorNoise
 from k_diffusion.external.families import FAMILIES
 from k_diffusion.external.names import foreign_name
 from k_diffusion.external.networks import _CALLS
-from k_diffusion.sampling import ADAPTIVE, SOLVERS, KSampler
+from k_diffusion.sampling import ADAPTIVE, SOLVERS, KSampler, Run, make_plan
 from k_diffusion.utils.images import load_png
-from k_diffusion.utils.scheduler import CustomScheduler
+from k_diffusion.utils.levels import VP
+from k_diffusion.utils.scheduler import CustomScheduler, make_scheduler
 from tests.external import tiny_pipelines as tiny
 
 ROOT = Path(__file__).parents[2]
@@ -148,13 +150,13 @@ class LatentDiffusion(torch.nn.Module):
 def test_the_code_for_those_who_wrap_networks() -> None:
     pipe = tiny.tiny_sd()
     text, empty = pipe.encode_prompt("a red fox", "cpu", 1, True, "")
-    names = {"torch": torch, "K": k_diffusion, "latent_diffusion": LatentDiffusion(pipe)}
+    names = {"torch": torch, "K": K, "latent_diffusion": LatentDiffusion(pipe)}
     names |= {"text": text, "empty": empty, "unet": pipe.unet, "scheduler": pipe.scheduler}
     part = K_DIFFUSION.read_text("utf-8").partition("## Networks from elsewhere")[2]
     small = part.partition("\n## ")[0].replace("64, 64", "8, 8")  # for speed
     guided, plain, new = blocks_of(small)
     exec(compile(guided, "from-k-diffusion.md, guided", "exec"), names)
-    x, sigmas, wrapped = names["x"], names["sigmas"], names["CFGDenoiser"](names["wrapped"])
+    x, sigmas = names["x"], names["sigmas"]
     guided_latents = names["latents"]
     exec(compile(plain, "from-k-diffusion.md, plain", "exec"), names)
     exec(compile(new, "from-k-diffusion.md, new", "exec"), names)
@@ -162,15 +164,39 @@ def test_the_code_for_those_who_wrap_networks() -> None:
     assert names["drawn"].shape == (1, 4, 8, 8)
     # The ways agree: the old loops' levels, through the new Denoisers.
     levels = CustomScheduler(sigmas=sigmas.tolist())
-    for model, solver, told, known in (
-        (names["guided"], "dpmpp_2m", {"cond": text}, guided_latents),
-        (names["same"].denoiser, "heun", names["told"], names["latents"]),
+    latents = K.sampling.sample_dpmpp_2m(names["wrapped"], x, sigmas, names["told"])
+    for model, told, known in (
+        (names["guided"], {"cond": text}, guided_latents),
+        (names["same"].denoiser, names["told"], latents),
     ):
-        sampler = KSampler(model, levels, solver)
+        sampler = KSampler(model, levels, "dpmpp_2m")
         first = sampler.levels(20)[0]
         drawn = sampler.sample(x * first.alpha / first.sigma, 20, told)
-        assert (drawn - known).abs().max() < 1e-4 * known.abs().max()
-    assert not torch.equal(wrapped(x, sigmas[:1], empty, text, 7.5), x)
+        assert (drawn - known).abs().max() < 1e-5 * known.abs().max()
+
+
+def test_the_solvers_for_which_coordinates_matter() -> None:
+    text = DIFFUSERS.read_text("utf-8").partition("It does for those")[2].partition("They")[0]
+    x, seen = torch.randn(1, 8, dtype=torch.float64, generator=torch.manual_seed(0)), set()
+    exploding = make_scheduler("karras", sigma_min=0.03, sigma_max=14.6).levels(20)
+    preserving = exploding.on(VP)
+    start = preserving[0]
+    for name, solver in SOLVERS.items():
+        if solver.outputs != 1:
+            continue
+        results = []
+        for levels, first in ((exploding, x * 14.6), (preserving, x * 14.6 * start.alpha)):
+            plan = make_plan(name, levels)
+            noise = GeneratorNoise(torch.Generator().manual_seed(1), x)
+            run = Run(plan, first, noise, torch.float64)
+            while not run.done:
+                alpha, sigma = levels.path.alpha(run.sigma), run.sigma  # of data of deviation 0.5
+                run.advance(alpha * 0.25 * run.x / (alpha**2 * 0.25 + sigma**2))
+            results.append(run.result)
+        apart = (results[0] - results[1]).abs().max() / results[0].abs().max()
+        assert apart < 1e-9 or apart > 1e-8, name
+        seen |= {name} if apart > 1e-8 else set()
+    assert seen == set(re.findall(r"`(\w+)`", text))
 
 
 def test_the_pages_name_every_pipeline_and_network() -> None:
