@@ -169,3 +169,20 @@ def test_the_schedules_beside_diffusers_options(
         abs(one.ratio / other.ratio - 1) for one, other in zip(theirs[:-1], ours[:-1], strict=True)
     )
     assert apart > 0.1 if most is None else apart < most
+
+
+def test_a_strength_walks_a_part_or_lays_a_longer_whole() -> None:
+    """What docs/from-comfyui.md says of `denoise`."""
+    sampler = KSampler.from_pipeline(tiny.tiny_sd(), "karras", "dpmpp_2m")
+    image = torch.zeros(1, 3, 16, 16)
+    for steps, walked in ((20, 12), (33, 20)):
+        calls: list[int] = []
+        sampler.sample(
+            "a red fox",
+            init=image,
+            strength=0.6,
+            steps=steps,
+            to="latent",
+            run={"callback": lambda k, *_, seen=calls: seen.append(k)},
+        )
+        assert len(calls) == walked
