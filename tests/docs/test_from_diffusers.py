@@ -127,8 +127,10 @@ def test_the_code_for_those_who_use_diffusers(offline: Path) -> None:
 def test_the_code_for_those_who_use_comfyui(offline: Path) -> None:
     names = run(COMFYUI)
     assert names["named"][:2] == ("dpmpp_2m_sde", "karras")
-    assert names["latents"].shape == (2, 4, 8, 8)
-    assert names["latents"].isfinite().all()
+    assert names["solver"] == "unipc"
+    assert names["noise"].shape == (2, 4, 8, 8)
+    assert names["pictures"].shape == (1, 3, 16, 16)
+    assert names["pictures"].isfinite().all()
     assert names["sampler"].solver.name == "dpm_2"
     assert len(names["as_there"].levels(20)) == 21
     assert [image.size for image in names["images"]] == [(16, 16)]

@@ -10,6 +10,7 @@ import torch
 
 from k_diffusion import PlanScheduler
 from k_diffusion.external import ForeignScheduler, read_conventions
+from k_diffusion.guidance import cfg
 from k_diffusion.sampling import KSampler
 from k_diffusion.utils.scheduler import FlowScheduler, make_scheduler
 from tests.external import tiny_pipelines as tiny
@@ -186,3 +187,17 @@ def test_a_strength_walks_a_part_or_lays_a_longer_whole() -> None:
             run={"callback": lambda k, *_, seen=calls: seen.append(k)},
         )
         assert len(calls) == walked
+
+
+def test_a_pipelines_guidance_up_to_1_is_none_and_that_around_its_network_is_not() -> None:
+    sampler = KSampler.from_pipeline(tiny.tiny_sd(), "karras", "euler_cfg_pp")
+    told = sampler.encode("a red fox", "green", guidance=5.0, height=16, width=16)
+    x = sampler.latents([1], height=16, width=16)
+    asked = {"steps": 4, "seed": 1, "to": "latent", "height": 16, "width": 16}
+    pipelines, around = [], []
+    for scale in (0.3, 0.8):
+        pipelines.append(sampler.sample("a red fox", "green", guidance=scale, **asked))
+        guided = cfg(sampler.denoiser, scale, null=told.negative, pair=True)
+        around.append(KSampler(guided, "karras", "euler_cfg_pp").sample(x, 4, told.condition))
+    assert torch.equal(*pipelines)
+    assert far(*around) > 1e-3
