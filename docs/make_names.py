@@ -26,7 +26,8 @@ solver, schedule, options = foreign_name("DPM++ 2M SDE Karras")   # dpmpp_2m_sde
 ```
 
 It takes the names of all three programs below. A name tells the method; the levels are those of
-`scheduler=`, or the model's own. What differs in the numbers is told below each table.
+`scheduler=`, or the model's own. [from-diffusers.md](from-diffusers.md) and
+[from-comfyui.md](from-comfyui.md) show how they are used.
 """
 NOTES = {
     "diffusers": """
@@ -35,8 +36,8 @@ DDIM and Euler give the same latents to 10⁻⁵ on the levels of their own sche
 
 - Their multistep solvers fall to lower order at the last steps where there are fewer than 15; ours
   where the step's end asks for it.
-- `DDIMScheduler` with `clip_sample` keeps the noise estimate of the unclipped answer; here noise
-  and data always belong together (there: `use_clipped_model_output=True`).
+- Heun, LMS, KDPM2 and others of theirs step in variance-exploding coordinates, ours in those of the
+  network: [where solvers step](from-diffusers.md#where-solvers-step).
 - `LCMScheduler`'s boundary coefficients differ from (0, 1) by less than 10⁻³ at the timesteps that
   it visits; here they are left out.
 - `PNDMScheduler` begins with four calls of a Runge-Kutta method, or with two at one level; `ipndm`
@@ -45,10 +46,11 @@ DDIM and Euler give the same latents to 10⁻⁵ on the levels of their own sche
 """,
     "ComfyUI": """
 Its names are mostly those of k-diffusion, and so are ours. `_gpu` there tells where the noise is
-made: here that is `noise_on_cpu=`.
+made: here that is `noise_on_cpu=`. What differs in the numbers: [from-comfyui.md](from-comfyui.md).
 """,
     "web": """
 A schedule may follow the name: "DPM++ 2M Karras". "Automatic" is the sampler's usual one.
+What differs in the numbers: [from-comfyui.md](from-comfyui.md).
 """,
 }
 
