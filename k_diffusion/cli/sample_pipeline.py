@@ -41,7 +41,8 @@ class SamplePipeline:
     negative: str = ""
     """What the images are to be far from."""
     guidance: float | None = None
-    """Strength of guidance; 1 is none. Without it, the usual one of this kind of model."""
+    """Strength of guidance; 1 is none. Without it, the usual one of this kind of model, or of
+    CFG++, whose scale is from 0 to 1."""
     sampler: str = ""
     """The method; `k-diffusion samplers` lists them. Without it, the model's own."""
     scheduler: str = ""
@@ -259,7 +260,7 @@ class SamplePipeline:
         """What a PNG says of the images of `given`, `number` of each from `seed` on."""
         from importlib.metadata import version
 
-        guidance = sampler.family.guidance if self.guidance is None else self.guidance
+        guidance = sampler.usual_guidance if self.guidance is None else self.guidance
         prompts = [] if self.class_label or given == [None] else given
         classes = ",".join(map(str, given)) if self.class_label else ""
         own = type(sampler.pipeline.scheduler).__name__

@@ -18,13 +18,14 @@ class Asked:
 
     Attributes:
         count: how many samples are told differently; rows of a condition.
-        guidance: the scale; up to 1 it is none.
+        guidance: the scale; up to 1 it is none, unless both estimates are wanted.
         prompts, negatives: texts, one for each; None: what the pipeline takes then.
         labels: classes, one for each.
         height, width: in pixels.
         frames: of a video.
         seconds: of sound, from its start.
         options: the pipeline's own names: prompt_embeds, prompt_2, clip_skip, original_size...
+        pair: both estimates are wanted whatever the scale, for a solver of two outputs.
     """
 
     count: int
@@ -37,10 +38,11 @@ class Asked:
     frames: int = 1
     seconds: float = 0.0
     options: Keywords = field(default_factory=dict)
+    pair: bool = False
 
     @property
     def guided(self) -> bool:
-        return self.guidance > 1
+        return self.pair or self.guidance > 1
 
 
 class Told(NamedTuple):

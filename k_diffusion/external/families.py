@@ -78,7 +78,7 @@ def tell(pipeline: Any, asked: Asked) -> Told:
     if asked.labels is not None and "labels" not in found.options:
         raise ValueError(f"{type(pipeline).__name__} takes no labels: give it a prompt")
     told = found.tell(pipeline, asked)
-    if told.scale <= 1:
+    if told.scale <= 1 and not asked.pair:
         told = Told(told.condition, {}, 1.0)
     for name, value in (*told.condition.items(), *told.negative.items()):
         if isinstance(value, Tensor) and len(value) != asked.count:
@@ -111,7 +111,7 @@ def _without_guidance(pipeline: Any, asked: Asked) -> Asked:
     """A distilled network is told its scale, and called once."""
     if pipeline.unet.config.time_cond_proj_dim is None:
         return asked
-    return Asked(**{**vars(asked), "guidance": 1.0, "negatives": None})
+    return Asked(**{**vars(asked), "guidance": 1.0, "negatives": None, "pair": False})
 
 
 @family(

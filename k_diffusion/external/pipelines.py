@@ -42,6 +42,8 @@ from k_diffusion.utils.levels import FLOW
 from k_diffusion.utils.scheduler import Scheduler, make_scheduler
 
 OUTPUTS = ("pil", "tensor", "latent")
+CFG_PP = 0.6
+"""The usual scale of CFG++, from 0 to 1 (Chung et al. 2024, arXiv:2406.08070, section 4)."""
 
 
 class PipelineSampler:
@@ -97,6 +99,16 @@ class PipelineSampler:
         """Where the pipeline computes."""
         return torch.device(self.pipeline._execution_device)
 
+    @property
+    def _pair(self) -> bool:
+        """Whether the solver takes both estimates of guidance."""
+        return getattr(self.solver, "outputs", 1) == 2
+
+    @property
+    def usual_guidance(self) -> float:
+        """The scale where none is asked for: of this kind of pipeline, or of CFG++."""
+        return CFG_PP if self._pair else self.family.guidance
+
     def encode(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -107,22 +119,26 @@ class PipelineSampler:
         height: int | None = None,
         width: int | None = None,
         seconds: float | None = None,
+        pair: bool | None = None,
         **options: Any,
     ) -> Told:
         """What the network is told: one row for each prompt, or label.
 
         Args:
             prompt, negative: texts; one negative serves all.
-            guidance: scale; None: the usual one of this kind of pipeline.
+            guidance: scale; None: the usual one of this kind of pipeline, or of CFG++.
             labels: classes, of a DiT.
             height, width: in pixels, for networks that are told them.
             seconds: of sound.
+            pair: whether both estimates are wanted at scales up to 1, too; None: where the solver
+                has two outputs.
             options: the pipeline's own names: `prompt_embeds`, `prompt_2`, `clip_skip`...
 
         Raises:
             ValueError: an unknown option, a wrong length, or what the pipeline refuses.
         """
-        scale = self.family.guidance if guidance is None else guidance
+        pair = self._pair if pair is None else pair
+        scale = self.usual_guidance if guidance is None else guidance
         if not maths.is_number(scale):
             raise ValueError(f"guidance must be a number, 1 for none, got {scale!r}")
         prompts = texts("prompt", prompt)
@@ -150,6 +166,7 @@ class PipelineSampler:
             wide,
             seconds=self._seconds(seconds),
             options=options,
+            pair=pair,
         )
         return families.tell(self.pipeline, asked)
 
@@ -195,12 +212,11 @@ class PipelineSampler:
             refiner, refine_at, refiner_guidance: see `sample`.
         """
         self.denoiser.network.stand_at(self.device)
-        pair = getattr(self.solver, "outputs", 1) == 2
-        model = prompted(self.denoiser, guidance, guidance_rescale, pair)
+        model = prompted(self.denoiser, guidance, guidance_rescale, self._pair)
         if refiner is not None:
             if refine_at is None:
                 raise ValueError("refine_at says where the refiner takes over: sigma / alpha")
-            second = prompted(refiner.denoiser, refiner_guidance, guidance_rescale, pair)
+            second = prompted(refiner.denoiser, refiner_guidance, guidance_rescale, self._pair)
             model = refined(model, second, refine_at)
         mu, even = families.shift(self.pipeline, self._own, tuple(shape))
         if self.scheduler is None:
@@ -247,9 +263,9 @@ class PipelineSampler:
         Args:
             prompt, negative: a text, or one for each; see `encode`.
             steps: see `KSampler.sample`.
-            guidance: scale of classifier-free guidance; up to 1: none, as in pipelines. Networks
-                that are told their scale (latent consistency models, Flux) are told it. None: the
-                usual one of the kind.
+            guidance: scale of classifier-free guidance; up to 1: none, as in pipelines, but with
+                CFG++, whose scale is from 0 to 1. Networks that are told their scale (latent
+                consistency models, Flux) are told it. None: `usual_guidance`.
             guidance_rescale: see `guidance.Rescaled`; it is done on the estimate of x0.
             seed: image i has seed + i. Of a number of steps, noise is what the pipeline would draw
                 from a CPU generator of that seed.
@@ -307,6 +323,7 @@ class PipelineSampler:
             raise ValueError("refine_at and refiner_options are of a refiner: give it")
         if refiner is not None:
             heard: dict[str, Any] = {"guidance": guidance, "height": height, "width": width}
+            heard["pair"] = self._pair
             if "prompt_embeds" not in (refiner_options or {}):
                 heard |= {"prompt": prompt, "negative": negative}
             second = refiner.encode(**{**heard, **(refiner_options or {})})

@@ -30,18 +30,16 @@ def far(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def test_our_schedules_know_a_flows_shift_inside_a_pipeline_alone() -> None:
+def test_our_schedules_know_a_flows_shift() -> None:
     pipe = tiny.tiny_sd3(shift=3.0)
-    shifted = make_scheduler("simple", process=FlowScheduler(shift=3.0))
     inside = PlanScheduler.from_config(pipe.scheduler.config, solver="euler", schedule="simple")
     inside.set_timesteps(4)
-    plain, told = (
-        KSampler.from_pipeline(pipe, schedule, "euler").ksampler((4, 8, 8)).levels(4).sigmas
-        for schedule in ("simple", shifted)
-    )
-    assert plain == pytest.approx([1, 0.75, 0.5, 0.25, 0])
-    assert told == pytest.approx([1, 0.9, 0.75, 0.5, 0])
-    assert inside.sigmas.tolist() == pytest.approx(told)
+    for shift, middle in ((3.0, [0.9, 0.75, 0.5]), (5.0, [0.9375, 5 / 6, 0.625])):
+        told = make_scheduler("simple", process=FlowScheduler(shift=shift))
+        for schedule in ("simple", told) if shift == 3.0 else (told,):
+            sampler = KSampler.from_pipeline(pipe, schedule, "euler").ksampler((4, 8, 8))
+            assert sampler.levels(4).sigmas == pytest.approx([1, *middle, 0])
+    assert inside.sigmas.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
 
 
 @pytest.mark.parametrize("kind", ["sd3", "flux", "video", "dit"])
@@ -190,15 +188,22 @@ def test_a_strength_walks_a_part_or_lays_a_longer_whole() -> None:
         assert len(calls) == walked
 
 
-def test_a_pipelines_guidance_up_to_1_is_none_and_that_around_its_network_is_not() -> None:
+def test_guidance_up_to_1_is_none_but_for_two_outputs() -> None:
+    """CFG++ around the network, and in the pipeline's sampler: at all of the paper's scales."""
+    asked: dict[str, Any] = {"steps": 4, "seed": 1, "to": "latent", "height": 16, "width": 16}
+    plain = KSampler.from_pipeline(tiny.tiny_sd(), "karras", "euler")
+    assert torch.equal(*(plain.sample("a red fox", guidance=s, **asked) for s in (0.3, 1.0)))
     sampler = KSampler.from_pipeline(tiny.tiny_sd(), "karras", "euler_cfg_pp")
     told = sampler.encode("a red fox", "green", guidance=5.0, height=16, width=16)
     x = sampler.latents([1], height=16, width=16)
-    asked = {"steps": 4, "seed": 1, "to": "latent", "height": 16, "width": 16}
-    pipelines, around = [], []
-    for scale in (0.3, 0.8):
-        pipelines.append(sampler.sample("a red fox", "green", guidance=scale, **asked))
+    levels = sampler.ksampler(x.shape[1:]).scheduler
+    drawn = {}
+    for scale in (0.3, 0.6, 1.0):
+        drawn[scale] = sampler.sample("a red fox", "green", guidance=scale, **asked)
         guided = cfg(sampler.denoiser, scale, null=told.negative, pair=True)
-        around.append(KSampler(guided, "karras", "euler_cfg_pp").sample(x, 4, told.condition))
-    assert torch.equal(*pipelines)
-    assert far(*around) > 1e-3
+        own = KSampler(guided, levels, "euler_cfg_pp")
+        begin = x / own.levels(4)[0].sigma  # a pipeline begins with unit noise at its first level
+        around = own.sample(begin, 4, told.condition)
+        assert far(drawn[scale], around) < 1e-5
+    assert torch.equal(sampler.sample("a red fox", "green", **asked), drawn[0.6])
+    assert far(drawn[0.3], drawn[1.0]) > 1e-3
