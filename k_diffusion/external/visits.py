@@ -244,7 +244,7 @@ class Visit:
             self.plan.steps[k].start and (i == 0 or self.calls[i - 1] != k)
             for i, k in enumerate(self.calls)
         ]
-        # A method that asks twice at a level, of the predicted and of the corrected state, can begin
+        # A method that asks twice at a level, of a predicted and of the corrected state, can begin
         # with either; where pipelines look for a step, the second is.
         for i in range(1, len(self.calls) - 1):
             here, then = (self.plan.steps[k] for k in self.calls[i : i + 2])
