@@ -10,6 +10,7 @@ from k_diffusion.denoiser import EpsDenoiser
 from k_diffusion.external.noise import GeneratorNoise
 from k_diffusion.external.plan_scheduler import PlanScheduler
 from k_diffusion.external.process import read_conventions
+from k_diffusion.external.settle import own_solver
 from k_diffusion.sampling import KSampler
 from k_diffusion.sampling.engine import Run
 from k_diffusion.sampling.plan import make_plan
@@ -114,3 +115,22 @@ def test_a_run_that_ends_above_clean_ends_in_the_coordinates_of_the_one_it_repla
     init = torch.zeros(1, 3, 16, 16)
     unchanged = sampler.sample("a red fox", init=init, strength=0.0, **asked)
     assert torch.equal(unchanged, sampler.encode_images(init))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_ddpm_takes_the_variance_that_the_config_names(large):
+    said = {"variance_type": "fixed_large" if large else "fixed_small", "clip_sample": False}
+    own = diffusers.DDPMScheduler(**tiny.BETAS, **said)
+    ends = []
+    for options in (None, own_solver(own)[1], {"variance": float(not large)}):
+        scheduler = own
+        if options is not None:
+            scheduler = PlanScheduler.from_config(own, solver="ddpm", options=options)
+        scheduler.set_timesteps(10)
+        generator = seeded(5)
+        x = torch.randn(1, 5, generator=generator)
+        for t in scheduler.timesteps:
+            x = scheduler.step(network(x, t.expand(1)), t, x, generator=generator).prev_sample
+        ends.append(x)
+    assert relative(ends[1], ends[0]) < 1e-5
+    assert relative(ends[2], ends[0]) > 1e-3
