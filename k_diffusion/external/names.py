@@ -5,7 +5,8 @@
     solver, schedule, options = foreign_name("DPMSolverMultistepScheduler")
 
 Names tell the method. Where a program's own implementation departs from it, docs/foreign-names.md
-says how.
+says how and by how much: 2e-3 of the largest value for diffusers' Heun in 20 steps, say, which runs
+in variance-exploding coordinates; nothing for its DDIM, Euler, DPM-Solver++(2M), DDPM and LCM.
 """
 
 from __future__ import annotations

@@ -352,6 +352,8 @@ class PipelineSampler:
             how.setdefault("noise", GeneratorNoise(drawers, x))
         try:
             drawn = sampler.sample(x, steps, condition, seed=chosen, **begin, **how)
+            if isinstance(steps, int) and begin.get("strength") != 0:
+                drawn /= self.conventions.handed(sampler.levels(steps)[-1])
             if to == "latent":
                 return drawn
             made = self._checked_for_safety(self.decode(drawn))

@@ -53,6 +53,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
     The state between steps is float32 or better, whatever the pipeline computes in. Solvers of
     several calls a step have as many timesteps: `order` of them in most steps.
 
+    Latents are in the coordinates of the network's kind (alpha x0 + sigma eps for one of betas), as
+    DDIM's are, where Euler's and its kin's are x0 + sigma eps. Where one pipeline hands unfinished
+    latents to another (`denoising_end` to `denoising_start`), either both have a `PlanScheduler` or
+    none. `DDIMPipeline` makes a DDIMScheduler of any scheduler that it is built or loaded with:
+    there, put this one in by `pipe.scheduler =` each time.
+
     Args:
         config: of the scheduler in whose place it stands, or that scheduler, or the config of a
             `PlanScheduler`.
@@ -115,6 +121,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         self._begin_index: int | None = None
         self._step_index: int | None = None
         self._run: Run | None = None
+        self._taken: frozenset[int] = frozenset()
         self._noise: GeneratorNoise | None = None
 
     @classmethod
@@ -177,6 +184,10 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         """Has the run begin at a later timestep, as image to image does.
 
         Inside a step of several calls it begins with the next step: the calls before go unused.
+        exp_ab, exp_ab_noise and exp_ab_velocity have one or two timesteps more than steps, all in
+        the first, and so begin as many levels earlier than others; there is no room for such a
+        start later, and they go on as exp_ab_low, deis and exp_ab_velocity_low. `restart` cannot
+        begin inside its loop, since what is left of it is no plan of its own.
 
         Raises:
             ValueError: there is no such timestep.
@@ -292,16 +303,18 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
             run = self._begin(visit, place, sample, generator)
         elif self._noise is not None:
             self._noise.generators = generator
+        self._step_index = place + 1
+        if place not in self._taken:
+            return self._output(sample, sample, return_dict)
         x = self._state(run, sample)
         estimate = self._estimate(model_output, x, run)
         denoised = limit(estimate, self._said)
-        self._step_index = place + 1
-        repeated = visit.calls[place + 1 : place + 2] == [visit.calls[place]]
-        if not repeated:
-            run.advance(*(denoised, estimate)[: run.plan.outputs])
-        prev = run.x.to(sample.dtype, copy=True)
+        run.advance(*(denoised, estimate)[: run.plan.outputs])
+        x = run.x
         if run.done:
             self._run = None
+            x = x / self._said.handed(visit.levels[-1])
+        prev = x.to(sample.dtype, copy=True)
         return self._output(prev, denoised.to(sample.dtype), return_dict)
 
     @staticmethod
@@ -368,7 +381,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):
         return at_timestep(timestep, process)
 
     def _begin(self, visit: Visit, place: int, sample: Tensor, generator: Generators) -> Run:
-        plan = visit.plan_from(place)
+        plan, self._taken = visit.plan_from(place)
         dtype = torch.promote_types(sample.dtype, torch.float32)
         x = sample.to(dtype, copy=True)  # the pipeline may write into its own
         self._noise = GeneratorNoise(generator, x) if plan.stochastic else None

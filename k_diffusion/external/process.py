@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k_diffusion.utils import maths
+from k_diffusion.utils.levels import Level
 from k_diffusion.utils.scheduler import (
     CustomScheduler,
     FlowScheduler,
@@ -86,6 +87,7 @@ class Conventions:
         threshold: (quantile, largest value) of dynamic thresholding; None: none.
         keeps_noise: DDIM's steps put the limited estimate together with the noise that the network
             saw, not with the noise that the limited estimate leaves.
+        exploding: the scheduler itself, though over a process of betas, is variance-exploding.
     """
 
     prediction: str
@@ -97,6 +99,14 @@ class Conventions:
     clip: float | None = None
     threshold: tuple[float, float] | None = None
     keeps_noise: bool = False
+    exploding: bool = False
+
+    def handed(self, end: Level) -> float:
+        """By what a finished sample is divided, that the scheduler's pipelines may decode it.
+
+        Not 1 where it keeps noise, and the scheduler hands over x0 + sigma eps.
+        """
+        return end.alpha if self.exploding and end.sigma > 0 else 1.0
 
 
 def config_of(scheduler: Any) -> dict[str, Any]:
@@ -174,7 +184,10 @@ def read_conventions(scheduler: Any) -> Conventions:
     # The established sigmas begin at sigma times the noise; those of the others at 1, or at
     # sqrt(sigma² + 1), which is 1 at unit variance.
     unit = name not in FROM_SIGMA or config["timestep_spacing"] not in ("linspace", "trailing")
-    return Conventions(prediction, _process(config), time, unit_start=unit, **limits)
+    exploding = name in FROM_SIGMA
+    return Conventions(
+        prediction, _process(config), time, unit_start=unit, exploding=exploding, **limits
+    )
 
 
 def installed() -> list[str]:

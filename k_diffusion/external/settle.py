@@ -24,19 +24,27 @@ def own_solver(scheduler: Any) -> tuple[str, dict[str, Any]]:
         return scheduler.config["solver"], dict(scheduler.config["options"])
     config = config_of(scheduler)
     named = foreign_name(config["_class_name"])
-    return _by_config(config["_class_name"], config) or named.solver, dict(named.options)
+    return _by_config(config["_class_name"], config) or (named.solver, dict(named.options))
 
 
-def _by_config(name: str, config: Mapping[str, Any]) -> str | None:
-    """The solver of a class that has several, of which its config names one."""
+def _by_config(name: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """What a class stands for that has several methods, of which its config names one."""
+    order = config.get("solver_order", 2)
     if name == "DPMSolverMultistepScheduler":
-        stochastic = str(config.get("algorithm_type")).startswith("sde")
-        order = config.get("solver_order", 2)
-        if stochastic:
-            return "dpmpp_3m_sde" if order == 3 else "dpmpp_2m_sde"
-        return "ddim" if order == 1 else "dpmpp_2m"
+        heun = "_heun" if config.get("solver_type") == "heun" and order == 2 else ""
+        if str(config.get("algorithm_type")).startswith("sde"):
+            return "dpmpp_3m_sde" if order == 3 else f"dpmpp_2m_sde{heun}", {}
+        return {1: "ddim", 3: "dpmpp_3m"}.get(order, f"dpmpp_2m{heun}"), {}
+    if name == "UniPCMultistepScheduler":
+        kind = "_bh1" if config.get("solver_type") == "bh1" else ""
+        return f"unipc{kind if config.get('predict_x0', True) else '_noise'}", {"order": order}
+    if name == "DEISMultistepScheduler":
+        return "deis", {"order": order}
+    if name in ("DDPMScheduler", "DDPMParallelScheduler"):
+        larger = config.get("variance_type") in ("fixed_large", "fixed_large_log")
+        return "ddpm", {"variance": 1.0} if larger else {}
     if name == "FlowMatchEulerDiscreteScheduler" and config.get("stochastic_sampling"):
-        return "lcm"
+        return "lcm", {}
     return None
 
 

@@ -19,7 +19,7 @@ from k_diffusion.external.lays import levels_of
 from k_diffusion.external.process import OURS, Conventions, config_of, installed, read_conventions
 from k_diffusion.sampling.ksampler import find_solver
 from k_diffusion.sampling.plan import Plan, make_plan
-from k_diffusion.sampling.registry import Solver
+from k_diffusion.sampling.registry import SOLVERS, Solver
 from k_diffusion.utils.levels import CLEAN, FLOW, VP, Level, Levels
 from k_diffusion.utils.scheduler import (
     FlowScheduler,
@@ -197,6 +197,10 @@ def fixed_solver(name: str) -> Solver:
     return solver
 
 
+_LOW = {"exp_ab": "exp_ab_low", "exp_ab_noise": "deis", "exp_ab_velocity": "exp_ab_velocity_low"}
+"""The solver that is another without its start."""
+
+
 class Visit:
     """What one `set_timesteps` settled: levels, their plan, and the calls in a pipeline's order.
 
@@ -240,6 +244,12 @@ class Visit:
             self.plan.steps[k].start and (i == 0 or self.calls[i - 1] != k)
             for i, k in enumerate(self.calls)
         ]
+        # A method that asks twice at a level, of a predicted and of the corrected state, can begin
+        # with either; where pipelines look for a step, the second is.
+        for i in range(1, len(self.calls) - 1):
+            here, then = (self.plan.steps[k] for k in self.calls[i : i + 2])
+            if self.starts[i] and here is not then and here.level == then.level:
+                self.starts[i : i + 2] = False, True
 
     def level(self, place: int) -> Level:
         """That of a timestep of the pipeline; past the last, the one that the run ends at."""
@@ -260,21 +270,35 @@ class Visit:
             "which no step begins: take a larger strength, or a solver of one call a step"
         )
 
-    def plan_from(self, place: int) -> Plan:
+    def plan_from(self, place: int) -> tuple[Plan, frozenset[int]]:
         """The plan of the rest, for a sample that begins at this start, without history.
 
+        Solvers that make their history by more calls in their first step, for which a pipeline
+        has no room here, begin as their relatives do that make it on the way (`_LOW`).
+
+        Returns:
+            The plan, and the timesteps whose answers it takes, a query each; others go unused.
+
         Raises:
-            ValueError: the rest alone would ask other questions.
+            ValueError: the rest would ask at levels at which the network is not called.
         """
+        count = len(self.calls)
+        # Of a call that is listed several times, the last answer counts.
+        last = [i for i in range(place, count) if self.calls[i] not in self.calls[i + 1 :]]
         if place == 0:
-            return self.plan
-        rest = list(dict.fromkeys(self.calls[place:]))
-        if sum(self.starts) == len(self.levels) - 1:
-            plan = make_plan(self._solver, self.levels[sum(self.starts[:place]) :], **self._options)
-            asked = [(self.plan.steps[k].level, self.plan.steps[k].start) for k in rest]
-            if asked == [(step.level, step.start) for step in plan.steps]:
-                return plan
+            return self.plan, frozenset(last)
+        laid = list(self.levels)
+        begins = laid.index(self.level(place))
+        low = _LOW.get(self._solver.name)
+        for solver in (self._solver, *([SOLVERS[low]] if low else [])):
+            plan = make_plan(solver, self.levels[begins:], **self._options)
+            taken: list[int] = []
+            for i in last:
+                if len(taken) < plan.evaluations and plan.steps[len(taken)].level == self.level(i):
+                    taken.append(i)
+            if len(taken) == plan.evaluations and taken[-1:] == last[-1:]:
+                return plan, frozenset(taken)
         raise ValueError(
             f"{self._solver.name} asks other questions when it begins at timestep {place} of "
-            f"{len(self.calls)}: take strength 1, or another solver"
+            f"{count}: take strength 1, or another solver"
         )

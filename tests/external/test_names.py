@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 
 from k_diffusion.external.names import (
@@ -16,6 +19,32 @@ from k_diffusion.external.names import (
 from k_diffusion.external.process import KNOWN
 from k_diffusion.sampling.ksampler import find_solver
 from k_diffusion.utils.scheduler import make_scheduler
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def _script(name):
+    found = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", DIFFUSERS)
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Should have:UserWarning")  # torchsde's, of the last interval
+def test_a_name_of_diffusers_gives_what_the_docs_say(name):
+    """Any other solver in its place gives another figure, or other calls."""
+    theirs, ours, apart = _script("measure_names").measure(name)
+    said = _script("make_names").MEASURED[name]
+    assert (theirs, ours) == said[:2]
+    if said[2] is None:
+        assert apart is None
+    elif said[2] < 1e-5:
+        assert apart < 1e-5
+    else:
+        assert apart == pytest.approx(said[2], rel=0.06)  # of two digits
 
 
 @pytest.mark.parametrize("name", [*DIFFUSERS, *COMFYUI, *A1111])

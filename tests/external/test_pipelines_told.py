@@ -140,6 +140,10 @@ def test_an_autoencoder_that_overflows_in_float16_decodes_in_float32():
             "lcm",
         ),
         (lambda: diffusers.FlowMatchEulerDiscreteScheduler(), "euler"),
+        (lambda: diffusers.DPMSolverMultistepScheduler(solver_order=3), "dpmpp_3m"),
+        (lambda: diffusers.DPMSolverMultistepScheduler(solver_type="heun"), "dpmpp_2m_heun"),
+        (lambda: diffusers.UniPCMultistepScheduler(solver_type="bh1"), "unipc_bh1"),
+        (lambda: diffusers.UniPCMultistepScheduler(predict_x0=False), "unipc_noise"),
         (lambda: diffusers.EulerAncestralDiscreteScheduler(), "euler_ancestral"),
     ],
 )
@@ -181,3 +185,15 @@ def test_of_the_hub_only_safetensors_of_known_classes_are_asked(monkeypatch):
     with pytest.raises(ValueError, match="code of its own"):
         load("owner/name")
     assert not asked
+
+
+def test_a_network_whose_config_has_an_unknown_key_is_refused():
+    pipeline = tiny.tiny_sd()
+    pipeline.unet.register_to_config(mid_block_atention="none")
+    with pytest.raises(ValueError, match="unknown key in the config of UNet2DCondit.*mid_block_at"):
+        PipelineSampler(pipeline)
+    pipeline = tiny.tiny_sd()
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler()
+    pipeline.scheduler.register_to_config(snr_shift_scale=2.0)
+    with pytest.raises(ValueError, match="snr_shift_scale"):
+        PipelineSampler(pipeline)
