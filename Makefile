@@ -24,6 +24,8 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 	$(BIN)/python docs/make_samplers.py --check
 	$(BIN)/python docs/make_schedules.py --check
+	$(BIN)/python docs/make_names.py --check
+	$(BIN)/python docs/make_plan_scheduler.py --check
 	$(BIN)/python docs/make_models.py --check
 
 format: $(STAMP)

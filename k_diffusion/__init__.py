@@ -21,8 +21,10 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"{__name__}.{name}")
     if name == "Denoiser":  # the established class; the protocol is denoiser.Denoiser
         return importlib.import_module(f"{__name__}.layers").Denoiser
+    if name == "PlanScheduler":  # where diffusers looks for it when it loads a pipeline
+        return importlib.import_module(f"{__name__}.external.plan_scheduler").PlanScheduler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), "Denoiser", *_ROOMS])
+    return sorted([*globals(), "Denoiser", "PlanScheduler", *_ROOMS])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.external.established import VarianceExploding, at_least_float32
+from k_diffusion.external.exploding import VarianceExploding, at_least_float32
 from k_diffusion.models.established_layers import (
     AdaGN,
     ConditionedModule,

@@ -20,8 +20,8 @@ from k_diffusion.training.extra_losses import LOSSES
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 UNET_TAKES = {field.name for field in dataclasses.fields(UNetConfig)}
-LONG = ("demo.py",)
-"""It has tests of its own."""
+LONG = ("demo.py", "pipeline.py")
+"""They have tests of their own."""
 
 
 @pytest.fixture(autouse=True)

@@ -19,9 +19,11 @@ STEPS = {
     "k_diffusion": "import k_diffusion",
     **{room: f"import k_diffusion.{room}" for room in ROOMS},
     # What they need for their work (Pillow, safetensors) they import when they are called.
+    # PlanScheduler is a class of diffusers' own kind, so that it brings that in.
     "established names": (
         "from k_diffusion import external, utils\n"
-        "[getattr(room, name) for room in (external, utils) for name in room.__all__]"
+        "names = {external: {*external.__all__} - {'PlanScheduler'}, utils: utils.__all__}\n"
+        "[getattr(room, name) for room, known in names.items() for name in known]"
     ),
     "a run": (
         "from k_diffusion.sampling import KSampler\n"

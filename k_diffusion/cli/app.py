@@ -26,6 +26,7 @@ from .info import Info
 from .plot_run import Plot
 from .problems import Stopped, UsageError, one_line, process_number, unboxed
 from .sample import Sample
+from .sample_pipeline import SamplePipeline
 from .samplers import Samplers
 from .schedule import Schedule
 from .signals import Terminated, terminable
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if command not in COMMANDS:
                 raise UsageError(maths.unknown("command", command, COMMANDS))
             name = f"{PROGRAM} {command}"
-            options = _parse(COMMANDS[command], name, arguments[1:])
+            options = _parse(_kind(command, arguments[1:]), name, arguments[1:])
             if options is not None:
                 options.run()
             sys.stdout.flush()
@@ -143,6 +144,12 @@ def _without_command(arguments: list[str]) -> int:
     if not arguments:
         raise UsageError(f"a command is missing; one of {known} (see {PROGRAM} --help)")
     raise UsageError(f"{arguments[0]!r} stands before the command; begin with one of {known}")
+
+
+def _kind(command: str, arguments: Sequence[str]) -> type[Any]:
+    """What a command's name means: `sample --model` draws from what comes from elsewhere."""
+    foreign = any(word == "--model" or word.startswith("--model=") for word in arguments)
+    return SamplePipeline if command == "sample" and foreign else COMMANDS[command]
 
 
 def _parse(command: type[Any], name: str, arguments: list[str]) -> Command | None:

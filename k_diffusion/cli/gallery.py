@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     import torch
 
 GRID = "grid.png"
-WHERE = ("checkpoint", "guide", "init", "mask", "command")
+GRID_HOLDS = 400
+"""The most images of a grid."""
+WHERE = ("checkpoint", "model", "config", "guide", "init", "mask", "command")
 """What an image's text says of places, which its own pixels do not depend on: beside each file
-stands its sha256, and the command repeats the other settings."""
-OF_A_SET = (*WHERE, "images", "class")
+stands its digest, and the command repeats the other settings."""
+OF_A_SET = (*WHERE, "images", "class", "prompt")
 """What a grid's text says that changes as the set grows."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .problems import UsageError, one_line
 
@@ -48,3 +49,21 @@ def read_mask(option: str, path: str, shape: Sequence[int]) -> tuple[torch.Tenso
     """A mask: 1 where the picture is white, 0 where it is black; shape (1, 1, height, width)."""
     picture, digest = read_picture(option, path, (1, *shape[1:]))
     return (picture + 1) / 2, digest
+
+
+def open_picture(option: str, path: str) -> tuple[Any, str]:
+    """An image as it is, a PIL image, and the file's sha256.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        data = Path(path).read_bytes()
+        picture = Image.open(io.BytesIO(data))
+        picture.load()
+    except Exception as error:  # a decoder may raise anything on a broken file
+        said = f"--{option} {path} is no image that can be read ({one_line(error)})"
+        raise UsageError(said) from None
+    return picture, hashlib.sha256(data).hexdigest()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from .drawing import check_shape, pick_device
-from .gallery import GRID, Gallery
+from .gallery import GRID, GRID_HOLDS, Gallery
 from .guiding import WITHOUT_CONDITION, check_guidance, make_guided
 from .pictures import read_mask, read_picture
 from .plugins import Plugins, load_plugins
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from k_diffusion.sampling import Churn, KSampler
     from k_diffusion.training.checkpoint import CheckpointInfo
 
-GRID_HOLDS = 400
 REPEATED = (
     "sampler", "sampler options", "scheduler", "scheduler options", "steps", "guidance",
     "guidance method", "guidance options", "guide", "init", "strength", "mask", "resample", "noise",
@@ -41,7 +40,8 @@ class Sample:
 
     Image i has the seed `--seed` + i and does not depend on the others drawn with it. Its PNG text
     holds the settings and the command that draws it again. The same command, started again after
-    whatever ended it, draws what is missing; under torchrun the processes share the images.
+    whatever ended it, draws what is missing; under torchrun the processes share the images. With
+    `--model`, from a diffusers pipeline: `k-diffusion sample --model NAME --help`.
     """
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]

@@ -94,7 +94,7 @@ def _usual(scheduler: Scheduler | None, process: Scheduler, levels: Levels) -> l
     if scheduler is None:
         return []
     try:
-        plain = type(scheduler)().within(process)
+        plain = scheduler.usual().within(process)
         return [plain.levels(len(levels) - 1).on(levels.path)[0]]
     except (TypeError, ValueError):
         return []

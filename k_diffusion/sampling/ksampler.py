@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from k_diffusion.sampling.enhance import Enhance, make_enhance
 from k_diffusion.sampling.finish import Normalise, make_finish, with_known
 from k_diffusion.sampling.many import Many, as_keywords
 from k_diffusion.sampling.masks import Resample, make_resample, make_stages
+from k_diffusion.sampling.noise import NoiseSource
 from k_diffusion.sampling.passes import Passes
 from k_diffusion.sampling.plan import Churn, Plan, make_plan
 from k_diffusion.sampling.preview import Preview
@@ -102,6 +104,24 @@ class KSampler:
         if churn is not None and isinstance(self.solver, AdaptiveSolver):
             raise ValueError(f"{self.solver.name} has no plan to churn: give it eta instead")
 
+    @staticmethod
+    def from_pipeline(
+        pipeline: Any,
+        scheduler: Scheduler | str | None = None,
+        solver: Solver | AdaptiveSolver | str | None = None,
+        **options: Any,
+    ) -> Any:
+        """A `external.PipelineSampler`: a diffusers pipeline, texts to images, by our solvers.
+
+        Args:
+            pipeline: of diffusers, with its modules where and as they are to compute.
+            scheduler, solver: None: what the pipeline's own scheduler stands for.
+            options: the solver's own, and churn.
+        """
+        # Resolved here: sampling knows nothing of what comes from elsewhere.
+        module = importlib.import_module("k_diffusion.external.pipelines")
+        return module.PipelineSampler(pipeline, scheduler, solver, **options)
+
     def levels(self, steps: int) -> Levels:
         """The `steps + 1` levels of a run, in the denoiser's coordinates.
 
@@ -154,7 +174,7 @@ class KSampler:
         strength: float | None = None,
         mask: Tensor | None = None,
         resample: Resample | int | None = None,
-        noise: str | NoiseSampler = "independent",
+        noise: str | NoiseSampler | NoiseSource = "independent",
         noise_on_cpu: bool = False,
         progress: bool = False,
         callback: Callback | None = None,
@@ -197,7 +217,8 @@ class KSampler:
                 for any number of steps and any levels, so that a sample converges as its steps are
                 refined. Or a function `noise_sampler(sigma, sigma_next)`, called with two numbers
                 in the solver's order, that returns unit noise of x's shape; noise that lies between
-                no two levels (churn) still comes from the seeds.
+                no two levels (churn) still comes from the seeds. Or a noise source, an object
+                with `draw(interval)`, which gives unit noise of x's shape, dtype and device.
             noise_on_cpu: make that noise on the CPU, so that seeds give the same on every device.
             progress: show a progress bar on standard error.
             callback: called as `callback(k, x, sigma, denoised)` after the k-th call of the model,

@@ -64,6 +64,12 @@ class Solver:
         """First paragraph of the docstring, on one line."""
         return (inspect.getdoc(self.function) or "").split("\n\n")[0].replace("\n", " ")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Its name's pickle: functions under a decorator have no other."""
+        if SOLVERS.get(self.name) is self:
+            return _registered, (self.name,)
+        return super().__reduce_ex__(2)  # type: ignore[return-value]
+
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Refuses by name an option that the solver does not have, or of another type."""
         for key, value in options.items():
@@ -95,6 +101,10 @@ class Solver:
 SOLVERS: dict[str, Solver] = {}
 MOST_NOISE = 1e12
 """The largest eta and s_noise that are taken: beyond it is a mistake, and squares overflow."""
+
+
+def _registered(name: str) -> Solver:
+    return SOLVERS[name]
 
 
 def solver(

@@ -52,14 +52,14 @@ class Walk:
     start: Start
     stages: tuple[Stage, ...]
     keywords: Mapping[str, Any]
-    noise: str | NoiseSampler = "independent"
+    noise: str | NoiseSampler | NoiseSource = "independent"
     noise_on_cpu: bool = False
     plans: list[Plan] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.solver, AdaptiveSolver):
             return
-        intervals = callable(self.noise)
+        intervals = callable(self.noise) and not hasattr(self.noise, "draw")
         for stage in self.stages:
             plan = make_plan(
                 self.solver, stage.levels, churn=self.churn, intervals=intervals, **self.options
@@ -165,9 +165,12 @@ class Walk:
 
 
 def noise_maker(
-    noise: str | NoiseSampler, on_cpu: bool
+    noise: str | NoiseSampler | NoiseSource, on_cpu: bool
 ) -> Callable[[Sequence[int], Tensor], NoiseSource]:
     """What makes the noise source of a run, given its seeds and its state."""
+    if hasattr(noise, "draw"):  # a source already, which knows its own seeds
+        source: Any = noise
+        return lambda seeds, like: source
     if isinstance(noise, str):
         if noise not in NOISES:
             raise ValueError(maths.unknown("noise", noise, NOISES))
@@ -175,7 +178,7 @@ def noise_maker(
     if not callable(noise):
         raise TypeError(
             f"noise must be {' or '.join(map(repr, NOISES))}, or a function "
-            f"noise_sampler(sigma, sigma_next), got {noise!r}"
+            f"noise_sampler(sigma, sigma_next), or a source with draw(interval), got {noise!r}"
         )
     sampler = noise
 

@@ -43,16 +43,22 @@ def ddim(x: Expr, levels: Any, noise: Any, *, eta: float = 0.0) -> Trace:
 
 
 @solver(order=1, source="Ho et al. 2020, arXiv:2006.11239, algorithm 2 and eq. 7", stochastic=True)
-def ddpm(x: Expr, levels: Any, noise: Any, *, s_noise: float = 1.0) -> Trace:
+def ddpm(x: Expr, levels: Any, noise: Any, *, s_noise: float = 1.0, variance: float = 0.0) -> Trace:
     """DDPM: draws from the posterior of the forward process, given the data estimate; the variance
-    is its own (the smaller of the authors' two, the one that is exact on a single data point)."""
+    is its own (the smaller of the authors' two, the one that is exact on a single data point).
+
+    With `variance` at 1 it is the larger of the two, the forward process's; between, its logarithm
+    is linear (Nichol and Dhariwal 2021, arXiv:2102.09672, equation 15).
+    """
     for s, t in levels.pairs():
         d = yield x, s
         # q(x_t | x_s, x0): precisions add up, that of x_t given the data and that of x_s given x_t.
         keep = (t.ratio / s.ratio) ** 2
         x = (keep * s.alpha * t.alpha / s.alpha**2) * x + (t.alpha * (1 - keep)) * d
         if t.sigma > 0:
-            x = x + (t.sigma * sqrt(1 - keep) * s_noise) * noise(s, t)
+            # The larger is the smaller times the noise variances' ratio, at unit total variance.
+            larger = ((1 + t.ratio**-2) / (1 + s.ratio**-2)) ** (variance / 2)
+            x = x + (t.sigma * sqrt(1 - keep) * larger * s_noise) * noise(s, t)
     return x
 
 

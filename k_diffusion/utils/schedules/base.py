@@ -52,6 +52,14 @@ class Scheduler:
             )
         return self.path.at(self.half_log_snr(float(time)))
 
+    def usual(self) -> Scheduler:
+        """It without options: where that begins is nobody's mistake.
+
+        Raises:
+            TypeError, ValueError: it needs some.
+        """
+        return type(self)()
+
     def laid(self, time: float) -> Level:
         """The level that laying puts where an even spacing of time would have `time`."""
         return self.level(time)
