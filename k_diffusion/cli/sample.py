@@ -44,9 +44,9 @@ class Sample:
     `--model`, from a diffusers pipeline: `k-diffusion sample --model NAME --help`.
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = "digits"
     """A .safetensors file that `k-diffusion train` or `export` wrote, or a run's folder: the newest
-    in it."""
+    in it. Without it a small model that comes with the library."""
     sampler: str = "dpmpp_2m"
     """The method; `k-diffusion samplers` lists them."""
     scheduler: str = "karras"

@@ -12,6 +12,8 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 T = TypeVar("T")
+WEIGHTS = Path(__file__).parent.parent / "weights"
+"""Where the models lie that come with the library, each a file for sampling with its card."""
 
 
 def _spec(metavar: str, read: Callable[[str], T], show: Callable[[T], str]) -> Any:
@@ -165,8 +167,13 @@ def joined(given: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 
 def newest_in(path: str) -> str:
-    """A run's folder stands for the newest whole checkpoint in it; any other path for itself."""
+    """A run's folder stands for the newest whole checkpoint in it, the name of a model that comes
+    with the library for its file; any other path for itself."""
     from k_diffusion.training import latest_checkpoint
+
+    ours = WEIGHTS / f"{path}.safetensors"
+    if not Path(path).exists() and ours.parent == WEIGHTS and ours.is_file():
+        return str(ours)
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)

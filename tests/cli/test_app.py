@@ -32,7 +32,7 @@ def failure(capsys, *argv: str) -> tuple[int, str]:
         ),
         (["--sampler", "x"], "k-diffusion: error: '--sampler' stands before the command"),
         (["sampel"], "k-diffusion: error: unknown command 'sampel'; did you mean 'sample'?"),
-        (["sample"], "k-diffusion sample: error: CHECKPOINT is missing"),
+        (["export", "-o", "x"], "k-diffusion export: error: CHECKPOINT is missing"),
         (["sample", "a", "b"], "k-diffusion sample: error: 'b' is one argument too many"),
         (["sample", "a", "--stepz", "3"], "unknown option '--stepz'; did you mean --steps?"),
         (["sample", "--stepz", "3"], "unknown option '--stepz'; did you mean --steps?"),

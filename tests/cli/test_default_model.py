@@ -1,0 +1,65 @@
+"""The model that comes with the library: small, told what it is by its card, and good at digits."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from k_diffusion.cli import main
+from k_diffusion.cli.values import WEIGHTS, newest_in
+from k_diffusion.sampling import KSampler, unit_noise
+from k_diffusion.training import Digits, load_denoiser, read_info
+
+DIGITS = WEIGHTS / "digits.safetensors"
+
+
+def test_it_is_small_and_says_what_it_is() -> None:
+    assert DIGITS.stat().st_size < 5 * 10**6
+    info = read_info(DIGITS)
+    assert info.weights == ["ema"]
+    assert "MIT" in info.card
+    assert "scikit-learn" in info.card
+
+
+def test_pictures_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["sample", "-n", "2", "--steps", "3", "--out", "drawn"]) == 0
+    assert sorted(os.listdir("drawn")) == [
+        "grid.png", "seed000000_class0.png", "seed000001_class1.png"
+    ]  # fmt: skip
+    assert Image.open("drawn/seed000000_class0.png").size == (8, 8)
+    assert main(["info", "digits"]) == 0
+    assert "1,305,841" in capsys.readouterr().out
+
+
+def test_a_name_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert newest_in("digits") == str(DIGITS)
+    for name in ("nothing", "../weights/digits", str(tmp_path / "digits")):
+        assert newest_in(name) == name
+    monkeypatch.chdir(tmp_path)
+    Path("digits").write_text("somebody's own")
+    assert newest_in("digits") == "digits"
+
+
+def test_it_draws_the_digit_that_it_is_asked_for() -> None:
+    """By the nearest of the real classes' means, which finds nine of ten held-out digits."""
+    real, held_out = Digits(), Digits("test")
+    labels = torch.arange(100) % 10
+
+    def share(images: torch.Tensor, wanted: torch.Tensor) -> float:
+        flat = real.images.float().flatten(1)
+        means = torch.stack([flat[real.labels == k].mean(0) for k in range(10)])
+        found = torch.cdist(images.float().flatten(1), means).argmin(1)
+        return (found == wanted).float().mean().item()
+
+    denoiser, _ = load_denoiser(newest_in("digits"))
+    noise = unit_noise((100, 1, 8, 8)[1:], list(range(100)))
+    drawn = KSampler(denoiser, "karras", "dpmpp_2m").sample(noise, 20, labels)
+    assert share(held_out.images, held_out.labels) > 0.85
+    assert share(drawn, labels) > 0.85
