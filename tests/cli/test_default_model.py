@@ -33,7 +33,8 @@ def test_pictures_without_a_checkpoint(
     assert sorted(os.listdir("drawn")) == [
         "grid.png", "seed000000_class0.png", "seed000001_class1.png"
     ]  # fmt: skip
-    assert Image.open("drawn/seed000000_class0.png").size == (8, 8)
+    with Image.open("drawn/seed000000_class0.png") as picture:
+        assert picture.size == (8, 8)
     assert main(["info", "digits"]) == 0
     assert "1,305,841" in capsys.readouterr().out
 
