@@ -10,13 +10,13 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from k_diffusion.training.between import as_is, leave_signals, packed, unpacked
 from k_diffusion.training.order import bucket_step
 from k_diffusion.utils.augmentation import random_flip
 from k_diffusion.utils.images import to_float
@@ -390,52 +390,11 @@ class Stream:
             batch_size=None,
             sampler=range(first, last),
             num_workers=workers,
-            collate_fn=_packed if packs else _as_is,  # type: ignore[arg-type]
+            collate_fn=packed if packs else as_is,  # type: ignore[arg-type]
             pin_memory=pin_memory,
-            worker_init_fn=_leave_signals,
+            worker_init_fn=leave_signals,
             generator=torch.Generator(),  # else it would draw from the global one
         )
-        for batch in map(_unpacked, loader) if packs else loader:
+        for batch in map(unpacked, loader) if packs else loader:
             self.source.report(batch.bad)
             yield batch
-
-
-def _as_is(batch: Batch) -> Batch:
-    return batch
-
-
-PACKED = 2**16
-"""Bytes of the largest tensor that goes through the pipe itself."""
-
-_TENSORS = ("images", "labels", "indices")
-
-
-def _packed(batch: Batch) -> Batch:
-    """A batch with its small tensors as numpy arrays, which go through the pipe to the main process
-    as they are; a tensor is a file in shared memory, made, handed over and mapped, which costs the
-    step more than a copy of a few kilobytes."""
-    tensors = {name: getattr(batch, name) for name in _TENSORS}
-    return batch._replace(**{n: t.numpy() for n, t in tensors.items() if _is_small(t)})
-
-
-def _is_small(tensor: Tensor) -> bool:
-    """Whether an array may take its place: none is of bfloat16, or keeps the strides."""
-    plain = tensor.new_empty(tensor.shape).stride() == tensor.stride()
-    return plain and tensor.dtype != torch.bfloat16 and tensor.nbytes <= PACKED
-
-
-def _unpacked(batch: Batch) -> Batch:
-    """The batch that `_packed` was given, bit for bit and stride for stride."""
-    values = {name: getattr(batch, name) for name in _TENSORS}
-    tensors: dict[str, Any] = {
-        name: torch.from_numpy(value)
-        for name, value in values.items()
-        if not isinstance(value, Tensor)
-    }
-    return batch._replace(**tensors)
-
-
-def _leave_signals(worker: int) -> None:
-    """Ctrl-C goes to the whole group of processes; ending it orderly is the first one's affair."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
