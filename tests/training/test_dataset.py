@@ -156,8 +156,8 @@ def test_unusable_arrays_are_refused() -> None:
 
 def test_purposes_keep_their_numbers() -> None:
     """A changed number would change every run of every seed."""
-    assert [purpose.value for purpose in dataset.Purpose] == list(range(1, 11))
-    names = "INIT ORDER AUGMENT LEVELS NOISE LABELS NETWORK SPLIT CONDITION CONDITIONER"
+    assert [purpose.value for purpose in dataset.Purpose] == list(range(1, 12))
+    names = "INIT ORDER AUGMENT LEVELS NOISE LABELS NETWORK SPLIT CONDITION CONDITIONER CHANGES"
     assert [purpose.name for purpose in dataset.Purpose] == names.split()
 
 
@@ -193,7 +193,7 @@ def test_workers_hand_over_what_they_made(
 
 def test_small_tensors_take_no_shared_memory() -> None:
     stream = Stream(ArraySource(torch.zeros(9, 3, 4, 4)), 8, seed=1)
-    packed = dataset._packed(stream[0])
-    assert not any(isinstance(t, torch.Tensor) for t in packed[:3])
+    there = dataset.packed(stream[0])
+    assert not any(isinstance(t, torch.Tensor) for t in there[:3])
     large = Stream(ArraySource(torch.zeros(9, 3, 96, 96)), 8, seed=1)
-    assert isinstance(dataset._packed(large[0]).images, torch.Tensor)
+    assert isinstance(dataset.packed(large[0]).images, torch.Tensor)
