@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from k_diffusion.utils.tensors import tf32_mode
+from k_diffusion.utils.words import reason_of
 
 
 class FeatureExtractor(nn.Module):
@@ -113,7 +114,7 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of either format's own kinds
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)[:200]
         raise ValueError(f"weights {path} cannot be read: {reason}") from None
     if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError(f"weights {path} is no state dict: name -> tensor")

@@ -27,6 +27,7 @@ from k_diffusion.evaluation.extractors import (
     load_tensors,
 )
 from k_diffusion.utils.files import download_file
+from k_diffusion.utils.words import reason_of
 
 URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -227,7 +228,7 @@ def _fetched() -> Path:
     try:
         download_file(path, URL)
     except OSError as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise OSError(
             f"Inception's weights cannot be fetched from {URL} ({reason}): give a local copy, or "
             "use another extractor"

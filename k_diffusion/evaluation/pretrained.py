@@ -19,6 +19,7 @@ from k_diffusion.evaluation.extractors import (
     normalised,
 )
 from k_diffusion.utils.maths import unknown
+from k_diffusion.utils.words import reason_of
 
 DINOV2 = {
     "vits14": "facebook/dinov2-small",
@@ -176,7 +177,7 @@ def _load(kind: str, place: str) -> Any:
             .float()
         )
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:250]
+        reason = reason_of(error)[:250]
         raise ValueError(
             f"weights {place!r} cannot be loaded ({reason}): give a folder with config.json and "
             "model.safetensors, or the id of one on the Hugging Face hub that can be reached"

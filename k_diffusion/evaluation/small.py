@@ -19,6 +19,7 @@ from torch.nn import functional
 from k_diffusion.evaluation.classifier import Classifier, _moved, train_classifier
 from k_diffusion.evaluation.extractors import FeatureExtractor, load_tensors
 from k_diffusion.utils.images import write_whole
+from k_diffusion.utils.words import reason_of
 
 LARGEST = 32
 """Images with more pixels a side are made smaller first."""
@@ -73,7 +74,7 @@ class SmallExtractor(FeatureExtractor):
             network = Classifier(int(facts["channels"]), int(facts["outputs"]))
             network.load_state_dict(tensors)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)[:200]
             raise ValueError(f"{path} holds no small extractor: {reason}") from None
         return cls(network, facts, device)
 

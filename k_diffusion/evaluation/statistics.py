@@ -18,6 +18,7 @@ from k_diffusion.evaluation.extractors import FeatureExtractor
 from k_diffusion.evaluation.gathering import joined_moments, joined_rows, on_first, place
 from k_diffusion.evaluation.moments import Moments
 from k_diffusion.utils.images import to_float, to_uint8, write_whole
+from k_diffusion.utils.words import reason_of
 
 MOST = 50_000
 """Images that a data set is measured by, unless more are asked for; and features that are kept."""
@@ -99,7 +100,7 @@ class Statistics:
             moments.scatter = found["scatter"]
             return cls(moments, found["features"], found["numbers"], facts)
         except Exception as error:  # of a file that may hold anything
-            reason = " ".join(str(error).split())[:200]
+            reason = reason_of(error)[:200]
             raise ValueError(f"{path} holds no statistics of features ({reason})") from None
 
 

@@ -18,6 +18,7 @@ from k_diffusion.external.pipelines import PipelineSampler
 from k_diffusion.external.process import KNOWN
 from k_diffusion.external.text import not_there
 from k_diffusion.utils import maths
+from k_diffusion.utils.words import reason_of
 
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _LIBRARIES = ("diffusers", "transformers", "k_diffusion.external.plan_scheduler")
@@ -135,7 +136,7 @@ def _read_pickle(file: Path) -> None:
     except FileNotFoundError:
         raise
     except Exception as error:  # of broken files, torch raises anything
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise ValueError(
             f"{file} is a pickle that weights_only cannot read, so that it may run code, or is not "
             f"whole ({reason[:100]}...): convert it to .safetensors where you trust it"
@@ -280,7 +281,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _refused(source: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split())
+    reason = reason_of(error)
     reason = reason if len(reason) <= 300 else reason[:297] + "..."
     return ValueError(
         f"{source!r} cannot be loaded ({reason}): give a folder that save_pretrained wrote with "

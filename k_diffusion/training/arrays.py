@@ -14,6 +14,7 @@ from torch import Tensor
 from k_diffusion.training.dataset import Batch, DataError, Source
 from k_diffusion.utils.augmentation import random_flip
 from k_diffusion.utils.maths import unknown
+from k_diffusion.utils.words import reason_of
 
 SUFFIXES = (".npy", ".npz")
 HOLDS = {"images": 2, "sounds": 1, "videos": 3}
@@ -272,5 +273,5 @@ class _File:
         try:
             return read()
         except (OSError, ValueError, EOFError, struct.error, zipfile.BadZipFile) as error:
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise DataError(f"array {self.path} is damaged or no array: {reason}") from None

@@ -25,6 +25,7 @@ from k_diffusion.training.dataset import DataError, Source, make_source
 from k_diffusion.training.named_tensors import copy_tensors, named_tensors
 from k_diffusion.training.shards import gathered
 from k_diffusion.utils.scheduler import make_scheduler
+from k_diffusion.utils.words import reason_of
 
 if TYPE_CHECKING:
     from k_diffusion.training.trainer import Trainer
@@ -96,7 +97,7 @@ class Evaluation:
                 try:
                     return torch.stack([image for _, image in many.draw(numbers)])
                 except FloatingPointError as error:  # the run may still come right
-                    wrong.append(" ".join(str(error).split()))
+                    wrong.append(reason_of(error))
                     return torch.zeros(len(numbers), *self.trainer.source.shape)
 
             features = features_of(

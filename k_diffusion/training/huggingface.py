@@ -9,6 +9,7 @@ from typing import Any
 from k_diffusion.external.text import not_there
 from k_diffusion.training.dataset import DataError
 from k_diffusion.training.pictures import Pictures
+from k_diffusion.utils.words import reason_of
 
 LABELS = ("label", "labels")
 """Columns that are taken as the class where none is named."""
@@ -116,7 +117,7 @@ def _load(path: str, name: str, split: str, revision: str) -> Any:
         options = {"name": name or None, "revision": revision or None}
         return datasets.load_dataset(path, split=split, **options)
     except Exception as error:  # its own kinds, those of the hub, of Arrow, of the disk
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)[:300]
         raise DataError(f"data set {path} cannot be loaded: {reason}") from None
 
 

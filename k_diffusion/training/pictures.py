@@ -28,6 +28,7 @@ from k_diffusion.training.decoding import (
 )
 from k_diffusion.utils.augmentation import uniforms
 from k_diffusion.utils.maths import unknown
+from k_diffusion.utils.words import reason_of
 
 __all__ = ["FORMATS", "MAX_PIXELS", "SUFFIXES", "Pictures", "read_image"]
 
@@ -172,7 +173,7 @@ class Pictures(Source):
                         if self.captions != "none":
                             told.append(self._caption(self._kept[index]))
                     except Exception as error:  # a decoder may raise anything on a broken file
-                        bad[index] = _reason(error)
+                        bad[index] = reason_of(error)
                         continue
                     labels.append(self.labels[index])
                     used.append(index)
@@ -243,7 +244,7 @@ class Pictures(Source):
             if self.captions != "none":
                 self._caption(file)
         except Exception as error:
-            return _reason(error)
+            return reason_of(error)
         return size
 
     def _image(self, index: int, size: tuple[int, int], draws: Sequence[float] | None) -> Any:
@@ -293,10 +294,6 @@ def _class_names(where: str, paths: Sequence[tuple[str, ...]], classes: str) -> 
             f"({loose[0]}...): move these, or set classes to 'none' to take all as one class"
         )
     return names
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _first(bad_files: dict[str, str]) -> str:

@@ -142,6 +142,11 @@ def test_checkpointing_saves_memory_and_changes_no_gradient(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again, gradients[0], strict=True))  # type: ignore[arg-type]
 
 
+ONE_ALWAYS = [
+    pytest.param(name, marks=[] if name == "dit" else [pytest.mark.slow]) for name in BACKBONES
+]
+"""Building the code takes up to 20 seconds; that each is one graph, is looked at every day."""
+
 COMPILED = [
     pytest.param(
         *(name, which, is_told),
@@ -186,7 +191,7 @@ def test_its_gradients_are_one_graph(name: str) -> None:
         assert (p.grad - gradient).abs().max() < 1e-4 * gradient.abs().max().clamp(min=1)  # type: ignore[operator]
 
 
-@every_backbone
+@pytest.mark.parametrize("name", ONE_ALWAYS)
 def test_one_graph_serves_small_and_large_batches(name: str) -> None:
     """What is kept for the backward pass depends on sizes; compiled, none of it may."""
     network = build(name)

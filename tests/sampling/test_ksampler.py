@@ -66,7 +66,7 @@ def test_gaussian_data_come_out_with_their_mean_and_deviation():
         s = sigma.reshape(-1, 1)
         return (deviation**2 * x + s**2 * mean) / (deviation**2 + s**2)
 
-    x = torch.randn(4, 20_000, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 5_000, generator=torch.Generator().manual_seed(0))
     for name, solver in SOLVERS.items():
         if solver.order == 0:  # for consistency models
             continue
