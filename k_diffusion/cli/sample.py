@@ -19,7 +19,16 @@ from .plugins import Plugins, load_plugins
 from .problems import Stopped, UsageError, as_usage, plain_warnings, process_number
 from .signals import Terminated
 from .telling import Teller
-from .values import Classes, Settings, WholeOrAuto, Words, newest_in, show_setting, show_settings
+from .values import (
+    OURS,
+    Classes,
+    Settings,
+    WholeOrAuto,
+    Words,
+    newest_in,
+    show_setting,
+    show_settings,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +53,9 @@ class Sample:
     `--model`, from a diffusers pipeline: `k-diffusion sample --model NAME --help`.
     """
 
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = "digits"
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")] = (
+        f"{OURS}digits"
+    )
     """A .safetensors file that `k-diffusion train` or `export` wrote, or a run's folder: the newest
     in it. Without it a small model that comes with the library."""
     sampler: str = "dpmpp_2m"

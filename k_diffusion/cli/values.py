@@ -11,9 +11,15 @@ from typing import Annotated, Any, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from k_diffusion.utils.maths import unknown
+
+from .problems import UsageError
+
 T = TypeVar("T")
 WEIGHTS = Path(__file__).parent.parent / "weights"
 """Where the models lie that come with the library, each a file for sampling with its card."""
+OURS = "k-diffusion:"
+"""Before the name of one of them, which no file or folder of somebody's own then is taken for."""
 
 
 def _spec(metavar: str, read: Callable[[str], T], show: Callable[[T], str]) -> Any:
@@ -167,13 +173,15 @@ def joined(given: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 
 def newest_in(path: str) -> str:
-    """A run's folder stands for the newest whole checkpoint in it, the name of a model that comes
-    with the library for its file; any other path for itself."""
+    """A run's folder stands for its newest whole checkpoint, `OURS` and a name for the file of
+    a model that comes with the library; any other path for itself."""
     from k_diffusion.training import latest_checkpoint
 
-    ours = WEIGHTS / f"{path}.safetensors"
-    if not Path(path).exists() and ours.parent == WEIGHTS and ours.is_file():
-        return str(ours)
+    if path.startswith(OURS):
+        name, known = path.removeprefix(OURS), [file.stem for file in sorted(WEIGHTS.iterdir())]
+        if name not in known:
+            raise UsageError(unknown("model that comes with the library", name, known))
+        return str(WEIGHTS / f"{name}.safetensors")
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)

@@ -55,6 +55,12 @@ class Evaluation:
                 f"evaluate.every_images = {options.every_images}, but the data are {what}, not "
                 "images: leave it out"
             )
+        if len(trainer.source.shapes) > 1:
+            raise ConfigError(
+                f"evaluate.every_images = {options.every_images}, but data.buckets gives images of "
+                f"{len(trainer.source.shapes)} sizes, and figures are of one: leave it out, and "
+                "measure by k-diffusion evaluate with data of one size"
+            )
         self._nothing = self._told_nothing()
         with self._aside():
             try:

@@ -52,8 +52,11 @@ class Logger(Protocol):
 def numbers(event: str, facts: Mapping[str, Any]) -> dict[str, float]:
     """What can be drawn over time in a line: name -> value; lists and tables item by item.
 
-    The losses by noise level are bands/0 (noiseless), bands/1..., those of terms terms/<name>.
+    The losses by noise level are bands/0 (noiseless), bands/1..., those of terms terms/<name>, what
+    an evaluation found figures/<name>.
     """
+    if event == "evaluate":
+        return dict(_flat({"figures": facts["figures"] or {}}))
     if event == "spike":
         return {"spike": float(facts["loss"])}
     if event != "train":

@@ -60,6 +60,12 @@ class Previews:
             raise ConfigError(
                 "preview draws images, but the data is latents: leave preview.every_images out"
             )
+        reads = getattr(getattr(trainer.conditioner, "config", None), "reads", None)
+        if len(trainer.source.shapes) > 1 and reads == "clean":
+            raise ConfigError(
+                "preview draws images of one size, but each is told a picture, and data.buckets "
+                f"has {len(trainer.source.shapes)} sizes: leave preview.every_images out"
+            )
         if self._config.guidance != 1 and trainer.conditioner is None:
             raise ConfigError(
                 f"preview.guidance = {self._config.guidance} compares with a network that is told "

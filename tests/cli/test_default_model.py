@@ -29,23 +29,25 @@ def test_pictures_without_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["sample", "-n", "2", "--steps", "3", "--out", "drawn"]) == 0
+    for name in ("digits", "drawn"):  # a folder of its name changes nothing
+        assert main(["sample", "-n", "2", "--steps", "3", "--out", name]) == 0
     assert sorted(os.listdir("drawn")) == [
         "grid.png", "seed000000_class0.png", "seed000001_class1.png"
     ]  # fmt: skip
     with Image.open("drawn/seed000000_class0.png") as picture:
         assert picture.size == (8, 8)
-    assert main(["info", "digits"]) == 0
+    assert main(["info", "k-diffusion:digits"]) == 0
     assert "1,305,841" in capsys.readouterr().out
 
 
-def test_a_name_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert newest_in("digits") == str(DIGITS)
-    for name in ("nothing", "../weights/digits", str(tmp_path / "digits")):
-        assert newest_in(name) == name
-    monkeypatch.chdir(tmp_path)
-    Path("digits").write_text("somebody's own")
+def test_a_name_leads_nowhere_else(capsys: pytest.CaptureFixture[str]) -> None:
+    assert newest_in("k-diffusion:digits") == str(DIGITS)
     assert newest_in("digits") == "digits"
+    for name in ("digit", "../weights/digits", ""):
+        assert main(["info", f"k-diffusion:{name}"]) == 2
+        line = capsys.readouterr().err
+        assert "unknown model that comes with the library" in line
+        assert "digits" in line
 
 
 def test_it_draws_the_digit_that_it_is_asked_for() -> None:
@@ -59,7 +61,7 @@ def test_it_draws_the_digit_that_it_is_asked_for() -> None:
         found = torch.cdist(images.float().flatten(1), means).argmin(1)
         return (found == wanted).float().mean().item()
 
-    denoiser, _ = load_denoiser(newest_in("digits"))
+    denoiser, _ = load_denoiser(newest_in("k-diffusion:digits"))
     noise = unit_noise((100, 1, 8, 8)[1:], list(range(100)))
     drawn = KSampler(denoiser, "karras", "dpmpp_2m").sample(noise, 20, labels)
     assert share(held_out.images, held_out.labels) > 0.85

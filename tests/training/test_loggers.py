@@ -138,6 +138,9 @@ def test_numbers_of_a_line() -> None:
     }  # fmt: skip
     assert numbers("spike", {"loss": 3.0, "median": 1.0}) == {"spike": 3.0}
     assert numbers("end", {"seconds": 3.0}) == {}
+    figures = {"step": 4, "extractor": "small-1", "figures": {"fid": 2.5, "recall": 0.5}}
+    assert numbers("evaluate", figures) == {"figures/fid": 2.5, "figures/recall": 0.5}
+    assert numbers("evaluate", {"figures": None, "reason": "not finite"}) == {}
 
 
 def test_the_same_facts_as_the_metrics(

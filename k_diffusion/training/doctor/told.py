@@ -172,8 +172,7 @@ def statistics_of_data(history: History) -> Finding | None:
         return Finding(
             f"the data's mean is {mean:.3g}, above its standard deviation {std:.3g}: networks are "
             "scaled for a mean near 0",
-            "data less its mean; with edm also model.sigma_data = "
-            f"{math.hypot(mean, std):.3g}, the root of the mean square",
+            "data less its mean",
             figures,
         )
     return None
