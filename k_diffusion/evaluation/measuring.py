@@ -105,8 +105,10 @@ def make_reference(
         say: takes lines of news.
 
     Raises:
-        ValueError: an unknown extractor, or weights that cannot be had.
+        ValueError: an unknown extractor, weights that cannot be had, or data of several sizes.
     """
+    if len(getattr(data, "shapes", ())) > 1:
+        raise ValueError("the real images have several sizes, and figures are of one: no buckets")
     numbers = spread(len(data), most)
     sha256 = on_first(lambda: data_sha256(data, numbers, progress=progress))
     chosen: FeatureExtractor

@@ -23,6 +23,14 @@ from k_diffusion.models import make_model, model_config
 # ---------------------------------------------------------------- keeping, learning
 
 
+def every_day(*names: str) -> pytest.MarkDecorator:
+    """All backbones, but those that take long only by `pytest -m slow`."""
+    marks = {name: [] if name in names else [pytest.mark.slow] for name in BACKBONES}
+    return pytest.mark.parametrize(
+        "name", [pytest.param(name, marks=marks[name]) for name in BACKBONES]
+    )
+
+
 @every_backbone
 def test_saved_and_loaded_it_is_the_same_bitwise(name: str, tmp_path: Path) -> None:
     network = build(name, **told(name)).eval()
@@ -55,7 +63,7 @@ def test_built_without_memory_and_loaded_it_is_the_same(name: str) -> None:
     assert torch.equal(empty(x, t, **given), network(x, t, **given))
 
 
-@every_backbone
+@every_day("unet", "dit", "hourglass")
 def test_overfits_sixteen_images(name: str) -> None:
     learning = BACKBONES[name].learning
     network = build(name, awake=False, in_channels=1, num_classes=16, **learning.options)
@@ -142,11 +150,6 @@ def test_checkpointing_saves_memory_and_changes_no_gradient(name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(again, gradients[0], strict=True))  # type: ignore[arg-type]
 
 
-ONE_ALWAYS = [
-    pytest.param(name, marks=[] if name == "dit" else [pytest.mark.slow]) for name in BACKBONES
-]
-"""Building the code takes up to 20 seconds; that each is one graph, is looked at every day."""
-
 COMPILED = [
     pytest.param(
         *(name, which, is_told),
@@ -173,7 +176,7 @@ def test_it_compiles_as_one_graph(name: str, which: int, is_told: bool) -> None:
         assert (compiled - expected).abs().max() < 1e-5 * expected.abs().max().clamp(min=1)
 
 
-@every_backbone
+@every_day("unet", "image_v1", "dit", "hourglass")
 def test_its_gradients_are_one_graph(name: str) -> None:
     """Of the whole of it: the graph is the one that the compiler above gets, too."""
     network = build(name, **told(name))
@@ -191,7 +194,7 @@ def test_its_gradients_are_one_graph(name: str) -> None:
         assert (p.grad - gradient).abs().max() < 1e-4 * gradient.abs().max().clamp(min=1)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("name", ONE_ALWAYS)
+@every_day("dit")
 def test_one_graph_serves_small_and_large_batches(name: str) -> None:
     """What is kept for the backward pass depends on sizes; compiled, none of it may."""
     network = build(name)

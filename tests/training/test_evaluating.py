@@ -290,6 +290,8 @@ def test_sizes_in_buckets_are_refused_before_the_run(
     config = make_run_config(evaluate=EVALUATE)
     with pytest.raises(ConfigError, match="evaluate.every_images = 256, but data.buckets"):
         Evaluation(Trainer(config), print)
+    with pytest.raises(ValueError, match="the real images have several sizes"):
+        make_reference(Digits())
     trainer = Trainer(make_run_config(preview={"every_images": 256}))
     Previews(trainer)  # told classes, or nothing
     trainer.conditioner = LowResolution(channels=1, factor=2, size=(8, 8))
