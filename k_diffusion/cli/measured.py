@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k_diffusion.utils.words import reason_of
+
 from .gallery import GRID
 from .problems import UsageError, as_usage
 
@@ -37,9 +39,15 @@ def first_shape(folder: str) -> list[int]:
         files = [path for path in image_files(Path(folder))[0] if path.name != GRID]
     if not files:
         raise UsageError(f"--samples {folder} holds no images")
-    with Image.open(files[0]) as picture:
-        channels = {"L": 1, "RGBA": 4}.get(picture.mode, 3)
-        return [channels, picture.height, picture.width]
+    try:
+        with Image.open(files[0]) as picture:
+            channels = {"L": 1, "RGBA": 4}.get(picture.mode, 3)
+            return [channels, picture.height, picture.width]
+    except OSError as error:
+        raise UsageError(
+            f"--samples {folder}: {files[0].name} is no image that can be read "
+            f"({reason_of(error)}): take it out"
+        ) from None
 
 
 def drawn_before(path: str, shape: list[int]) -> tuple[torch.Tensor, Source]:

@@ -186,3 +186,11 @@ def test_refusals_of_what_is_there(
     evaluate(trained, "--extractor", "inception", "--extractor-weights", weights, "--out",
              tmp_path / "b.json", "--cache", tmp_path, code=2)  # fmt: skip
     assert "are not Inception's of 2015-12-05: the file lacks" in capsys.readouterr().err
+
+
+def test_a_broken_first_sample_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    assert main(["evaluate", "--samples", str(tmp_path), "--data", "digits"]) == 2
+    line = capsys.readouterr().err
+    assert f"--samples {tmp_path}: 0.png is no image that can be read" in line
+    assert line.count("\n") == 1

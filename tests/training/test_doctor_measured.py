@@ -191,6 +191,14 @@ def test_a_condition_that_is_hardly_shown() -> None:
     assert found.change.startswith("condition_dropout = 0.1 (it is 0.8), or look")
 
 
+def test_others_conditions_are_far_away() -> None:
+    """Data is often sorted by class: the neighbour's condition would be one's own."""
+    x0, labels = digits()
+    order = labels.argsort(stable=True)[: int((labels < 3).sum())]  # three classes
+    at = patient({"ema": gaussian(class_means(), 0.6)}, x0[order], labels[order])
+    assert look("conditioning", at) is None
+
+
 def test_conditions_that_do_not_differ() -> None:
     x0, labels = digits()
     good = gaussian(class_means(), 0.6)
