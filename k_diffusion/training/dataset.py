@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -130,6 +131,8 @@ class Source:
         count = min(len(self), 512)
         batch = self.batch(torch.arange(count) * len(self) // count)
         self.report(batch.bad)
+        if batch.images.dtype == torch.uint8:
+            return _moments_of_bytes(batch.images)
         values = as_float(batch.images).double()
         values = values[values.isfinite()]
         if not len(values):
@@ -155,6 +158,19 @@ class Source:
             "mean": self.mean,
             "std": self.std,
         }
+
+
+def _moments_of_bytes(images: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation by how often each byte is there.
+
+    So they are the same on any number of threads, among which a sum of floats would be cut.
+    """
+    often = torch.bincount(images.flatten(), minlength=256).tolist()
+    values = as_float(torch.arange(256, dtype=torch.uint8)).double().tolist()
+    count = max(1, sum(often))
+    mean = math.fsum(n * x for n, x in zip(often, values, strict=True)) / count
+    square = math.fsum(n * (x - mean) ** 2 for n, x in zip(often, values, strict=True)) / count
+    return mean, math.sqrt(square)
 
 
 def as_float(images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -18,13 +19,27 @@ from k_diffusion.training.dataset import Source
 from k_diffusion.training.sections import AUTO
 
 
+ROUNDING = 1e-6
+"""Share by which a sum over the same data may differ between machines and numbers of threads."""
+
+
 def settle(
-    config: TrainConfig, source: Source, conditioner: Conditioner | None = None
+    config: TrainConfig,
+    source: Source,
+    conditioner: Conditioner | None = None,
+    sigma_data_before: float | None = None,
 ) -> TrainConfig:
     """The config with what the data decides: in_channels, and a sigma_data of "auto"; and with the
     augmentation_dim that a warp asks for.
 
     The conditioner's own config, where it has one, takes the place of the one that is there.
+
+    Args:
+        config: as it is given.
+        source: the data.
+        conditioner: given instead of the config's.
+        sigma_data_before: of the run that goes on, which stays as it is to the last bit where the
+            data are the same but for rounding.
 
     Raises:
         ConfigError: the data is constant, so that it has no sigma_data.
@@ -41,7 +56,10 @@ def settle(
     if model.get("sigma_data") == AUTO:
         if source.std < 1e-6:
             raise ConfigError("model.sigma_data is auto, but all values of the data are equal")
-        model["sigma_data"] = source.std
+        same = sigma_data_before is not None and math.isclose(
+            source.std, sigma_data_before, rel_tol=ROUNDING
+        )
+        model["sigma_data"] = sigma_data_before if same else source.std
     update: dict[str, Any] = {"model": model}
     if conditioner is not None:
         update["conditioner"] = None

@@ -17,6 +17,7 @@ from k_diffusion.training.checkpoint import (
     CheckpointError,
     CheckpointInfo,
     read_checkpoint,
+    read_record,
 )
 from k_diffusion.training.compare import differences, filled, flat
 from k_diffusion.training.ema import MAIN, load_averages
@@ -274,6 +275,17 @@ def begin_from(
         return average
 
     return processes.together(read, CheckpointError)
+
+
+def sigma_data_of(path: str | Path) -> float | None:
+    """What a checkpoint's run has as model.sigma_data; None where the file cannot tell, whose
+    fault is named when all of it is read."""
+    try:
+        model = read_record(path)["config"]["model"]
+    except (CheckpointError, KeyError, TypeError):
+        return None
+    found = model.get("sigma_data") if isinstance(model, dict) else None
+    return found if isinstance(found, float) else None
 
 
 def check_same_run(info: CheckpointInfo, trainer: Trainer) -> None:

@@ -45,7 +45,14 @@ from k_diffusion.training.noise_scale import NoiseScale
 from k_diffusion.training.objective import Objective, density_of, make_objective
 from k_diffusion.training.optimizer import adopt, group_values, make_optimizer
 from k_diffusion.training.parallel import Processes, check_processes
-from k_diffusion.training.resume import begin_from, check_agreed, facts_of, go_on_from, tensors_of
+from k_diffusion.training.resume import (
+    begin_from,
+    check_agreed,
+    facts_of,
+    go_on_from,
+    sigma_data_of,
+    tensors_of,
+)
 from k_diffusion.training.sharded import save_sharded
 from k_diffusion.training.shards import gathered, local
 from k_diffusion.training.spikes import without
@@ -99,7 +106,8 @@ class Trainer:
             source = self.processes.together(lambda: make_source(**options), DataError)
         self.source = source
         check_bad_share(source, config.max_bad_share)
-        self.config = config = settle(config, self.source, conditioner)
+        before = None if resume is None else sigma_data_of(resume)
+        self.config = config = settle(config, self.source, conditioner, before)
         if conditioner is None and config.conditioner is not None:
             torch.manual_seed(fold_seed(config.seed, Purpose.CONDITIONER))
             conditioner = make_conditioner(config.conditioner)
