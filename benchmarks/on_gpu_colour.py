@@ -1,8 +1,8 @@
 """A real run on a GPU: `examples/colour.toml`, as many images of it as a number of minutes holds.
 
     python benchmarks/on_gpu_colour.py --data cifar10-train.zip --held-out cifar10-test.zip
-    python benchmarks/on_gpu_colour.py --data ... --minutes 25 --now 9     # in parts: again goes on
-    python benchmarks/on_gpu_colour.py --data ... --dry-run                # anywhere: a tiny network
+    python benchmarks/on_gpu_colour.py --data ... --minutes 25 --now 9    # in parts: call it again
+    python benchmarks/on_gpu_colour.py --data ... --dry-run               # anywhere, a tiny network
 
 The documented commands, one after the other, each a process of its own: a short run tells how many
 images a second the machine trains on, and by that `--total-images` of the real run; `k-diffusion
@@ -130,7 +130,8 @@ def finish(run: Commands, out: Path) -> dict[str, Any]:
         ["export", out, "-o", weights, "--dtype", "float16", "--overwrite"],
         ["evaluate", weights, "--data", options.data, *held_out, *few, "--out", figures,
          "--cache", out / "evaluation", "--overwrite"],
-        ["sample", weights, "--class-label", "0-9", "-n", 100, "--out", out / "grid", "--overwrite"],
+        ["sample", weights, "--class-label", "0-9", "-n", 100, "--out", out / "grid",
+         "--overwrite"],
         ["plot", out],
         ["doctor", out],
     ]  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from k_diffusion.training.between import as_is, leave_signals, packed, unpacked
+from k_diffusion.training.between import loaded
 from k_diffusion.training.order import bucket_step
 from k_diffusion.utils.augmentation import random_flip
 from k_diffusion.utils.images import to_float
@@ -400,17 +400,6 @@ class Stream:
 
         Broken images met on the way are reported to the source in this process.
         """
-        packs = workers > 0 and not pin_memory  # only tensors are pinned
-        loader: Any = torch.utils.data.DataLoader(
-            self,  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=range(first, last),
-            num_workers=workers,
-            collate_fn=packed if packs else as_is,  # type: ignore[arg-type]
-            pin_memory=pin_memory,
-            worker_init_fn=leave_signals,
-            generator=torch.Generator(),  # else it would draw from the global one
-        )
-        for batch in map(unpacked, loader) if packs else loader:
+        for batch in loaded(self, range(first, last), workers, pin_memory):
             self.source.report(batch.bad)
             yield batch

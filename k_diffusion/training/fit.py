@@ -18,7 +18,6 @@ from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import Source
 from k_diffusion.training.sections import AUTO
 
-
 ROUNDING = 1e-6
 """Share by which a sum over the same data may differ between machines and numbers of threads."""
 

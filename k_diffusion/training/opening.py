@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from k_diffusion.training.between import crowding
+
 if TYPE_CHECKING:
     from k_diffusion.training.trainer import Trainer
 
@@ -51,6 +53,8 @@ def opening_lines(trainer: Trainer, start: Path | None, looked: bool) -> list[st
                 f"the run goes on to rounding, not bit for bit, as {'; '.join(changed)}: sums are "
                 "done in another order there"
             ]
+    if told := crowding(config.workers, trainer.processes.here):
+        lines += [told]
     never = config.checkpoint_every_images is None and config.keep_every_images is None
     if never and trainer.step < config.steps:
         lines += [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -37,6 +38,11 @@ class Processes:
     @property
     def main(self) -> bool:
         return self.index == 0
+
+    @property
+    def here(self) -> int:
+        """How many of them this machine has, as the launcher says; all where it says nothing."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.count))
 
     def gather(self, value: T) -> list[T]:
         """What each process gave, in their order."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from k_diffusion.training import dataset
+from k_diffusion.training import between, dataset
 from k_diffusion.training.dataset import ArraySource, Batch, DataError, Digits, Stream, make_source
 
 
@@ -193,7 +193,7 @@ def test_workers_hand_over_what_they_made(
 
 def test_small_tensors_take_no_shared_memory() -> None:
     stream = Stream(ArraySource(torch.zeros(9, 3, 4, 4)), 8, seed=1)
-    there = dataset.packed(stream[0])
+    there = between.packed(stream[0])
     assert not any(isinstance(t, torch.Tensor) for t in there[:3])
     large = Stream(ArraySource(torch.zeros(9, 3, 96, 96)), 8, seed=1)
-    assert isinstance(dataset.packed(large[0]).images, torch.Tensor)
+    assert isinstance(between.packed(large[0]).images, torch.Tensor)

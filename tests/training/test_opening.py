@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from k_diffusion.training.between import crowding
 from k_diffusion.training.checkpoint import CheckpointError
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.opening import opening_lines
@@ -142,3 +144,18 @@ def test_what_auto_found_is_told(make_run_config: MakeConfig, tiny: Any) -> None
 def test_the_loop_alone_knows_no_auto(make_run_config: MakeConfig) -> None:
     with pytest.raises(CheckpointError, match=r"give a checkpoint, such as latest_checkpoint\("):
         Trainer(make_run_config(), resume="auto")
+
+
+def test_more_loaders_than_cores_are_told_once_and_in_the_house_s_words(
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert crowding(2, 1) == crowding(0, 8) == ""
+    assert crowding(3, 1) == "workers = 3 on 2 cores: more than cores load no faster"
+    assert crowding(2, 4).startswith("workers = 2 for each of 4 processes on 2 cores")
+    # pytest makes an error of torch's own warning
+    said = run(make_run_config(workers=3, total_images=64))[1]
+    assert said[1:] == [crowding(3, 1), UNSAFE]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    trainer = Trainer(make_run_config(workers=2))
+    assert crowding(2, 2) in opening_lines(trainer, None, False)
