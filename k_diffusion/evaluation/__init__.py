@@ -2,7 +2,7 @@
 
 from .classifier import Classifier, classify, share_of, train_classifier
 from .established import compute_features, fid, kid, sqrtm_eig, squared_mmd
-from .extractors import FeatureExtractor, make_extractor
+from .extractors import FeatureExtractor
 from .frechet import frechet_distance, gaussian_frechet, moments_frechet
 from .inception import FIDInception, InceptionV3FeatureExtractor
 from .kernel import (
@@ -11,6 +11,7 @@ from .kernel import (
     kernel_distance_of_subsets,
     polynomial_kernel,
 )
+from .making import make_extractor
 from .manifold import DensityCoverage, PrecisionRecall, density_coverage, precision_recall
 from .measuring import Figures, Reference, features_of, figures_of, make_reference
 from .moments import Moments

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from k_diffusion.evaluation.extractors import FeatureExtractor, make_extractor
+from k_diffusion.evaluation.extractors import FeatureExtractor
 from k_diffusion.evaluation.frechet import moments_frechet
 from k_diffusion.evaluation.gathering import joined_rows, on_first, place
 from k_diffusion.evaluation.kernel import kernel_distance
+from k_diffusion.evaluation.making import make_extractor
 from k_diffusion.evaluation.manifold import density_coverage, precision_recall
 from k_diffusion.evaluation.moments import Moments
 from k_diffusion.evaluation.neighbours import Memorised, memorisation

@@ -18,13 +18,25 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from k_diffusion.training.checkpoint_info import (
+    CONDITIONER,
+    FORMAT,
+    LAST,
+    MANIFEST,
+    OTHERS,
+    SUFFIX,
+    VERSION,
+    CheckpointError,
+    CheckpointInfo,
+    check_record,
+    damaged,
+)
 from k_diffusion.training.seals import (
     canonical_json,
     digest_of,
@@ -33,6 +45,7 @@ from k_diffusion.training.seals import (
     seal_of,
     tensor_hash,
 )
+from k_diffusion.training.sharded import read_sharded, read_sharded_record
 from k_diffusion.training.tensor_file import (
     FormatError,
     look_at_tensor,
@@ -43,72 +56,11 @@ from k_diffusion.training.tensor_file import (
 from k_diffusion.utils.maths import nearest
 from k_diffusion.utils.words import reason_of
 
-FORMAT = "k_diffusion"
-VERSION = 1
-SUFFIX = ".safetensors"
-LAST = "last"
-"""The weights after the last step; in files they are the part "model"."""
-MANIFEST = "manifest.json"
-"""In a folder: it is a checkpoint of several processes, see `sharded`."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written, or does not fit; its message is one line."""
-
-    everywhere = True  # as in ConfigError
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """What a checkpoint says about itself.
-
-    Attributes:
-        path: the file.
-        sha256: the hash of all that it holds.
-        config: the run's config, as JSON data (the keys of TrainConfig).
-        images_seen: the training clock.
-        step: optimiser steps, skipped ones included.
-        data: facts about the training data: "shape" of an image (C, H, W), "num_classes",
-            "class_names", "mean", "std", "images" (their number).
-        state: what a resume needs beside tensors.
-        tensors: name -> shape.
-        bytes: size of the file.
-        card: Markdown, the model card of a file for sampling; empty in others.
-    """
-
-    path: Path
-    sha256: str
-    config: dict[str, Any]
-    images_seen: int
-    step: int
-    data: dict[str, Any]
-    state: dict[str, Any] = field(repr=False)
-    tensors: dict[str, tuple[int, ...]] = field(repr=False)
-    bytes: int
-    card: str = field(default="", repr=False)
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers the network's weights and buffers are."""
-        kinds = {n.partition("/")[0] for n in self.tensors} - {"optimizer", CONDITIONER}
-        part = "model" if "model" in kinds else min(kinds, default="")
-        return sum(
-            torch.Size(shape).numel()
-            for n, shape in self.tensors.items()
-            if n.startswith(f"{part}/")
-        )
-
-    @property
-    def averages(self) -> list[str]:
-        """The names of the averaged weights in it: "ema" and such as "ema_0.05"."""
-        kinds = {n.partition("/")[0] for n in self.tensors}
-        return sorted(kind for kind in kinds if kind == "ema" or kind.startswith("ema_"))
-
-    @property
-    def weights(self) -> list[str]:
-        """What may be asked for: the averages, and `LAST` where it has the last step's."""
-        last = any(name.startswith("model/") for name in self.tensors)
-        return [*self.averages, *[LAST] * last]
+__all__ = [
+    "CONDITIONER", "FORMAT", "LAST", "MANIFEST", "OTHERS", "SUFFIX", "VERSION", "CheckpointError",
+    "CheckpointInfo", "Contents", "make_contents", "read_checkpoint", "read_info", "read_record",
+    "save_checkpoint", "write_checkpoint",
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------- writing
@@ -241,8 +193,6 @@ def read_checkpoint(
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        from k_diffusion.training.sharded import read_sharded
-
         return read_sharded(path, parts)
     _recognise(path)
     kept: dict[str, dict[str, Tensor]] = {part: {} for part in parts}
@@ -258,13 +208,13 @@ def read_checkpoint(
                 else:
                     look_at_tensor(file, entry, digest.update)
                 if manifest.get(entry.name) != digest.hexdigest():
-                    raise _damaged(path, f"tensor {entry.name} is not what was written")
+                    raise damaged(path, f"tensor {entry.name} is not what was written")
     except FormatError as error:
         raise _foreign(path, error) from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     if lost := sorted(set(manifest) - {entry.name for entry in entries}):
-        raise _damaged(path, f"tensor {lost[0]} is missing from it")
+        raise damaged(path, f"tensor {lost[0]} is missing from it")
     info = CheckpointInfo(
         path=path,
         sha256=metadata["sha256"],
@@ -297,8 +247,6 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
-        from k_diffusion.training.sharded import read_sharded_record
-
         return read_sharded_record(path)
     _recognise(path)
     try:
@@ -308,16 +256,6 @@ def read_record(path: str | Path) -> dict[str, Any]:
         raise _foreign(path, error) from None
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
-
-
-CONDITIONER = "conditioner"
-"""The part with what a conditioner has drawn for itself; only where there is such."""
-
-OTHERS = "use an earlier checkpoint or another copy"
-
-
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is damaged: {reason}; {OTHERS}")
 
 
 def _recognise(path: Path) -> None:
@@ -375,31 +313,10 @@ def _verify_metadata(
             f"reads version {VERSION}: use the release that wrote it"
         )
     if metadata.get("sha256") != seal_of(metadata):
-        raise _damaged(path, "its metadata is not what was written")
+        raise damaged(path, "its metadata is not what was written")
     try:
         manifest, record = json.loads(metadata["manifest"]), json.loads(metadata["record"])
     except (ValueError, RecursionError):
         manifest = record = None
     check_record(path, record if isinstance(manifest, dict) else None)
     return manifest, record
-
-
-def check_record(path: Path, record: Any) -> None:
-    """Refuse what is no record (see above), as JSON gave it.
-
-    Raises:
-        CheckpointError: something is missing, or of another kind.
-    """
-    try:
-        whole = all(type(record[key]) is kind for key, kind in _RECORD.items())
-        whole = whole and record["images_seen"] >= 0 and record["step"] >= 0
-    except (KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise CheckpointError(
-            f"checkpoint {path} is whole, but its record is not one that k_diffusion writes: it "
-            "needs " + ", ".join(_RECORD)
-        )
-
-
-_RECORD = {"config": dict, "images_seen": int, "step": int, "data": dict, "state": dict}

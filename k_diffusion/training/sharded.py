@@ -20,27 +20,29 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from k_diffusion.training.checkpoint import (
+from k_diffusion.training.checkpoint_info import (
     CONDITIONER,
     FORMAT,
     MANIFEST,
-    OTHERS,
     SUFFIX,
     VERSION,
     CheckpointError,
     CheckpointInfo,
     check_record,
+    damaged,
 )
-from k_diffusion.training.parallel import Processes
 from k_diffusion.training.seals import canonical_json, flush_folder, seal_of
 from k_diffusion.training.shards import is_cut, local
 from k_diffusion.training.tensor_file import DTYPES
 from k_diffusion.utils.words import reason_of
+
+if TYPE_CHECKING:
+    from k_diffusion.training.parallel import Processes
 
 RECORD = "record.json"
 
@@ -195,7 +197,7 @@ def read_sharded(
     try:
         record = json.loads((path / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise _damaged(path, reason_of(error)) from None
+        raise damaged(path, reason_of(error)) from None
     check_record(path, record)
     shapes = _shapes(path, record.get("tensors"), manifest["files"])
     kept: Parts = {part: {} for part in parts}
@@ -234,7 +236,7 @@ def read_sharded_record(path: Path) -> dict[str, Any]:
     problem, manifest = _read_manifest(path)
     problem = problem or _problem(path / RECORD, manifest["files"].get(RECORD, ""))
     if problem:
-        raise _damaged(path, problem)
+        raise damaged(path, problem)
     record: dict[str, Any] = json.loads((path / RECORD).read_text(encoding="utf-8"))
     return record
 
@@ -248,7 +250,7 @@ def _shapes(
         CheckpointError: the record says of one what cannot be.
     """
     if not isinstance(said, dict):
-        raise _damaged(path, f"{RECORD} says nothing of its tensors")
+        raise damaged(path, f"{RECORD} says nothing of its tensors")
     found, left = {}, sum((path / name).stat().st_size for name in files)
     for name, facts in said.items():
         try:
@@ -260,7 +262,7 @@ def _shapes(
         left -= math.prod(shape) * dtype.itemsize if whole else 0
         # Of an empty tensor torch multiplies the other sizes.
         if not whole or left < 0 or math.prod(max(1, number) for number in shape) >= 2**60:
-            raise _damaged(path, f"{RECORD} says of tensor {name} what cannot be")
+            raise damaged(path, f"{RECORD} says of tensor {name} what cannot be")
         found[name] = dtype, tuple(shape)
     return found
 
@@ -293,7 +295,7 @@ def _verified(path: Path, processes: Processes | None) -> dict[str, Any]:
         problem = next(filter(None, (_problem(path / name, digest) for name, digest in mine)), "")
     problems = list(filter(None, processes.gather(problem) if processes else [problem]))
     if problems:
-        raise _damaged(path, problems[0])
+        raise damaged(path, problems[0])
     return manifest
 
 
@@ -347,10 +349,6 @@ def _storage(kind: str) -> Any:
             f"torch {torch.__version__} has no safetensors storage for shards: torch 2.13 has it"
         )
     return storage
-
-
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(f"checkpoint {path} is damaged: {reason}; {OTHERS}")
 
 
 def _reason(error: BaseException) -> str:
