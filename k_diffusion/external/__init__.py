@@ -5,8 +5,9 @@ Names are resolved when they are asked for, so that importing this brings in not
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from k_diffusion.utils.lazy import lazy
 
 if TYPE_CHECKING:
     from k_diffusion.external.autoencoder import PretrainedAutoencoder
@@ -82,12 +83,4 @@ __all__ = [
     "read_conventions",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOME)
