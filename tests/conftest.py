@@ -19,10 +19,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).parents[1]
 
 
-def pytest_collection_finish() -> None:
+KEPT = 200
+"""So many modules imported since the last time are worth another look at all that is there."""
+_frozen_at = 0
+
+
+def _keep_what_is_imported() -> None:
     """Whatever has been imported by now stays: no collection of garbage need look at it again."""
+    global _frozen_at
+    if len(sys.modules) < _frozen_at + KEPT:
+        return
     gc.collect()
     gc.freeze()
+    _frozen_at = len(sys.modules)
+
+
+def pytest_collection_finish() -> None:
+    _keep_what_is_imported()
+
+
+def pytest_runtest_logfinish() -> None:
+    """Some tests import more: compilers, data sets. Left to be searched, each of the collections
+    after it takes tenths of a second."""
+    _keep_what_is_imported()
 
 
 @pytest.fixture

@@ -90,8 +90,8 @@ def leave_processes() -> None:
     Left to the interpreter's end, threads that still listen then abort the process now and then,
     after all its work.
     """
-    gc.collect()  # what still holds the talk: modules that average gradients through it
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()  # what still holds the talk: modules that average gradients through it
         torch.distributed.destroy_process_group()
 
 

@@ -191,11 +191,25 @@ def slopes(solver: Solver, sizes: Sequence[int] = (), **options: Any) -> dict[st
     found = {}
     for path in (VE, VP, FLOW):
         for grid in GRIDS:
-            plans = [make_plan(solver, levels_between(n, grid, path), **options) for n in sizes]
-            problems = {"gaussian": [gaussian_error(plan, eta) for plan in plans]}
+            grids = [levels_between(n, grid, path) for n in sizes]
+            problems = {"gaussian": lambda plan: gaussian_error(plan, eta)}
             if not solver.stochastic:
-                problems["mixture"] = [MIXTURE.error(plan) for plan in plans]
-            for problem, errors in problems.items():
-                usable = [e for e in errors if e > 1e-11]
-                found[f"{problem}, {grid}, {path}"] = math.log2(usable[-2] / usable[-1])
+                problems["mixture"] = MIXTURE.error
+            for problem, error in problems.items():
+                fine, coarse = _finest_usable(solver, grids, options, error)
+                found[f"{problem}, {grid}, {path}"] = math.log2(coarse / fine)
     return found
+
+
+def _finest_usable(
+    solver: Solver, grids: Sequence[Levels], options: Any, error: Callable[[Plan], float]
+) -> list[float]:
+    """The errors on the two finest of the grids; no plan is made for those that are coarser."""
+    usable: list[float] = []
+    for levels in reversed(grids):
+        measured = error(make_plan(solver, levels, **options))  # made once: plans are cached
+        if measured > 1e-11:
+            usable.append(measured)
+        if len(usable) == 2:
+            break
+    return usable

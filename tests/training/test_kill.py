@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import importlib.util
 import json
 import os
@@ -93,6 +95,11 @@ def all_attempts(folder: Path) -> None:
 
     from k_diffusion.models import MODELS
 
+    # What trainers import when they need it: once, not in each of the children.
+    for name in ("accelerate", "sklearn.datasets", "torch._dynamo", "k_diffusion.training.run"):
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
     torch.set_num_threads(1)
     MODELS["tiny"] = conftest.Tiny
     draw = random.Random(5)
