@@ -65,7 +65,7 @@ class Expr:
         return self._make((self.node, -1.0))
 
     def __mul__(self, factor: Any) -> Expr:
-        if isinstance(factor, (float, Real)):  # float first: asking an abstract class is slow
+        if isinstance(factor, Real):
             return self._make((self.node, float(factor)))
         return NotImplemented
 
@@ -128,7 +128,7 @@ class Tracer:
     def combination(self, terms: Iterable[tuple[Node, float]]) -> Node:
         """A new node for a linear combination."""
         node = Node(self.epoch, len(self.nodes), tuple(terms))
-        if self.stale and any(term in self.stale for term, _ in node.terms):
+        if any(term in self.stale for term, _ in node.terms):
             raise ValueError("it goes back to an earlier state, which churn has left behind")
         self.nodes.append(node)
         return node
