@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import make_denoiser
+from k_diffusion.evaluation.at_hand import look_for_extractor
 from k_diffusion.evaluation.gathering import on_first
 from k_diffusion.evaluation.measuring import class_labels, features_of, figures_of, make_reference
 from k_diffusion.models import ClassConditioner, Conditioner, make_model
@@ -23,6 +24,7 @@ from k_diffusion.sampling import KSampler
 from k_diffusion.training.config import ConfigError
 from k_diffusion.training.dataset import DataError, Source, make_source
 from k_diffusion.training.named_tensors import copy_tensors, named_tensors
+from k_diffusion.training.sections import EvaluateConfig
 from k_diffusion.training.shards import gathered
 from k_diffusion.training.told import Lay, make_told
 from k_diffusion.utils.scheduler import make_scheduler
@@ -49,20 +51,9 @@ class Evaluation:
 
     def __init__(self, trainer: Trainer, say: Callable[[str], None]) -> None:
         self.trainer, self.options = trainer, trainer.config.evaluate
-        facts, options = trainer.source.facts(), self.options
-        if len(facts["shape"]) != 3 or not 1 <= facts["shape"][0] <= 4 or "autoencoder" in facts:
-            what = "latents" if "autoencoder" in facts else f"of shape {tuple(facts['shape'])}"
-            raise ConfigError(
-                f"evaluate.every_images = {options.every_images}, but the data are {what}, not "
-                "images: leave it out"
-            )
-        if len(trainer.source.shapes) > 1:
-            raise ConfigError(
-                f"evaluate.every_images = {options.every_images}, but data.buckets gives images of "
-                f"{len(trainer.source.shapes)} sizes, and figures are of one: leave it out, and "
-                "measure by k-diffusion evaluate with data of one size"
-            )
+        options = self.options
         with self._aside():
+            on_first(lambda: look_at(options, trainer.source))
             try:
                 self.reference = make_reference(
                     trainer.source,
@@ -154,6 +145,40 @@ class _Aside:
     def __exit__(self, *error: Any) -> None:
         self._warnings.__exit__(*error)
         self._rng.__exit__(*error)
+
+
+def look_at(options: EvaluateConfig, source: Source) -> str:
+    """See what can be seen before anything is loaded.
+
+    Returns:
+        What is done when, in words.
+
+    Raises:
+        ConfigError: the data are no images of one size, or the extractor cannot be had.
+    """
+    facts = source.facts()
+    if len(facts["shape"]) != 3 or not 1 <= facts["shape"][0] <= 4 or "autoencoder" in facts:
+        what = "latents" if "autoencoder" in facts else f"of shape {tuple(facts['shape'])}"
+        raise ConfigError(
+            f"evaluate.every_images = {options.every_images}, but the data are {what}, not "
+            "images: leave it out"
+        )
+    if len(source.shapes) > 1:
+        raise ConfigError(
+            f"evaluate.every_images = {options.every_images}, but data.buckets gives images of "
+            f"{len(source.shapes)} sizes, and figures are of one: leave it out, and "
+            "measure by k-diffusion evaluate with data of one size"
+        )
+    try:
+        origin = look_for_extractor(options.extractor, options.weights or "", source.shape[0])
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"evaluate.extractor = {options.extractor!r} cannot be had: {error}"
+        ) from None
+    return (
+        f"{', '.join(options.metrics)} of {options.images:,} samples every "
+        f"{options.every_images:,} images, by {options.extractor} ({origin})"
+    )
 
 
 def in_shares(counts: Sequence[int]) -> Lay:
