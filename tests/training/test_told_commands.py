@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from k_diffusion.cli import main
 from k_diffusion.evaluation import features_of, figures_of, make_reference, train_small
-from k_diffusion.models import MODELS, LowResolution
+from k_diffusion.models import MODELS, KnownPart, LowResolution
 from k_diffusion.sampling import KSampler, unit_noise
 from k_diffusion.training import Digits, load_denoiser
+from k_diffusion.training.augmentation import unaugmented
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.doctor import examine_run
 from k_diffusion.training.previews import Previews
 from k_diffusion.training.run import RunResult, run_training
+from k_diffusion.training.told import Shown
 from k_diffusion.training.trainer import Trainer
 from k_diffusion.utils.scheduler import make_scheduler
 
@@ -113,45 +115,61 @@ def test_a_network_that_must_be_told_of_the_warp(
     assert seen()
 
 
+class Asking(Warped):
+    """Can do without."""
+
+    def forward(self, x: Tensor, t: Tensor, augmentation: Tensor | None = None) -> Tensor:
+        return x
+
+
 def test_networks_that_need_not_be_told_are_not(make_run_config: MakeConfig) -> None:
     model = {**UNET, "num_classes": 10}
     trainer = Trainer(make_run_config(model=model, augmentation={"warp": 0.3}, preview=PREVIEW))
     assert set(Previews(trainer).told(range(2)) or {}) == {"class_label"}
     assert Previews(trainer).told.null is None
+    assert unaugmented(Asking(WarpedConfig()), 3, "cpu") == {}
+    found = unaugmented(Warped(WarpedConfig()), 3, "cpu")["augmentation"]
+    assert torch.equal(found, torch.zeros(3, 9))
 
 
 # ---------------------------------------------------------------- by the command line
 
 
 @pytest.fixture
-def enlarging(make_run_config: MakeConfig) -> Path:
+def completing(make_run_config: MakeConfig) -> Path:
+    """A checkpoint that has learned to look at what it is told."""
     config = make_run_config(
-        model={**UNET, "image_channels": 1}, total_images=64,
-        conditioner={"type": "low_resolution", "channels": 1, "factor": 2},
+        model={**UNET, "image_channels": 2}, optimizer={"lr": 0.02}, ema={"max_decay": 0.5},
+        conditioner={"type": "known_part", "channels": 1, "mask": "box"},
     )  # fmt: skip
     return run(config).checkpoint
 
 
 def test_evaluate_tells_each_sample_of_an_image(
-    enlarging: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    completing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "found.json"
-    words = ["evaluate", str(enlarging), "-n", "30", "--steps", "2", "--seed", "7", "--metrics",
+    words = ["evaluate", str(completing), "-n", "30", "--steps", "2", "--seed", "7", "--metrics",
              "fid", "--device", "cpu", "--batch-size", "8"]  # fmt: skip
     assert main([*words, "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     assert found["sampling"]["told of"] == "30 images of the data"
     assert "classes in the shares of" not in found["sampling"]
-    conditioner, digits = LowResolution(channels=1, factor=2), Digits()
-    real = digits.images[torch.arange(30) * len(digits) // 30]
-    denoiser, _ = load_denoiser(enlarging)
+    conditioner, digits = KnownPart(channels=1, mask="box"), Digits()
+    denoiser, _ = load_denoiser(completing)
     sampler = KSampler(denoiser, make_scheduler("karras"), "dpmpp_2m")
     noise = unit_noise((1, 8, 8), range(7, 37))
-    drawn = sampler.sample(noise, 2, conditioner(conditioner.lower(real)))
-    reference = make_reference(digits, cache=enlarging.parent / "evaluation")
-    features = features_of(lambda numbers: drawn[numbers], 30, reference)
-    wanted = figures_of(features, reference, ["fid"]).values["fid"]
-    assert abs(found["figures"]["fid"] - wanted) < 1e-3
+    reference = make_reference(digits, cache=completing.parent / "evaluation")
+
+    def fid(condition: dict[str, Tensor]) -> float:
+        drawn = sampler.sample(noise, 2, condition)
+        features = features_of(lambda numbers: drawn[numbers], 30, reference)
+        return figures_of(features, reference, ["fid"]).values["fid"]
+
+    wanted = found["figures"]["fid"]
+    assert abs(fid(Shown(conditioner, digits, 30, 7)(range(30))) - wanted) < 1e-3
+    for other in ({}, Shown(conditioner, digits, 30, 0)(range(30))):
+        assert abs(fid(other) - wanted) > 1e-2
     assert main([*words, "--guidance", "2", "--out", str(tmp_path / "g.json")]) == 0
     guided = json.loads((tmp_path / "g.json").read_text())
     assert abs(guided["figures"]["fid"] - wanted) > 1e-3
