@@ -52,8 +52,8 @@ class Evaluation:
     def __init__(self, trainer: Trainer, say: Callable[[str], None]) -> None:
         self.trainer, self.options = trainer, trainer.config.evaluate
         options = self.options
+        on_first(lambda: look_at(options, trainer.source))
         with self._aside():
-            on_first(lambda: look_at(options, trainer.source))
             try:
                 self.reference = make_reference(
                     trainer.source,
