@@ -56,11 +56,10 @@ class Compare:
 
     def run(self) -> None:
         self._check()
-        import torch
-
         from k_diffusion.evaluation.sheet import REFERENCE, compare_samplers, find_comparable
         from k_diffusion.models.registry import known_classes
         from k_diffusion.training.restore import load_denoiser
+        from k_diffusion.training.told import Told
         from k_diffusion.utils.scheduler import make_scheduler
 
         load_plugins(self.plugin)
@@ -79,11 +78,9 @@ class Compare:
                 f"--class-label {max(self.class_label)} does not exist: {self.checkpoint} has "
                 f"{classes} classes"
             )
-        condition = {}
-        if classes:
-            turn = self.class_label or tuple(range(classes))
-            labels = [turn[i % len(turn)] for i in range(self.number)]
-            condition = {"class_label": torch.tensor(labels, device=device)}
+        turn = self.class_label or tuple(range(classes))
+        labels = [turn[i % len(turn)] for i in range(self.number)] if classes else []
+        told = Told(denoiser.network, device, labels=labels)
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -105,7 +102,7 @@ class Compare:
                 samplers=self.samplers,
                 schedulers=self.schedules,
                 steps=self.steps,
-                condition=condition or None,
+                condition=told(range(self.number)),
                 device=device,
                 reference_steps=REFERENCE,
                 tick=bar.update,

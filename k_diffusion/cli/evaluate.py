@@ -96,8 +96,8 @@ class Evaluate:
     negative: Words = ()
     """What guidance goes away from, instead of no condition."""
     condition: Words = ()
-    """What the model is told, of all samples. Classes need none: without it the samples have those
-    of the data, in their shares."""
+    """What the model is told, of all samples; without it classes in the shares of the data, or what
+    it was trained to be told of images, of those of the data in turn."""
     sampler_options: Settings = field(default_factory=dict)
     """Options of the method, such as eta=0.5."""
     scheduler_options: Settings = field(default_factory=dict)
@@ -180,7 +180,7 @@ class Evaluate:
         else:
             assert found is not None
             count = self.number
-            draw, said = self._drawn(found, reference, device)
+            draw, said = self._drawn(found, real, reference, device)
         with plain_warnings("k-diffusion evaluate"):
             features = features_of(
                 draw, count, reference, batch_size=self.batch_size, progress=True
@@ -231,14 +231,18 @@ class Evaluate:
         return denoiser, info
 
     def _drawn(
-        self, found: tuple[Any, CheckpointInfo], reference: Reference, device: torch.device
+        self,
+        found: tuple[Any, CheckpointInfo],
+        real: Source,
+        reference: Reference,
+        device: torch.device,
     ) -> tuple[Any, dict[str, Any]]:
         """What draws samples by their numbers, and what the result says of how."""
         import torch
 
-        from k_diffusion.evaluation.measuring import class_labels
         from k_diffusion.models.registry import known_classes
         from k_diffusion.sampling import KSampler, find_solver
+        from k_diffusion.training.evaluating import shares_of
         from k_diffusion.training.restore import load_denoiser
         from k_diffusion.utils.scheduler import make_scheduler
 
@@ -255,30 +259,16 @@ class Evaluate:
                 self.negative,
             )  # fmt: skip
         teller = Teller(info, denoiser, device)
-        condition = teller.condition(self.condition)
-        classes = known_classes(denoiser.network)
-        labels: list[int] = []
-        counts: list[int] = []
-        if classes and "class_label" not in (condition if self.condition else {}):
-            counts = reference.statistics.facts["classes"]
-            if len(counts) > classes or len(counts) == 1:  # the data's classes are not the model's
-                counts = [1] * classes
-            labels = class_labels(counts, self.number)
+        counts = reference.statistics.facts["classes"]
+        told = teller.told_as_data(self.condition, real, counts, self.number, self.seed)
         null = None
         if self.guidance != 1 and method not in WITHOUT_CONDITION:
-            null = teller.null(self.negative, told=bool(classes or condition))
+            null = teller.null(self.negative, told)
         guide = None
         said: dict[str, Any] = {name: getattr(self, name) for name in DRAWING[:-1]}
         if self.guide:
             guide, lesser = load_denoiser(newest_in(self.guide), device=device)
             said["guide sha256"] = lesser.sha256
-
-        def told(chosen: list[int]) -> dict[str, torch.Tensor] | None:
-            wide = {k: v.expand(len(chosen), *v.shape[1:]) for k, v in condition.items()}
-            if labels:
-                own = [labels[index] for index in chosen]
-                wide["class_label"] = torch.tensor(own, device=device)
-            return wide or None
 
         with as_usage():
             guided = make_guided(
@@ -297,8 +287,12 @@ class Evaluate:
         def draw(numbers: list[int]) -> torch.Tensor:
             return torch.stack([image for _, image in many.draw(numbers)])
 
-        shares = {"classes in the shares of": counts} if labels else {}
-        return draw, {"sampling": {k: v for k, v in said.items() if v or k == "seed"} | shares}
+        said = {key: value for key, value in said.items() if value or key == "seed"}
+        if told.labels:
+            said["classes in the shares of"] = shares_of(counts, known_classes(denoiser.network))
+        if told.shown is not None:
+            said["told of"] = f"{len(told.shown.numbers.unique())} images of the data"
+        return draw, {"sampling": said}
 
     def _picture(
         self, figures: Figures, real: Source, reference: Reference, draw: Any

@@ -11,6 +11,8 @@ from .problems import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from k_diffusion.guidance import Null
+
 METHODS = ("cfg", "apg", "cfg_zero_star", "perturbed_attention", "autoguidance")
 WITHOUT_CONDITION = ("perturbed_attention", "autoguidance")
 """Methods that need nothing that the model is told."""
@@ -69,7 +71,7 @@ def make_guided(
     options: Mapping[str, Any],
     *,
     guide: Any = None,
-    null: Mapping[str, torch.Tensor] | None = None,
+    null: Null = None,
     outputs: int = 1,
 ) -> Any:
     """The checkpoint's denoiser under guidance.
@@ -80,7 +82,8 @@ def make_guided(
         method: one of METHODS.
         options: of the method.
         guide: the lesser model's denoiser, for autoguidance.
-        null: what the second estimate is told instead, keyword -> value of a batch of one.
+        null: what the second estimate is told instead: keyword -> value of a batch of one, or see
+            `guidance.Null`.
         outputs: how many estimates the solver takes.
 
     Raises:
@@ -98,7 +101,7 @@ def make_guided(
         keywords["interval"] = tuple(ends)
     arguments = [denoiser, *([guide] if method == "autoguidance" else []), scale]
     if method not in WITHOUT_CONDITION and null is not None:
-        keywords["null"] = _Instead(null)
+        keywords["null"] = null if callable(null) else _Instead(null)
     made = getattr(guidance, method)(*arguments, **keywords)
     made.pair = outputs == 2
     return made

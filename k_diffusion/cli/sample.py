@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from k_diffusion.sampling import Churn, KSampler
     from k_diffusion.training.checkpoint import CheckpointInfo
+    from k_diffusion.training.told import Told
 
 REPEATED = (
     "sampler", "sampler options", "scheduler", "scheduler options", "steps", "guidance",
@@ -147,9 +148,10 @@ class Sample:
         condition = teller.condition(self.condition)
         classes = known_classes(denoiser.network)
         labels = self._labels(classes, condition)
+        told = teller.told(condition, labels)
         null = None
         if self.guidance != 1 and method not in WITHOUT_CONDITION:
-            null = teller.null(self.negative, told=bool(classes or condition))
+            null = teller.null(self.negative, told)
         guide, said = None, {}
         if self.guide:
             guide, lesser = load_denoiser(newest_in(self.guide), device=device)
@@ -181,7 +183,7 @@ class Sample:
         there = gallery.open(self.overwrite)
         try:
             with plain_warnings("k-diffusion sample"):
-                kept = self._draw(sampler, gallery, there, info, labels, condition, start)
+                kept = self._draw(sampler, gallery, there, info, told, start)
         except (KeyboardInterrupt, Terminated) as end:
             number = signal.SIGTERM if isinstance(end, Terminated) else signal.SIGINT
             raise Stopped(
@@ -205,22 +207,13 @@ class Sample:
         gallery: Gallery,
         there: list[int],
         info: CheckpointInfo,
-        labels: list[int],
-        condition: Mapping[str, torch.Tensor],
+        told: Told,
         start: Mapping[str, Any],
     ) -> int:
         """Draw what is missing of this process's share, and write it; how many were not."""
-        import torch
         from tqdm import tqdm
 
         from k_diffusion.sampling import Solver
-
-        def told(chosen: list[int]) -> dict[str, torch.Tensor] | None:
-            wide = {k: v.expand(len(chosen), *v.shape[1:]) for k, v in condition.items()}
-            if labels:
-                own = [labels[index] for index in chosen]
-                wide["class_label"] = torch.tensor(own, device=sampler.device)
-            return wide or None
 
         hidden = True if process_number() else None  # None: where nobody looks on
         with tqdm(unit="call", desc="sampling", disable=hidden) as bar:

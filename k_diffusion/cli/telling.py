@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import torch
 
     from k_diffusion.training.checkpoint import CheckpointInfo
+    from k_diffusion.training.dataset import Source
+    from k_diffusion.training.told import Told
 
 
 @dataclass
@@ -41,17 +43,64 @@ class Teller:
             return {}
         return nothing
 
-    def null(self, words: Sequence[str], *, told: bool) -> dict[str, torch.Tensor] | None:
-        """What guidance goes away from, as a batch of one; None: what the network calls nothing.
+    def told(self, condition: Mapping[str, torch.Tensor], labels: Sequence[int]) -> Told:
+        """What each image is told.
+
+        Args:
+            condition: what all are told, as a batch of one.
+            labels: the class of each; empty: none.
+        """
+        from k_diffusion.training.told import Told
+
+        return Told(self.denoiser.network, self.device, labels=labels, common=condition)
+
+    def told_as_data(
+        self, words: Sequence[str], data: Source, counts: Sequence[int], number: int, seed: int
+    ) -> Told:
+        """What so many images are told, so that they can be held against those of the data.
+
+        Args:
+            words: of `--condition`; none: as `make_told` has it.
+            data: the real images.
+            counts: of each class.
+            number: of images.
+            seed: of the first.
+
+        Raises:
+            UsageError: these data do not hold what the model is told.
+        """
+        from k_diffusion.evaluation.measuring import class_labels
+        from k_diffusion.models.registry import known_classes
+        from k_diffusion.training.evaluating import in_shares, shares_of
+        from k_diffusion.training.told import make_told
+
+        network, device = self.denoiser.network, self.device
+        if words:
+            condition, labels = self.condition(words), list[int]()
+            if (classes := known_classes(network)) and "class_label" not in condition:
+                labels = class_labels(shares_of(counts, classes), number)
+            return self.told(condition, labels)
+        conditioner, lay = self._conditioner(), in_shares(counts)
+        told = make_told(network, conditioner, data, number, lay, seed=seed, device=device)
+        try:
+            told([0])
+        except ValueError as error:
+            raise UsageError(
+                f"without --condition the samples are told what images of the data are, but {error}"
+            ) from None
+        return told
+
+    def null(self, words: Sequence[str], told: Told) -> Any:
+        """What guidance goes away from; None: what the network calls nothing.
 
         Args:
             words: of `--negative`.
-            told: whether the images have a condition at all.
+            told: what the images are told.
 
         Raises:
-            UsageError: they have none, or the model does not know how to be told nothing.
+            UsageError: that is nothing, or the model does not know how to be told nothing.
         """
-        if not told:
+        if not told.anything:
             raise UsageError(
                 f"--guidance needs something that the model is told, but {self.info.path} was "
                 "trained without: give --guide, a lesser checkpoint of it"
@@ -63,7 +112,7 @@ class Teller:
                 f"--guidance compares with a model that is told nothing, but {self.info.path} was "
                 "trained with condition_dropout = 0 and always told: give --negative, or --guide"
             )
-        return None
+        return told.null
 
     def _conditioner(self) -> Any:
         from k_diffusion.training.restore import load_conditioner

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k-diffusion"
 
 
-def load_tensors(path: Path | str) -> dict[str, Tensor]:
+def load_tensors(path: Path | str, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """A state dict from a safetensors file or one of torch, of which no code is run.
+
+    Args:
+        path: the file.
+        device: where they are to be; "meta": names and shapes alone, and no value is read.
 
     Raises:
         ValueError: there is none, or it is no state dict.
@@ -109,13 +114,25 @@ def load_tensors(path: Path | str) -> dict[str, Tensor]:
         raise ValueError(f"weights {path} " + ("is no file" if path.exists() else "is missing"))
     try:
         if path.suffix == ".safetensors":
+            if str(device) == "meta":
+                return _outlines(path)
             from safetensors.torch import load_file
 
-            return load_file(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path, str(device))
+        mapped = str(device) == "meta" and zipfile.is_zipfile(path)  # else it is of an old layout
+        found = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # of either format's own kinds
         reason = reason_of(error)[:200]
         raise ValueError(f"weights {path} cannot be read: {reason}") from None
     if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError(f"weights {path} is no state dict: name -> tensor")
     return dict(found)
+
+
+def _outlines(path: Path) -> dict[str, Tensor]:
+    """Names and shapes of a safetensors file, as tensors without memory."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -207,11 +207,29 @@ def load_inception(weights: str | Path = "") -> Inception:
     tensors = load_tensors(weights or _fetched())
     network = Inception()
     wanted = network.state_dict()
+    _check_layout(weights, tensors, wanted)
+    network.load_state_dict({**wanted, **tensors})
+    return network
+
+
+def check_inception(weights: str | Path) -> None:
+    """Refuse a file that `load_inception` would refuse, without reading the weights in it.
+
+    Raises:
+        ValueError: the file is missing, damaged or has other names or shapes.
+    """
+    with torch.device("meta"):
+        wanted = Inception().state_dict()
+    _check_layout(weights, load_tensors(weights, "meta"), wanted)
+
+
+def _check_layout(
+    weights: str | Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> None:
     # Counters of batches are in some copies of the file, and unused here.
-    for name in wanted:
-        if name.endswith("num_batches_tracked"):
-            tensors.setdefault(name, wanted[name])
-    missing, over = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    counters = {name for name in wanted if name.endswith("num_batches_tracked")}
+    missing = sorted(wanted.keys() - tensors.keys() - counters)
+    over = sorted(tensors.keys() - wanted.keys())
     wrong = [n for n in wanted.keys() & tensors.keys() if tensors[n].shape != wanted[n].shape]
     for what, names in (("lacks", missing), ("also has", over), ("has another shape of", wrong)):
         if names:
@@ -219,12 +237,15 @@ def load_inception(weights: str | Path = "") -> Inception:
                 f"weights {weights} are not Inception's of 2015-12-05: the file {what} "
                 f"{sorted(names)[0]} ({len(names)} of {len(wanted)} names)"
             )
-    network.load_state_dict(tensors)
-    return network
+
+
+def usual_file() -> Path:
+    """Where the usual weights are kept, once they are fetched."""
+    return cache_folder() / Path(URL).name
 
 
 def _fetched() -> Path:
-    path = cache_folder() / Path(URL).name
+    path = usual_file()
     try:
         download_file(path, URL)
     except OSError as error:

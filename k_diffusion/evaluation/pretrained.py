@@ -5,6 +5,7 @@ Only weights are read, in safetensors or without running code, and no code that 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from k_diffusion.evaluation.extractors import (
     FeatureExtractor,
     antialiased,
     as_rgb,
+    load_tensors,
     normalised,
 )
 from k_diffusion.utils.maths import unknown
@@ -149,6 +151,56 @@ def _check(name: str, known: dict[str, str]) -> None:
         raise ValueError(unknown("model", name, known))
 
 
+NO_TRANSFORMERS = (
+    "DINOv2 and CLIP are loaded by transformers, which cannot be imported: pip install "
+    "'k-diffusion[diffusers]' brings it; inception and small need none"
+)
+KINDS = {
+    "Dinov2Model": ("dinov2",),
+    "CLIPVisionModelWithProjection": ("clip", "clip_vision_model"),
+}
+"""Class of transformers -> what a config.json of its weights calls itself."""
+_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def check_folder(kind: str, place: str) -> bool:
+    """Refuse a folder that does not hold weights of a kind, without reading them.
+
+    Args:
+        kind: in KINDS.
+        place: a folder, or an id on the hub.
+
+    Returns:
+        Whether it is a folder.
+
+    Raises:
+        ValueError: it is a path, but no such folder.
+    """
+    folder = Path(place)
+    only_path = place.startswith((".", "/", "~")) or place.count("/") > 1 or folder.exists()
+    if not only_path:
+        return False
+    way = "give one with config.json and model.safetensors, or an id on the Hugging Face hub"
+    if not folder.is_dir():
+        raise ValueError(f"weights {place} is no folder: {way}")
+    try:
+        own = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = reason_of(error)
+        raise ValueError(
+            f"weights {place}: its config.json cannot be read ({reason}): {way}"
+        ) from None
+    if own not in KINDS[kind]:
+        raise ValueError(f"weights {place} are of a {own!r}, not of a {KINDS[kind][0]!r}: {way}")
+    if not any(
+        (folder / f"{file}{index}").is_file() for file in _FILES for index in ("", ".index.json")
+    ):
+        raise ValueError(f"weights {place} holds neither {' nor '.join(_FILES)}: {way}")
+    if (file := folder / _FILES[0]).is_file():
+        load_tensors(file, "meta")
+    return True
+
+
 def _load(kind: str, place: str) -> Any:
     """A network of transformers, from a folder or the hub."""
     from safetensors import SafetensorError
@@ -156,18 +208,10 @@ def _load(kind: str, place: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
-            f"DINOv2 and CLIP are loaded by transformers, which cannot be imported ({error}): pip "
-            "install 'k-diffusion[diffusers]' brings it; inception and small need none"
-        ) from None
+        raise ImportError(f"{NO_TRANSFORMERS} ({error})") from None
 
+    check_folder(kind, place)
     folder = Path(place)
-    only_path = place.startswith((".", "/", "~")) or place.count("/") > 1 or folder.exists()
-    if only_path and not folder.is_dir():
-        raise ValueError(
-            f"weights {place} is no folder: give one with config.json and model.safetensors, or an "
-            "id on the Hugging Face hub"
-        )
     try:
         return (
             getattr(transformers, kind)

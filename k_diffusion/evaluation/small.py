@@ -62,16 +62,22 @@ class SmallExtractor(FeatureExtractor):
     def load(cls, path: Path, device: torch.device | str = "cpu") -> SmallExtractor:
         """What `save` wrote.
 
+        Args:
+            path: the file.
+            device: where it computes; "meta": nowhere, and the values are not read.
+
         Raises:
             ValueError: it is missing, damaged or something else.
         """
         from k_diffusion.utils.files import get_safetensors_metadata
 
-        tensors = load_tensors(path)
+        read = "meta" if str(device) == "meta" else "cpu"
+        tensors = load_tensors(path, read)
         text = (get_safetensors_metadata(path) or {}).get("small_extractor")
         try:
             facts = json.loads(text or "")
-            network = Classifier(int(facts["channels"]), int(facts["outputs"]))
+            with torch.device(read):
+                network = Classifier(int(facts["channels"]), int(facts["outputs"]))
             network.load_state_dict(tensors)
         except (ValueError, KeyError, TypeError, RuntimeError) as error:
             reason = reason_of(error)[:200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,3 +130,19 @@ class Augmentation:
                 f"{type(conditioner).__name__} and augmentation.warp both tell the network its "
                 f"{KEYWORD}: leave one of them out"
             )
+
+
+def unaugmented(network: nn.Module, count: int, device: torch.device | str) -> dict[str, Tensor]:
+    """What drawn samples are told of a warp, where a network cannot do without: zeros, as training
+    tells it of an image left as it is.
+
+    Args:
+        network: whose `forward` takes `augmentation` and has no default for it; else it is told
+            nothing.
+        count: samples.
+        device: where they are drawn.
+    """
+    asked = inspect.signature(network.forward).parameters.get(KEYWORD)
+    if asked is None or asked.default is not inspect.Parameter.empty:
+        return {}
+    return {KEYWORD: torch.zeros(count, known_augmentation(network) or CONDITION, device=device)}

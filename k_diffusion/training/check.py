@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from k_diffusion.models import Conditioner
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import DataError, Source, as_float
+from k_diffusion.training.evaluating import look_at
 from k_diffusion.training.gradient import even_parts
 from k_diffusion.training.lock import refuse_busy
 from k_diffusion.training.loggers import check_loggers
+from k_diffusion.training.previews import Previews
 from k_diffusion.training.run import _start_point
 from k_diffusion.training.trainer import Trainer, TrainingError
 
@@ -55,6 +57,7 @@ class RunCheck:
         micro_batch: images that a process computes at once.
         loss: of the step.
         grad_norm: of the step.
+        evaluation: what is measured when and by what, in words; empty: nothing.
         resumed_from: the checkpoint from which the run would go on.
         free_bytes: of the disk that the run's folder is on.
     """
@@ -78,6 +81,7 @@ class RunCheck:
     micro_batch: int
     loss: float
     grad_norm: float
+    evaluation: str
     resumed_from: Path | None
     free_bytes: int
 
@@ -116,6 +120,7 @@ class RunCheck:
             f"for the backward pass {_size(self.saved_bytes)}{peak}",
             "step": f"{config.batch_size} images in {cut}{shared}; loss {self.loss:.4g}, gradient "
             f"norm {self.grad_norm:.4g}",
+            "figures": self.evaluation,
             "run": f"{config.steps:,} steps, {config.total_images:,} images{start}; a checkpoint "
             f"takes about {_size(self.checkpoint_bytes)}, {config.out} has "
             f"{_size(self.free_bytes)} left",
@@ -160,6 +165,9 @@ def check_run(
         conditioner=conditioner,
         optimizer=optimizer,
     )
+    Previews(trainer)
+    measured = config.evaluate.every_images is not None
+    evaluation = look_at(config.evaluate, trainer.source) if measured else ""
     decoded = decode_sample(trainer.source, sample)
     saved, loss, grad_norm = _step(trainer)
     device = trainer.device
@@ -185,6 +193,7 @@ def check_run(
         micro_batch=trainer.micro_batch or config.batch_size,
         loss=loss,
         grad_norm=grad_norm,
+        evaluation=evaluation,
         resumed_from=start,
         free_bytes=free,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -58,14 +58,16 @@ class Conditioning:
         shown: dict[str, Tensor] = drop(condition, hidden)
         return shown
 
-    def example(self) -> dict[str, Tensor]:
-        """The condition of the first image, once it is seen to fit the network.
+    def examples(self) -> dict[tuple[int, ...], dict[str, Tensor]]:
+        """Shape -> the condition of the first image of it, once it is seen to fit the network.
+
+        A shape that no image has is left out, where anything is told.
 
         Raises:
             ConfigError: it does not, or the conditioner would have to be trained.
         """
         if self.conditioner is None:
-            return {}
+            return {tuple(shape): {} for shape in self.source.shapes}
         for name, parameter in self.conditioner.named_parameters():
             if parameter.requires_grad:
                 raise ConfigError(
@@ -74,16 +76,20 @@ class Conditioning:
                     "requires_grad_(False), or make them part of the network"
                 )
         try:
-            batch = self.source.batch(torch.tensor([0]))
-            example = self._of(batch, as_float(batch.images.to(self.device)), [0])
-            check: Any = getattr(self.network, "check_condition", None)
-            if check is not None:
-                check(1, **example)
-            check_null(self.network, self.conditioner, example)
+            return {shape: self._example(number) for shape, number in first_ones(self.source)}
         except ValueError as error:
             raise ConfigError(
                 f"model, conditioner and data do not fit each other: {error}"
             ) from None
+
+    def _example(self, number: int) -> dict[str, Tensor]:
+        assert self.conditioner is not None
+        batch = self.source.batch(torch.tensor([number]))
+        example = self._of(batch, as_float(batch.images.to(self.device)), [0])
+        check: Any = getattr(self.network, "check_condition", None)
+        if check is not None:
+            check(1, **example)
+        check_null(self.network, self.conditioner, example)
         return example
 
     @torch.no_grad()
@@ -92,6 +98,16 @@ class Conditioning:
         assert self.conditioner is not None
         seeds = [fold_seed(self.config.seed, Purpose.CONDITION, place) for place in places]
         return condition_of(self.conditioner, batch, x0, self.source.class_names, seeds)
+
+
+def first_ones(source: Source) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Each shape that images have, and the number of the first one of it."""
+    if source.buckets is None:
+        yield tuple(source.shape), 0
+        return
+    for bucket, shape in enumerate(source.shapes):
+        if len(members := (source.buckets == bucket).nonzero()[:, 0]):
+            yield tuple(shape), int(members[0])
 
 
 def condition_of(

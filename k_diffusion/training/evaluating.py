@@ -16,14 +16,17 @@ import torch
 from torch import Tensor
 
 from k_diffusion.denoiser import make_denoiser
+from k_diffusion.evaluation.at_hand import look_for_extractor
 from k_diffusion.evaluation.gathering import on_first
 from k_diffusion.evaluation.measuring import class_labels, features_of, figures_of, make_reference
-from k_diffusion.models import ClassConditioner, make_model
+from k_diffusion.models import ClassConditioner, Conditioner, make_model
 from k_diffusion.sampling import KSampler
 from k_diffusion.training.config import ConfigError
 from k_diffusion.training.dataset import DataError, Source, make_source
 from k_diffusion.training.named_tensors import copy_tensors, named_tensors
+from k_diffusion.training.sections import EvaluateConfig
 from k_diffusion.training.shards import gathered
+from k_diffusion.training.told import Lay, make_told
 from k_diffusion.utils.scheduler import make_scheduler
 from k_diffusion.utils.words import reason_of
 
@@ -43,25 +46,13 @@ class Evaluation:
         say: takes lines of news.
 
     Raises:
-        ConfigError: the data are no images, or the extractor or a condition cannot be had.
+        ConfigError: the data are no images, or the extractor cannot be had.
     """
 
     def __init__(self, trainer: Trainer, say: Callable[[str], None]) -> None:
         self.trainer, self.options = trainer, trainer.config.evaluate
-        facts, options = trainer.source.facts(), self.options
-        if len(facts["shape"]) != 3 or not 1 <= facts["shape"][0] <= 4 or "autoencoder" in facts:
-            what = "latents" if "autoencoder" in facts else f"of shape {tuple(facts['shape'])}"
-            raise ConfigError(
-                f"evaluate.every_images = {options.every_images}, but the data are {what}, not "
-                "images: leave it out"
-            )
-        if len(trainer.source.shapes) > 1:
-            raise ConfigError(
-                f"evaluate.every_images = {options.every_images}, but data.buckets gives images of "
-                f"{len(trainer.source.shapes)} sizes, and figures are of one: leave it out, and "
-                "measure by k-diffusion evaluate with data of one size"
-            )
-        self._nothing = self._told_nothing()
+        options = self.options
+        on_first(lambda: look_at(options, trainer.source))
         with self._aside():
             try:
                 self.reference = make_reference(
@@ -77,8 +68,15 @@ class Evaluation:
                 raise ConfigError(
                     f"evaluate.extractor = {options.extractor!r} cannot be had: {error}"
                 ) from None
-        counts = self.reference.statistics.facts["classes"]
-        self._labels = class_labels(counts, options.images) if trainer.num_classes else []
+        self.told = make_told(
+            trainer.network,
+            trainer.conditioner,
+            trainer.source,
+            options.images,
+            in_shares(self.reference.statistics.facts["classes"]),
+            seed=options.seed,
+            device=trainer.device,
+        )
 
     def measure(self) -> dict[str, Any]:
         """What a line of the metrics file says: "extractor", "samples" and "figures", name ->
@@ -92,7 +90,7 @@ class Evaluation:
                 options.images,
                 steps=options.steps,
                 shape=self.trainer.source.shape,
-                condition=self._told,
+                condition=self.told,
                 seed=options.seed,
                 batch_size=options.batch_size,
                 rank=0,
@@ -126,29 +124,6 @@ class Evaluation:
         process = make_scheduler(**config.process) if config.process else None
         return make_denoiser(network.eval().requires_grad_(False), process)
 
-    def _told_nothing(self) -> dict[str, Tensor]:
-        """What all samples are told where the network knows no classes, as a batch of one."""
-        conditioner = self.trainer.conditioner
-        if conditioner is None or isinstance(conditioner, ClassConditioner):
-            return {}
-        try:
-            return conditioner.null(1)
-        except ValueError as error:
-            raise ConfigError(
-                f"evaluate.every_images = {self.options.every_images} cannot tell the network "
-                f"nothing: {error}; leave it out"
-            ) from None
-
-    def _told(self, numbers: Sequence[int]) -> dict[str, Tensor] | None:
-        device = self.trainer.device
-        if self._labels and not self._nothing:
-            labels = [self._labels[number] for number in numbers]
-            return {"class_label": torch.tensor(labels, device=device)}
-        return {
-            key: value.to(device).expand(len(numbers), *value.shape[1:])
-            for key, value in self._nothing.items()
-        } or None
-
     def _aside(self) -> Any:
         """Nothing drawn within it is missed, and no sampler's advice is given."""
         return _Aside(self.trainer.device)
@@ -170,6 +145,63 @@ class _Aside:
     def __exit__(self, *error: Any) -> None:
         self._warnings.__exit__(*error)
         self._rng.__exit__(*error)
+
+
+def look_at(options: EvaluateConfig, source: Source) -> str:
+    """See what can be seen before anything is loaded.
+
+    Returns:
+        What is done when, in words.
+
+    Raises:
+        ConfigError: the data are no images of one size, or the extractor cannot be had.
+    """
+    facts = source.facts()
+    if len(facts["shape"]) != 3 or not 1 <= facts["shape"][0] <= 4 or "autoencoder" in facts:
+        what = "latents" if "autoencoder" in facts else f"of shape {tuple(facts['shape'])}"
+        raise ConfigError(
+            f"evaluate.every_images = {options.every_images}, but the data are {what}, not "
+            "images: leave it out"
+        )
+    if len(source.shapes) > 1:
+        raise ConfigError(
+            f"evaluate.every_images = {options.every_images}, but data.buckets gives images of "
+            f"{len(source.shapes)} sizes, and figures are of one: leave it out, and "
+            "measure by k-diffusion evaluate with data of one size"
+        )
+    try:
+        origin = look_for_extractor(options.extractor, options.weights or "", source.shape[0])
+    except (ValueError, ImportError) as error:
+        raise ConfigError(
+            f"evaluate.extractor = {options.extractor!r} cannot be had: {error}"
+        ) from None
+    return (
+        f"{', '.join(options.metrics)} of {options.images:,} samples every "
+        f"{options.every_images:,} images, by {options.extractor} ({origin})"
+    )
+
+
+def in_shares(counts: Sequence[int]) -> Lay:
+    """Classes in the shares of the data; see `shares_of`.
+
+    Of a conditioner that reads something else than labels the order of classes is not known: it
+    has to be asked, of images.
+
+    Args:
+        counts: the data's images of each class.
+    """
+
+    def lay(conditioner: Conditioner, classes: int, count: int) -> list[int]:
+        if not isinstance(conditioner, ClassConditioner) or conditioner.config.reads != "label":
+            return []
+        return class_labels(shares_of(counts, classes), count)
+
+    return lay
+
+
+def shares_of(counts: Sequence[int], classes: int) -> list[int]:
+    """Images of each of a model's classes; equal shares, where the data's are not its classes."""
+    return list(counts) if 1 < len(counts) <= classes else [1] * classes
 
 
 def open_data(given: str, trained: Mapping[str, Any], shape: Sequence[int]) -> Source:

@@ -67,10 +67,17 @@ def settle(
     return config.model_copy(update=update)
 
 
-def check_shape(model: Mapping[str, Any], source: Source, example: Mapping[str, Tensor]) -> None:
-    """Run the network on one image without memory, to see whether it takes the data's shapes."""
-    condition = {keyword: value.to("meta") for keyword, value in example.items()}
-    for one in source.shapes:
+def check_shape(
+    model: Mapping[str, Any], examples: Mapping[tuple[int, ...], Mapping[str, Tensor]]
+) -> None:
+    """Run the network on one image without memory, to see whether it takes the data's shapes.
+
+    Args:
+        model: its config.
+        examples: shape of an image -> what it is told of such a one, as a batch of one.
+    """
+    for one, example in examples.items():
+        condition = {keyword: value.to("meta") for keyword, value in example.items()}
         with torch.device("meta"), torch.no_grad(), suppress(NotImplementedError, RuntimeError):
             try:
                 network, shape = make_model(model), (1, *one)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,11 @@ from torch import Tensor, nn
 
 from k_diffusion.guidance import cfg
 from k_diffusion.sampling import KSampler
-from k_diffusion.training.conditioning import condition_of
 from k_diffusion.training.config import ConfigError
-from k_diffusion.training.dataset import Purpose, as_float
 from k_diffusion.training.health import unchanged_buffers, unchanged_generators
 from k_diffusion.training.retention import checkpoint_path, passed
+from k_diffusion.training.told import make_told
 from k_diffusion.utils.images import image_grid, save_png
-from k_diffusion.utils.maths import fold_seed
 from k_diffusion.utils.scheduler import make_scheduler
 from k_diffusion.utils.words import reason_of
 
@@ -60,17 +58,19 @@ class Previews:
             raise ConfigError(
                 "preview draws images, but the data is latents: leave preview.every_images out"
             )
-        reads = getattr(getattr(trainer.conditioner, "config", None), "reads", None)
-        if len(trainer.source.shapes) > 1 and reads == "clean":
-            raise ConfigError(
-                "preview draws images of one size, but each is told a picture, and data.buckets "
-                f"has {len(trainer.source.shapes)} sizes: leave preview.every_images out"
-            )
         if self._config.guidance != 1 and trainer.conditioner is None:
             raise ConfigError(
                 f"preview.guidance = {self._config.guidance} compares with a network that is told "
                 "nothing, and this one is told nothing anyway: leave it out"
             )
+        self.told = make_told(
+            trainer.network,
+            trainer.conditioner,
+            trainer.source,
+            self._config.count,
+            seed=self._config.seed,
+            device=trainer.device,
+        )
 
     def due(self, images_seen: int, ended: bool) -> bool:
         """Whether there is one after the step that ended at this time."""
@@ -104,7 +104,7 @@ class Previews:
 
     def _grid(self) -> Tensor:
         images = self.draw()
-        labels, names = self._labels(), self._trainer.source.class_names
+        labels, names = self.told.labels, self._trainer.source.class_names
         turn = list(dict.fromkeys(labels))
         columns: list[str] = []
         if 1 < len(turn) <= 20 and len(labels) >= len(turn):
@@ -124,42 +124,22 @@ class Previews:
         ):
             denoiser: Any = trainer.denoiser
             if config.guidance != 1:
-                denoiser = cfg(denoiser, config.guidance)
+                denoiser = cfg(denoiser, config.guidance, null=self.told.null)
             sampler = KSampler(denoiser, make_scheduler(config.scheduler), config.sampler)
             return sampler.sample_many(
                 config.count,
                 steps=config.steps,
-                shape=trainer.source.shape,
-                condition=self._condition(),
+                shape=self.told.shape or trainer.source.shape,
+                condition=self.told,
                 seed=config.seed,
                 rank=0,
                 world=1,
             ).collect()
 
-    def _labels(self) -> list[int]:
-        """All classes in turn; empty where the network is told something else, or nothing."""
-        trainer = self._trainer
-        kind = getattr(trainer.conditioner, "keywords", ())
-        classes = trainer.num_classes if tuple(kind) == ("class_label",) else 0
-        return [k % classes for k in range(self._config.count)] if classes else []
-
-    def _condition(self) -> dict[str, Tensor] | None:
-        """What the images are told: classes in turn, or what some images of the data are."""
-        trainer, count = self._trainer, self._config.count
-        if trainer.conditioner is None:
-            return None
-        if labels := self._labels():
-            return {"class_label": torch.tensor(labels, device=trainer.device)}
-        source = trainer.source
-        batch = source.batch(torch.arange(count) * len(source) // count)
-        seeds = [fold_seed(self._config.seed, Purpose.CONDITION, k) for k in range(count)]
-        x0 = as_float(batch.images.to(trainer.device))
-        return condition_of(trainer.conditioner, batch, x0, source.class_names, seeds)
-
     def text(self) -> dict[str, str]:
         """What the picture says of itself: all that it takes to draw it again."""
         trainer, config = self._trainer, self._config
-        labels = self._labels()
+        labels, shown = self.told.labels, self.told.shown
         said = {
             "images seen": trainer.images_seen,
             "step": trainer.step,
@@ -172,11 +152,13 @@ class Previews:
             "classes": ",".join(map(str, labels)) if labels else "none",
             "config": json.dumps(trainer.config.to_json()),
         }
-        if labels or trainer.conditioner is None:
-            said["command"] = shlex.join(self._command(labels))
+        if shown is None:
+            said["command"] = shlex.join(self._command())
+        else:
+            said["told of images"] = ",".join(map(str, shown.numbers.tolist()))
         return {name: str(value) for name, value in said.items()}
 
-    def _command(self, labels: Sequence[int]) -> list[str]:
+    def _command(self) -> list[str]:
         """That draws the same images, where the run has kept its checkpoint of this moment."""
         trainer, config = self._trainer, self._config
         words = [

@@ -133,9 +133,9 @@ class Trainer:
         check_learns(network)
         conditioning = Conditioning(config, self.conditioner, network, self.source, self.device)
         augmentation = Augmentation(config, network, self.source, self.conditioner)
-        example = {**conditioning.example(), **augmentation.example()}
+        examples, said = conditioning.examples(), augmentation.example()
         if given is None:
-            check_shape(config.model, self.source, example)
+            check_shape(config.model, {one: {**told, **said} for one, told in examples.items()})
         model = full_model(network, config.model)
         self.config = config = config.model_copy(update={"model": model})
         self.network = network.to(self.device).train()

@@ -85,6 +85,30 @@ def test_the_summary(make_run_config: Any) -> None:
     assert "weights 1.04 kB, gradient 1.03 kB, optimiser 2.08 kB" in lines["memory"]
 
 
+def test_what_is_drawn_on_the_way_is_looked_at(make_run_config: Any, tmp_path: Path) -> None:
+    """Missing weights of an extractor are named before anything is trained, and nothing is drawn or
+    fetched for it; so is what previews cannot show."""
+    evaluate = {"every_images": 320, "metrics": ["fid"], "images": 40}
+    found = check_run(make_run_config(evaluate=evaluate))
+    assert found.evaluation == (
+        "fid of 40 samples every 320 images, by small (which is trained on the data first)"
+    )
+    assert f"figures: {found.evaluation}" in str(found)
+    for weights, extractor in (("none.pth", "inception"), ("none.safetensors", "small")):
+        named = {"extractor": extractor, "weights": str(tmp_path / weights)}
+        with pytest.raises(ConfigError, match=f"'{extractor}' cannot be had: .*{weights} is miss"):
+            check_run(make_run_config(evaluate={**evaluate, **named}))
+    check_run(make_run_config(evaluate={"weights": str(tmp_path / "none.pth")}))  # never needed
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match="told nothing anyway: leave it out"):
+        check_run(
+            make_run_config(
+                model={"type": "tiny", "prediction": "edm", "time_convention": "log_sigma"},
+                preview={"every_images": 320, "guidance": 2.0},
+            )
+        )
+
+
 def test_every_average_and_an_optimiser_of_one_s_own_count(make_run_config: Any) -> None:
     def sgd(network: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(network.parameters(), lr=0.1)

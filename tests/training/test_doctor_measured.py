@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,13 @@ from k_diffusion.training.doctor.measured import (
     open_patient,
 )
 from k_diffusion.training.run import run_training
+from k_diffusion.training.told import Told
 
 MakeConfig = Callable[..., TrainConfig]
 Denoise = Callable[..., Tensor]
 
 
-class Told:
+class Someone:
     """Stands for a conditioner, of which only that there is one is asked."""
 
 
@@ -69,8 +71,9 @@ def patient(
     )
     denoisers = {name: make_denoiser(function) for name, function in weights.items()}
     condition = {} if labels is None else {"class_label": labels}
-    conditioner: Any = None if labels is None else Told()
-    return Patient(info, denoisers, conditioner, x0, condition, "no data here")
+    conditioner: Any = None if labels is None else Someone()
+    told = Told(torch.nn.Identity(), "cpu", labels=[] if labels is None else labels.tolist())
+    return Patient(info, denoisers, conditioner, x0, condition, "no data here", told)
 
 
 def look(name: str, at: Patient) -> Finding | None:
@@ -227,7 +230,7 @@ def test_too_few_steps() -> None:
 
 
 def test_the_condition_of_the_samples() -> None:
-    """Those of the images at hand, or none."""
+    """As `make_told` has it; where that cannot be had, they are not drawn."""
     x0, labels = digits()
     told: list[Tensor] = []
 
@@ -236,8 +239,11 @@ def test_the_condition_of_the_samples() -> None:
         return x * 0
 
     look("steps in sampling", patient({"ema": denoise}, x0, labels))
-    assert all(torch.equal(one, labels[::4]) for one in told)
+    assert all(torch.equal(one, labels[:16]) for one in told)
     assert told
+    at = replace(patient({"ema": denoise}), told=None)
+    with pytest.raises(NotSeen, match="the network must be told something, and no data here"):
+        look("steps in sampling", at)
 
 
 # ---------------------------------------------------------------- a real run

@@ -12,14 +12,12 @@ import torch
 
 from k_diffusion.evaluation import features_of, figures_of, make_reference, train_small
 from k_diffusion.evaluation.measuring import class_labels
-from k_diffusion.models import LowResolution
 from k_diffusion.sampling import KSampler
 from k_diffusion.training import ArraySource, Digits, load_denoiser
 from k_diffusion.training.checkpoint import read_checkpoint
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import DataError
 from k_diffusion.training.evaluating import Evaluation, open_data
-from k_diffusion.training.previews import Previews
 from k_diffusion.training.run import run_training
 from k_diffusion.training.trainer import Trainer
 from k_diffusion.utils.scheduler import KarrasScheduler
@@ -285,15 +283,10 @@ def test_data_to_compare_with(tmp_path: Path) -> None:
 def test_sizes_in_buckets_are_refused_before_the_run(
     make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Figures are of images of one size; so are previews, where each is told a picture."""
+    """Figures are of images of one size."""
     monkeypatch.setattr(Digits, "shapes", ((1, 8, 8), (1, 4, 16)))
     config = make_run_config(evaluate=EVALUATE)
     with pytest.raises(ConfigError, match="evaluate.every_images = 256, but data.buckets"):
         Evaluation(Trainer(config), print)
     with pytest.raises(ValueError, match="the real images have several sizes"):
         make_reference(Digits())
-    trainer = Trainer(make_run_config(preview={"every_images": 256}))
-    Previews(trainer)  # told classes, or nothing
-    trainer.conditioner = LowResolution(channels=1, factor=2, size=(8, 8))
-    with pytest.raises(ConfigError, match="preview draws images of one size"):
-        Previews(trainer)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from k_diffusion.models import Conditioner
 from k_diffusion.sampling import KSampler, unit_noise
+from k_diffusion.training.augmentation import unaugmented
 from k_diffusion.training.checkpoint import LAST, CheckpointInfo
 from k_diffusion.training.conditioning import condition_of
 from k_diffusion.training.data_sections import DataConfig
@@ -26,6 +29,7 @@ from k_diffusion.training.doctor.finding import Finding, NotSeen
 from k_diffusion.training.ema import MAIN
 from k_diffusion.training.loss import noisy
 from k_diffusion.training.restore import load_conditioner, load_denoiser
+from k_diffusion.training.told import Told, evenly, make_told, of_one_size
 from k_diffusion.utils.scheduler import make_scheduler
 
 LEVELS = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -58,6 +62,7 @@ class Patient:
         x0: some images of the data, floats of shape (B, ...); None: there are none at hand.
         condition: keyword -> value, of these images.
         no_data: why there are none.
+        told: what drawn samples are told; None: it cannot be had without data.
     """
 
     info: CheckpointInfo
@@ -66,6 +71,7 @@ class Patient:
     x0: Tensor | None
     condition: Mapping[str, Tensor]
     no_data: str = ""
+    told: Told | None = None
 
     def images(self) -> Tensor:
         """The images, or the reason why there are none."""
@@ -95,18 +101,38 @@ def open_patient(checkpoint: Path, device: torch.device | str, count: int) -> Pa
     for name in info.averages:
         weights[name] = load_denoiser(checkpoint, name, device)[0]
     conditioner = load_conditioner(info, device)
+    usual = partial(make_told, denoiser.network, conditioner, count=DRAWN, seed=0, device=device)
     try:
         source = _open_data(info)
+        x0, condition = _images(source, conditioner, count, device)
     except NotSeen as reason:
-        return Patient(info, weights, conditioner, None, {}, str(reason))
-    n = min(count, len(source))
-    batch = source.batch(torch.arange(n) * len(source) // n)
+        told = None
+        with suppress(ValueError):  # the conditioner cannot tell nothing
+            told = usual(source=None)
+        return Patient(info, weights, conditioner, None, {}, str(reason), told)
+    condition |= unaugmented(denoiser.network, len(x0), device)
+    return Patient(info, weights, conditioner, x0, condition, told=usual(source=source))
+
+
+@torch.no_grad()
+def _images(
+    source: Source, conditioner: Conditioner | None, count: int, device: torch.device | str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Some images of one size, evenly spread, and their condition.
+
+    Raises:
+        NotSeen: the data does not hold what the network is told.
+    """
+    members, _ = of_one_size(source)
+    n = min(count, len(members))
+    batch = source.batch(evenly(members, n))
     x0 = as_float(batch.images.to(device))
-    condition: dict[str, Tensor] = {}
-    if conditioner is not None:
-        with torch.no_grad():
-            condition = condition_of(conditioner, batch, x0, source.class_names, range(n))
-    return Patient(info, weights, conditioner, x0, condition)
+    if conditioner is None:
+        return x0, {}
+    try:
+        return x0, condition_of(conditioner, batch, x0, source.class_names, range(n))
+    except ValueError as error:
+        raise NotSeen(f"the data at hand does not say what the network is told ({error})") from None
 
 
 def _open_data(info: CheckpointInfo) -> Source:
@@ -271,11 +297,14 @@ def _scale(patient: Patient) -> float:
 def steps_in_sampling(patient: Patient) -> Finding | None:
     """Samples that change with more steps than `k-diffusion sample` takes by default."""
     sampler = KSampler(patient.main, make_scheduler(SCHEDULER), SAMPLER)
-    condition = _drawn_condition(patient, sampler.device)
-    noise = unit_noise(tuple(patient.info.data["shape"]), list(range(DRAWN)), sampler.device)
+    if patient.told is None:
+        raise NotSeen(f"the network must be told something, and {patient.no_data}")
+    condition = patient.told(range(DRAWN))
+    shape = patient.told.shape or tuple(patient.info.data["shape"])
+    noise = unit_noise(shape, list(range(DRAWN)), sampler.device)
 
     def drawn(steps: int) -> Tensor:
-        return sampler.sample(noise, steps, condition or None, seed=list(range(DRAWN))).double()
+        return sampler.sample(noise, steps, condition, seed=list(range(DRAWN))).double()
 
     fine, far = drawn(4 * STEPS), {}
     for steps in (STEPS, 2 * STEPS):
@@ -294,20 +323,6 @@ def steps_in_sampling(patient: Patient) -> Finding | None:
         f"{change}; k-diffusion compare shows other methods",
         {"steps": STEPS, "distance": {str(steps): value for steps, value in far.items()}},
     )
-
-
-def _drawn_condition(patient: Patient, device: torch.device) -> dict[str, Tensor]:
-    """What the samples are told: conditions of the images in turn, classes in turn, or nothing."""
-    if patient.conditioner is None:
-        return {}
-    if patient.condition:
-        count = len(next(iter(patient.condition.values())))
-        rows = torch.arange(DRAWN, device=device) * count // DRAWN
-        return {name: value[rows] for name, value in patient.condition.items()}
-    try:
-        return patient.conditioner.null(DRAWN)
-    except ValueError:
-        raise NotSeen(f"the network must be told something, and {patient.no_data}") from None
 
 
 CHECKS: dict[str, Callable[[Patient], Finding | None]] = {
