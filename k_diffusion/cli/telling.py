@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ class Teller:
         """What all images are told, as a batch of one; none where the checkpoint knows of none."""
         if words:
             return self._read("condition", words)
-        conditioner = self._conditioner() if self.info.config.get("conditioner") else None
+        conditioner = self._conditioner if self.info.config.get("conditioner") else None
         if conditioner is None:
             return {}
         try:
@@ -52,7 +53,14 @@ class Teller:
         """
         from k_diffusion.training.told import Told
 
-        return Told(self.denoiser.network, self.device, labels=labels, common=condition)
+        network = self.denoiser.network
+        return Told(
+            network,
+            self.device,
+            labels=labels,
+            common=condition,
+            conditioner=None if hasattr(network, "drop_condition") else self._conditioner,
+        )
 
     def told_as_data(
         self, words: Sequence[str], data: Source, counts: Sequence[int], number: int, seed: int
@@ -80,7 +88,7 @@ class Teller:
             if (classes := known_classes(network)) and "class_label" not in condition:
                 labels = class_labels(shares_of(counts, classes), number)
             return self.told(condition, labels)
-        conditioner, lay = self._conditioner(), in_shares(counts)
+        conditioner, lay = self._conditioner, in_shares(counts)
         told = make_told(network, conditioner, data, number, lay, seed=seed, device=device)
         try:
             told([0])
@@ -114,13 +122,14 @@ class Teller:
             )
         return told.null
 
+    @functools.cached_property
     def _conditioner(self) -> Any:
         from k_diffusion.training.restore import load_conditioner
 
         return load_conditioner(self.info, self.device)
 
     def _read(self, option: str, words: Sequence[str]) -> dict[str, torch.Tensor]:
-        conditioner = self._conditioner()
+        conditioner = self._conditioner
         if conditioner is None:
             raise UsageError(
                 f"--{option} is {words[0]!r}, but {self.info.path} was trained without any; leave "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,7 +32,7 @@ class Archived(Pictures):
     """
 
     def __init__(
-        self, path: str | Path, size: int | tuple[int, int], *args: Any, **options: Any
+        self, path: str | Path, size: int | Sequence[int], *args: Any, **options: Any
     ) -> None:
         super().__init__(f"archive {path}", size, *args, **options)
         self.archives = [Archive(shard) for shard in _shards(Path(path))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ class Folder(Pictures):
     """
 
     def __init__(
-        self, path: str | Path, size: int | tuple[int, int], *args: Any, **options: Any
+        self, path: str | Path, size: int | Sequence[int], *args: Any, **options: Any
     ) -> None:
         super().__init__(f"data folder {path}", size, *args, **options)
         self.root = Path(path)

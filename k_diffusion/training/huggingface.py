@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -38,7 +39,7 @@ class HuggingFace(Pictures):
     def __init__(
         self,
         path: str | Path,
-        size: int | tuple[int, int],
+        size: int | Sequence[int],
         *args: Any,
         name: str = "",
         split: str = "train",

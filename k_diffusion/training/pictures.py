@@ -66,7 +66,7 @@ class Pictures(Source):
     def __init__(
         self,
         where: str,
-        size: int | tuple[int, int],
+        size: int | Sequence[int],
         channels: int = 3,
         crop: str = "center",
         flip: bool = False,
@@ -79,7 +79,8 @@ class Pictures(Source):
     ) -> None:
         super().__init__()
         self.where = where
-        self.size = (size, size) if isinstance(size, int) else size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.size = (height, width)
         for name, value, known in (
             ("channels", channels, tuple(MODES)),
             ("crop", crop, ("center", "random")),

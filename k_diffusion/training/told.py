@@ -70,6 +70,7 @@ class Told:
         labels: the class of each sample; empty: no classes.
         common: keyword -> value, what all are told beside that, as a batch of one.
         shown: what each is told beside that of an image of the data.
+        conditioner: that the network was trained with; None: it was told nothing.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class Told:
         labels: Sequence[int] = (),
         common: Mapping[str, Tensor] | None = None,
         shown: Shown | None = None,
+        conditioner: Conditioner | None = None,
     ) -> None:
-        self.network, self.device = network, device
+        self.network, self.device, self.conditioner = network, device, conditioner
         self.labels, self.common, self.shown = list(labels), dict(common or {}), shown
 
     @property
@@ -96,11 +98,24 @@ class Told:
 
     @property
     def null(self) -> Null:
-        """What guidance goes away from: what the network calls nothing, to which a network that
-        must be told of its images' augmentation, and has no `drop_condition`, needs that."""
-        if hasattr(self.network, "drop_condition") or not unaugmented(self.network, 0, self.device):
+        """What guidance goes away from: the condition that training hid the others by.
+
+        A network with `drop_condition` knows it itself; for others the conditioner does. What a
+        network must be told of its images' augmentation stays.
+        """
+        if hasattr(self.network, "drop_condition"):
             return None
-        return lambda condition: {KEYWORD: condition[KEYWORD]}
+        return self._hidden
+
+    def _hidden(self, condition: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        count = len(next(iter(condition.values()))) if condition else 0
+        kept = {KEYWORD: condition[KEYWORD]} if unaugmented(self.network, 0, self.device) else {}
+        if self.conditioner is None:
+            return kept
+        known = self.conditioner.keywords
+        told = {name: value for name, value in condition.items() if name in known}
+        hidden = torch.ones(count, dtype=torch.bool, device=self.device)
+        return {**self.conditioner.hide(told, hidden), **kept}
 
     @torch.no_grad()
     def __call__(self, samples: Sequence[int]) -> dict[str, Tensor] | None:
@@ -147,10 +162,11 @@ def make_told(
     if tuple(getattr(conditioner, "keywords", ())) == ("class_label",):
         classes = known_classes(network)
         if classes and (labels := lay(conditioner, classes, count)):
-            return Told(network, device, labels=labels)
+            return Told(network, device, labels=labels, conditioner=conditioner)
     if source is not None:
-        return Told(network, device, shown=Shown(conditioner, source, count, seed))
-    return Told(network, device, common=conditioner.null(1))
+        shown = Shown(conditioner, source, count, seed)
+        return Told(network, device, shown=shown, conditioner=conditioner)
+    return Told(network, device, common=conditioner.null(1), conditioner=conditioner)
 
 
 def of_one_size(source: Source) -> tuple[Tensor, tuple[int, ...]]:

@@ -43,7 +43,7 @@ class WebShards(Pictures):
     def __init__(
         self,
         path: str | Path,
-        size: int | tuple[int, int],
+        size: int | Sequence[int],
         *args: Any,
         class_names: Sequence[str] = (),
         **options: Any,

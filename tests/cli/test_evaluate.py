@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from k_diffusion.cli import main
 from k_diffusion.evaluation import frechet_distance, memorised_share, train_small
 from k_diffusion.evaluation.small import SmallExtractor
 from k_diffusion.evaluation.statistics import as_seen
-from k_diffusion.training import Digits
+from k_diffusion.training import Digits, run_training
+from k_diffusion.training.config_file import make_config
 from k_diffusion.utils.images import load_png, save_png
 
 
@@ -194,3 +196,33 @@ def test_a_broken_first_sample_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     line = capsys.readouterr().err
     assert f"--samples {tmp_path}: 0.png is no image that can be read" in line
     assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "archive"])
+def test_a_run_on_pictures_is_measured_beside_what_it_was_trained_on(
+    kind: str, tmp_path: Path, weights: Path
+) -> None:
+    images = Digits().images[:40]
+    folder = tmp_path / "pictures"
+    for k, image in enumerate(images):
+        path = folder / f"class{k % 2}" / f"{k:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_png(path, image)
+    data = folder
+    if kind == "archive":
+        data = tmp_path / "pictures.zip"
+        with zipfile.ZipFile(data, "w") as file:
+            for path in sorted(folder.rglob("*.png")):
+                file.write(path, path.relative_to(folder))
+    config = make_config(
+        {"out": str(tmp_path / "run"), "total_images": 32, "batch_size": 16,
+         "data": {"source": kind, "path": str(data), "size": 8, "channels": 1},
+         "model": {"type": "unet", "channels": 8, "channel_mults": [1], "blocks": 1,
+                   "attention": [False], "head_channels": 8, "num_classes": 2}}
+    )  # fmt: skip
+    run_training(config, progress=False, say=lambda line: None)
+    out, words = tmp_path / "found.json", ("--n", 10, "--steps", 2, "--extractor-weights", weights)
+    evaluate(tmp_path / "run", *words, "--metrics", "fid", "--device", "cpu", "--out", out)
+    found = json.loads(out.read_text())
+    assert found["data"]["images"] == 40
+    assert found["sampling"]["classes in the shares of"] == [20, 20]

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from k_diffusion.cli import main
 from k_diffusion.evaluation import features_of, figures_of, make_reference, train_small
+from k_diffusion.guidance import cfg
 from k_diffusion.models import MODELS, KnownPart, LowResolution
 from k_diffusion.sampling import KSampler, unit_noise
 from k_diffusion.training import Digits, load_denoiser
@@ -24,6 +27,7 @@ from k_diffusion.training.previews import Previews
 from k_diffusion.training.run import RunResult, run_training
 from k_diffusion.training.told import Shown
 from k_diffusion.training.trainer import Trainer
+from k_diffusion.utils.images import to_uint8
 from k_diffusion.utils.scheduler import make_scheduler
 
 MakeConfig = Callable[..., TrainConfig]
@@ -182,3 +186,33 @@ def test_evaluate_tells_each_sample_of_an_image(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "without --condition the samples are told what images of the data are, but" in said
     assert "LowResolution reads 'small', but a batch of this data has clean" in said
+
+
+def test_guidance_goes_away_from_what_training_hid_conditions_by(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """In networks that do not know it themselves, too: another embedding, not none at all."""
+    preview = {**PREVIEW, "guidance": 2.5, "steps": 2, "sampler": "euler", "seed": 7}
+    trainer = Trainer(make_run_config(model={"type": "tiny", "num_classes": 10}, preview=preview))
+    assert not hasattr(trainer.network, "drop_condition")
+    previews = Previews(trainer)
+    x = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    told = previews.told(range(4))
+    assert told is not None
+    guided = cfg(trainer.denoiser, 2.5, null=previews.told.null)
+    sigma = torch.full((4,), 0.6)
+    with torch.no_grad():
+        none = trainer.denoiser(x, sigma, class_label=torch.full((4,), 10))
+        wanted = none + 2.5 * (trainer.denoiser(x, sigma, **told) - none)
+        assert (guided(x, sigma, **told) - wanted).abs().max() < 1e-6
+        assert (cfg(trainer.denoiser, 2.5)(x, sigma, **told) - wanted).abs().max() > 1e-3
+    drawn = previews.draw()
+    trainer.save(tmp_path / "a.safetensors")
+    words = ["sample", str(tmp_path / "a.safetensors"), "--steps", "2", "--sampler", "euler",
+             "--guidance", "2.5", "-n", str(len(drawn)), "--seed", "7",
+             "--out", str(tmp_path / "drawn"), "--device", "cpu"]  # fmt: skip
+    assert main(words) == 0
+    for k, image in enumerate(drawn):
+        (path,) = (tmp_path / "drawn").glob(f"seed{preview['seed'] + k:06d}_*.png")
+        found = torch.from_numpy(np.array(Image.open(path)))
+        assert (found.int() - to_uint8(image)[0].int()).abs().max() <= 1
