@@ -21,6 +21,7 @@ from .measured import (
     data_facts,
     drawn_before,
     first_shape,
+    samples_of,
     software,
     weights_facts,
 )
@@ -142,7 +143,6 @@ class Evaluate:
     def _evaluate(self, device: torch.device, began: float) -> None:
         from k_diffusion.evaluation.gathering import on_first
         from k_diffusion.evaluation.measuring import features_of, figures_of, make_reference
-        from k_diffusion.evaluation.statistics import read
         from k_diffusion.training.evaluating import FOLDER, open_data
 
         found = self._load(device)
@@ -174,7 +174,7 @@ class Evaluate:
             count = len(numbers)
 
             def draw(chosen: list[int]) -> torch.Tensor:
-                return read(source, numbers[chosen]).images
+                return samples_of(source, numbers[chosen])
 
             said: dict[str, Any] = {"samples": self.samples}
         else:

@@ -75,11 +75,27 @@ def drawn_before(path: str, shape: list[int]) -> tuple[torch.Tensor, Source]:
                     f"not {width} x {height} as the others: scaled, it would be another image"
                 )
     if source.bad_files:
-        name, reason = next(iter(source.bad_files.items()))
-        raise UsageError(f"--samples: {name} is broken ({reason}): take it out, or draw it anew")
+        raise _broken(*next(iter(source.bad_files.items())))
     if len(numbers) < 10:
         raise UsageError(f"--samples {path} holds {len(numbers)} images; give at least 10")
     return torch.tensor(numbers), source
+
+
+def samples_of(source: Source, numbers: torch.Tensor) -> torch.Tensor:
+    """Samples that were drawn before, shape (count, channels, height, width).
+
+    Raises:
+        UsageError: one turns out broken; another in its place would count twice.
+    """
+    batch = source.batch(numbers)
+    if batch.bad:
+        number, reason = batch.bad[0]
+        raise _broken(source.name(number), reason)
+    return batch.images
+
+
+def _broken(name: str, reason: str) -> UsageError:
+    return UsageError(f"--samples: {name} is broken ({reason}): take it out, or draw it anew")
 
 
 def weights_facts(info: CheckpointInfo, weights: str) -> dict[str, Any]:

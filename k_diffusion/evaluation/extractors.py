@@ -6,7 +6,8 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -60,6 +61,18 @@ def weights_sha256(module: nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def why_unread(path: Path, error: Exception) -> str:
+    """What is wrong with a file of weights, where torch would tell how to run what it holds."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            names = [PurePath(name).name for name in archive.namelist()]
+        if "constants.pkl" in names:
+            return "it is a program of TorchScript, which is not run: give a state dict"
+    if isinstance(error, UnpicklingError):
+        return "it is damaged, or holds more than tensors"
+    return reason_of(error)[:200]
 
 
 def as_rgb(images: Tensor) -> Tensor:
@@ -122,7 +135,7 @@ def load_tensors(path: Path | str, device: torch.device | str = "cpu") -> dict[s
         mapped = str(device) == "meta" and zipfile.is_zipfile(path)  # else it is of an old layout
         found = torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # of either format's own kinds
-        reason = reason_of(error)[:200]
+        reason = why_unread(path, error)
         raise ValueError(f"weights {path} cannot be read: {reason}") from None
     if not isinstance(found, Mapping) or not all(isinstance(t, Tensor) for t in found.values()):
         raise ValueError(f"weights {path} is no state dict: name -> tensor")

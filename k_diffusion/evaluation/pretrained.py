@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -203,8 +204,6 @@ def check_folder(kind: str, place: str) -> bool:
 
 def _load(kind: str, place: str) -> Any:
     """A network of transformers, from a folder or the hub."""
-    from safetensors import SafetensorError
-
     try:
         import transformers
     except ImportError as error:
@@ -213,16 +212,35 @@ def _load(kind: str, place: str) -> Any:
     check_folder(kind, place)
     folder = Path(place)
     try:
-        return (
-            getattr(transformers, kind)
-            .from_pretrained(
-                place, local_files_only=folder.is_dir(), trust_remote_code=False, weights_only=True
-            )
-            .float()
-        )
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        return _whole(getattr(transformers, kind), place, folder.is_dir())
+    except Exception as error:  # of a foreign package and of files that may hold anything
         reason = reason_of(error)[:250]
+        if isinstance(error, UnpicklingError):  # whose message tells how to run what it holds
+            reason = "they hold more than tensors, or are damaged"
         raise ValueError(
             f"weights {place!r} cannot be loaded ({reason}): give a folder with config.json and "
             "model.safetensors, or the id of one on the Hugging Face hub that can be reached"
         ) from None
+
+
+def _whole(network: Any, place: str, local: bool) -> Any:
+    """A network all of whose weights are there: what is missing, or of another kind of network,
+    would be drawn at random, with no more than a warning."""
+    kinds = KINDS[network.__name__]
+    told, _ = network.config_class.get_config_dict(place, local_files_only=local)
+    if told.get("model_type") not in kinds:
+        raise ValueError(f"they are of a {told.get('model_type')!r}, not of a {kinds[0]!r}")
+    config = network.config_class.from_pretrained(place, local_files_only=local)
+    if "vision_config" in told:  # of texts and images together, which have one embedding
+        config.projection_dim = told.get("projection_dim", config.projection_dim)
+    loaded, report = network.from_pretrained(
+        place,
+        config=config,
+        local_files_only=local,
+        trust_remote_code=False,
+        weights_only=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"they lack {missing[0]} and {len(missing) - 1} more")
+    return loaded.float()

@@ -7,8 +7,10 @@ in a few kilobytes cost no memory; what is read is checked against its checksum.
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import stat
 import struct
 import tarfile
 import zipfile
@@ -17,11 +19,37 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from k_diffusion.training.dataset import DataError
+from k_diffusion.utils.words import reason_of
 
 MAX_BYTES = 256 << 20
 """The largest file that is read; larger ones count as broken."""
+MAX_HEADER = 1 << 20
+"""The most that one header of a tar may take, with a name or a link's aim of any length."""
 _LOCAL = struct.Struct("<4s5H3I2H")
 _STORED, _DEFLATED = 0, 8
+
+
+_NO_FILES = (stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    OSError,
+    ValueError,
+    OverflowError,
+    NotImplementedError,  # of a zip whose version is to come
+    RecursionError,  # of headers that announce headers
+    struct.error,
+)
+
+
+class _Headers(io.BufferedReader):
+    """A tar's file for reading its headers: a read as long as no header is refused, since that much
+    memory would be taken for it first, whatever the file holds."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size} bytes, more than {MAX_HEADER}")
+        return super().read(size)
 
 
 class Member(NamedTuple):
@@ -47,7 +75,8 @@ class Member(NamedTuple):
 class Archive:
     """The files of an uncompressed tar, or of a zip.
 
-    It is read by position alone, so that threads and forked processes may share it.
+    It is read by position alone, so that threads and forked processes may share it. Of files that
+    have one name the last one counts, as it would if all were unpacked.
 
     Args:
         path: of the archive.
@@ -66,15 +95,16 @@ class Archive:
             raise DataError(f"archive {path} cannot be read: {error.strerror}") from None
         try:
             self.zipped = zipfile.is_zipfile(self.path)
-            self.members = self._zip() if self.zipped else self._tar()
-        except (zipfile.BadZipFile, tarfile.TarError, OSError, ValueError, struct.error) as error:
+            found = self._zip() if self.zipped else self._tar()
+        except _DAMAGE as error:
             self._close()
             if isinstance(error, DataError):
                 raise
             raise DataError(
                 f"archive {path} is damaged or neither a zip nor an uncompressed tar: "
-                f"{' '.join(str(error).split())}"
+                f"{reason_of(error)}"
             ) from None
+        self.members = tuple({member.name: member for member in found}.values())
 
     def __del__(self) -> None:
         self._close()
@@ -114,6 +144,12 @@ class Archive:
         return content
 
     def _packed(self, member: Member) -> bytes:
+        try:
+            return self._content(member)
+        except (OSError, OverflowError):
+            raise DataError(f"damaged: it begins at {member.offset}, where nothing can") from None
+
+    def _content(self, member: Member) -> bytes:
         offset = member.offset
         if self.zipped:
             head = os.pread(self._file, _LOCAL.size, offset)
@@ -126,13 +162,13 @@ class Archive:
             raise DataError("truncated")
         return content
 
-    def _zip(self) -> tuple[Member, ...]:
+    def _zip(self) -> list[Member]:
         members = []
         with zipfile.ZipFile(self.path) as archive:
             for info in archive.infolist():
                 self._check(info.orig_filename)
-                if (info.external_attr >> 16) & 0o170000 == 0o120000:
-                    self._refuse(info.filename, "is a link")
+                if stat.S_IFMT(info.external_attr >> 16) in _NO_FILES:
+                    self._refuse(info.filename, "is a link or a device")
                 if info.is_dir():
                     continue
                 if info.flag_bits & 1:
@@ -149,20 +185,25 @@ class Archive:
                         info.CRC,
                     )
                 )
-        return tuple(members)
+        return members
 
-    def _tar(self) -> tuple[Member, ...]:
+    def _tar(self) -> list[Member]:
         members = []
         # "r:" takes no compressed tar, which can be read from its beginning only.
-        with tarfile.open(self.path, "r:") as archive:
+        with (
+            open(self.path, "rb", buffering=0) as file,
+            tarfile.open(fileobj=_Headers(file), mode="r:") as archive,
+        ):
             for info in archive:
                 self._check(info.name)
+                if info.size < 0:  # after which the next one would be this one again, for ever
+                    self._refuse(info.name, f"has {info.size} bytes")
                 if info.isdir():
                     continue
                 if not info.isreg() or info.issparse():
                     self._refuse(info.name, "is a link, a device or sparse")
                 members.append(Member(info.name, info.offset_data, info.size, info.size))
-        return tuple(members)
+        return members
 
     def _check(self, name: str) -> None:
         parts = PurePosixPath(name).parts

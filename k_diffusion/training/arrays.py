@@ -251,7 +251,10 @@ class _File:
                 *_, name, extra = _LOCAL.unpack(file.read(_LOCAL.size))
             return self._map(info.header_offset + _LOCAL.size + name + extra)
         with np.load(self.path, allow_pickle=False) as arrays:
-            return arrays[info.filename.removesuffix(".npy")]
+            found = arrays[info.filename.removesuffix(".npy")]
+        if not isinstance(found, np.ndarray):  # but the bytes of a file of another kind
+            raise ValueError(f"{info.filename} in it is no .npy")
+        return found
 
     def _map(self, offset: int) -> Any:
         """The array whose .npy begins there."""
@@ -272,6 +275,11 @@ class _File:
     def _guarded(self, read: Any) -> Any:
         try:
             return read()
-        except (OSError, ValueError, EOFError, struct.error, zipfile.BadZipFile) as error:
+        except MemoryError:
+            raise DataError(
+                f"array {self.path} says to hold more than there is memory for: save it by "
+                "numpy.savez, uncompressed, to be read where it lies"
+            ) from None
+        except Exception as error:  # numpy's reader, zlib and zipfile raise anything
             reason = reason_of(error)
             raise DataError(f"array {self.path} is damaged or no array: {reason}") from None

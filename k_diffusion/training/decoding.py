@@ -73,12 +73,15 @@ def open_picture(file: str | Path | io.BytesIO, max_pixels: int) -> Image:
     """A picture of which only the header is read.
 
     Raises:
-        DataError: it has more pixels than `max_pixels`.
+        DataError: it is of none of `FORMATS`, or has more pixels than `max_pixels`.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    # Only these decoders: Pillow has others, which start programs or follow links.
-    picture = Image.open(file, formats=FORMATS)
+    try:
+        # Only these decoders: Pillow has others, which start programs or follow links.
+        picture = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:  # whose message has an address in memory, another each time
+        raise DataError(f"cannot identify it as any of {', '.join(FORMATS)}") from None
     if picture.width * picture.height > max_pixels:
         picture.close()
         raise DataError(

@@ -8,8 +8,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from k_diffusion.cli import main
 from k_diffusion.evaluation import frechet_distance, memorised_share, train_small
@@ -226,3 +228,21 @@ def test_a_run_on_pictures_is_measured_beside_what_it_was_trained_on(
     found = json.loads(out.read_text())
     assert found["data"]["images"] == 40
     assert found["sampling"]["classes in the shares of"] == [20, 20]
+
+
+def test_a_sample_cut_behind_its_header_is_named(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only its decoding tells; in training another picture would take its place."""
+    noise = np.random.default_rng(0)
+    for i in range(12):
+        pixels = noise.integers(0, 255, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    file = tmp_path / "05x.jpg"
+    Image.fromarray(pixels).save(file, quality=100)
+    file.write_bytes(file.read_bytes()[:-30])
+    evaluate("--samples", tmp_path, "--data", "digits", "--metrics", "fid", "--cache", tmp_path,
+             "--extractor-weights", weights, code=2)  # fmt: skip
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "05x.jpg is broken (image file is truncated" in line
+    assert line.endswith("take it out, or draw it anew")

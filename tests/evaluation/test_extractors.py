@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -227,8 +228,13 @@ def test_weights_that_do_not_fit(network: Inception, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing"):
         load_tensors(tmp_path / "none.pth")
     torch.save({"a": print}, tmp_path / "code.pth")
-    with pytest.raises(ValueError, match=r"code\.pth cannot be read"):
+    with pytest.raises(ValueError, match=r"code\.pth cannot be read: it is damaged, or holds more"):
         load_tensors(tmp_path / "code.pth")
+    with zipfile.ZipFile(tmp_path / "inception-2015-12-05.pt", "w") as program:  # as TorchScript's
+        for name in ("data.pkl", "constants.pkl", "code/__torch__.py"):
+            program.writestr(f"inception/{name}", b"")
+    with pytest.raises(ValueError, match="it is a program of TorchScript, which is not run: give"):
+        load_tensors(tmp_path / "inception-2015-12-05.pt")
     torch.save([1], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="no state dict"):
         load_tensors(tmp_path / "list.pth")

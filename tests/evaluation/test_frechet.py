@@ -65,6 +65,13 @@ def test_features_equal_their_gaussians(count_a: int, count_b: int) -> None:
     assert frechet_distance(a, a.flip(0)) < 1e-12
 
 
+def test_it_is_never_below_0() -> None:
+    """Of equal sets it is 0 but for rounding, either way."""
+    for seed in range(40):
+        a = torch.randn(30, 8, generator=torch.Generator().manual_seed(seed)) * 50
+        assert 0 <= frechet_distance(a, a.flip(0)) < 1e-9
+
+
 def test_refuses_what_cannot_be_compared() -> None:
     with pytest.raises(ValueError, match=r"\(4, 3\) and \(4, 2\)"):
         frechet_distance(torch.zeros(4, 3), torch.zeros(4, 2))

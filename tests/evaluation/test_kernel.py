@@ -28,11 +28,26 @@ def slow(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(sum(within) - 2 * np.mean([kernel(p, q) for p in x for q in y]))
 
 
+def slow_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of the mean over pairs, by what each row adds to it."""
+    variance = 0.0
+    for one, other in ((a.tolist(), b.tolist()), (b.tolist(), a.tolist())):
+        rows = [
+            np.mean([kernel(p, q) for j, q in enumerate(one) if j != i])
+            - np.mean([kernel(p, q) for q in other])
+            for i, p in enumerate(one)
+        ]
+        variance += 4 * np.var(rows, ddof=1) / len(rows)
+    return float(variance**0.5)
+
+
 @pytest.mark.parametrize(("m", "n"), [(2, 2), (17, 30), (40, 23)])
 @pytest.mark.parametrize("chunk", [1, 7, 1024])
 def test_all_pairs_in_any_chunks(m: int, n: int, chunk: int) -> None:
     a, b = sets(m, n)
-    assert abs(kernel_distance(a, b, chunk=chunk).value - slow(a, b)) < 1e-12
+    found = kernel_distance(a, b, chunk=chunk)
+    assert abs(found.value - slow(a, b)) < 1e-12
+    assert abs(found.error - slow_error(a, b)) < 1e-12
     assert abs(float(squared_mmd(a, b)) - slow(a, b)) < 1e-12
 
 
@@ -63,6 +78,13 @@ def test_subsets() -> None:
     assert found == kernel_distance_of_subsets(a, b, subsets=30, size=20)
     assert found != kernel_distance_of_subsets(a, b, subsets=30, size=20, seed=1)
     assert abs(found.value - kernel_distance(a, b).value) < 3 * found.error / 30**0.5
+    draws = torch.Generator().manual_seed(0)
+    single = [
+        kernel_distance(*(x[torch.randperm(len(x), generator=draws)[:20]] for x in (a, b))).value
+        for _ in range(30)
+    ]
+    assert abs(found.value - np.mean(single)) < 1e-12
+    assert abs(found.error - np.std(single, ddof=1)) < 1e-12
     whole = kernel_distance_of_subsets(a, b[:50], subsets=2, size=50)
     assert abs(whole.value - kernel_distance(a, b[:50]).value) < 1e-12
     assert whole.error < 1e-12
@@ -83,6 +105,8 @@ def test_refusals() -> None:
         kernel_distance(torch.zeros(1, 2), torch.zeros(3, 2))
     with pytest.raises(ValueError, match="not finite"):
         kernel_distance(torch.full((3, 2), torch.nan), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="not finite"):
+        kernel_distance(torch.zeros(3, 2), torch.full((3, 2), torch.inf))
     with pytest.raises(ValueError, match="size = 9, but the sets have 3 and 4 rows: give 2 to 3"):
         kernel_distance_of_subsets(torch.zeros(3, 2), torch.zeros(4, 2), size=9)
     with pytest.raises(ValueError, match="subsets = 1"):

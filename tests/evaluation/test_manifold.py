@@ -121,6 +121,14 @@ def test_expected_figures_of_one_distribution() -> None:
     assert abs(coverage - expected) < 0.02
 
 
+def test_the_papers_neighbours_are_the_usual_ones() -> None:
+    real, made = cloud(60, 1), cloud(50, 2) * 1.3
+    for measure, k in ((precision_recall, 3), (density_coverage, 5)):
+        found = [measure(real, made, k=n) for n in (k - 1, k, k + 1)]
+        assert measure(real, made) == found[1] != found[0]
+        assert found[1] != found[2]
+
+
 def test_doubled_points_have_no_reach() -> None:
     assert reach(points(1, 1, 1, 5), 2).tolist() == [0, 0, 0, 4]
     assert precision_recall(points(1, 1, 5), points(1, 1, 2), k=1).precision == 1
@@ -140,3 +148,5 @@ def test_refusals() -> None:
         density_coverage(torch.zeros(9, 2), torch.zeros(9, 3))
     with pytest.raises(ValueError, match="not finite"):
         precision_recall(torch.zeros(9, 2), torch.full((9, 2), torch.nan))
+    with pytest.raises(ValueError, match="not finite"):
+        precision_recall(torch.full((9, 2), torch.inf), torch.zeros(9, 2))

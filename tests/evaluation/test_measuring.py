@@ -65,12 +65,22 @@ def test_what_figures_are_to_be_read_with() -> None:
     notes = figures_of(features, reference).notes
     assert "30 samples do not fill 40 features" in notes[0]
     assert "30 samples meet only 12 real images" in notes[1]
+    for count in (40, 41):
+        more = torch.randn(count, 40, generator=torch.Generator().manual_seed(0))
+        filled = "do not fill" not in figures_of(more, reference, ["fid"]).notes[0]
+        assert filled == (count > 40)  # a covariance of n rows has rank n - 1
     with pytest.raises(ValueError, match="unknown metric 'fidd'"):
         figures_of(features, reference, ["fidd"])
     with pytest.raises(ValueError, match="no metric is named"):
         figures_of(features, reference, [])
     with pytest.raises(ValueError, match="unknown extractor"):
         make_reference(Pictures(bars(12)[0]), "incption")
+    with pytest.raises(ValueError, match=r"weights none\.pth is missing"):
+        make_reference(Pictures(bars(12)[0]), "inception", weights="none.pth")
+    several: Any = Pictures(bars(12)[0])
+    several.shapes = [(1, 8, 8), (1, 8, 16)]
+    with pytest.raises(ValueError, match="the real images have several sizes"):
+        make_reference(several, Project(64))
 
 
 def test_pictures_are_measured_as_bytes_hold_them() -> None:
@@ -160,6 +170,21 @@ def test_a_small_extractor_is_trained_once(tmp_path: Path, monkeypatch: pytest.M
     file = tmp_path / f"small-{sha256[:12]}.safetensors"
     third = make_reference(Pictures(*bars(60, seed=1)), "small", weights=file)
     assert third.extractor.facts() == first.extractor.facts()
+
+
+def test_a_small_extractor_is_trained_on_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def train(images: torch.Tensor, labels: torch.Tensor, *_: Any, **__: Any) -> Any:
+        asked.append((images, labels))
+        raise ValueError("enough")
+
+    monkeypatch.setattr("k_diffusion.evaluation.measuring.train_small", train)
+    images, labels = bars(300)
+    with pytest.raises(ValueError, match="enough"):
+        make_reference(Pictures(images, labels))
+    assert torch.equal(asked[0][0], to_float(images))
+    assert torch.equal(asked[0][1], labels)
 
 
 def test_evenly_spread() -> None:

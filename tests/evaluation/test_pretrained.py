@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
 from k_diffusion.evaluation import CLIPFeatureExtractor, DINOv2FeatureExtractor, make_extractor
@@ -80,6 +83,64 @@ def test_clip(clip: Path) -> None:
     assert make_extractor("clip", weights=clip).name == "clip_tiny-clip"
     grey = extractor(IMAGES[:, :1])
     assert torch.equal(grey, extractor(IMAGES[:, :1].expand(-1, 3, -1, -1)))
+
+
+def test_clip_with_its_texts(tmp_path: Path) -> None:
+    """As it is published: images and texts in one file, the embedding's size told once for both."""
+    options = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    text = {**options, "vocab_size": 99, "max_position_embeddings": 7}
+    image = {**options, "intermediate_size": 64, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=image, projection_dim=16)
+    whole = transformers.CLIPModel(config).eval()
+    whole.half().save_pretrained(tmp_path)
+    with torch.no_grad():
+        pooled = whole.float().vision_model((resized(32) - OPENAI[0]) / OPENAI[1]).pooler_output
+        wanted = functional.normalize(whole.visual_projection(pooled)) * 4
+    found = CLIPFeatureExtractor(weights=tmp_path)(IMAGES)
+    assert found.dtype == torch.float32
+    assert (found - wanted).abs().max() < 1e-5
+
+
+def test_nothing_is_left_to_chance(dino: Path, clip: Path, tmp_path: Path) -> None:
+    """transformers draws what is missing at random, with a warning."""
+    with pytest.raises(ValueError, match=r"are of (a )?'clip_vision_model', not of"):
+        DINOv2FeatureExtractor(weights=clip)
+    with pytest.raises(ValueError, match=r"are of (a )?'dinov2', not of (a )?'clip"):
+        CLIPFeatureExtractor(weights=dino)
+    shutil.copytree(dino, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["layernorm.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"\(they lack layernorm\.weight and 0 more\)"):
+        DINOv2FeatureExtractor(weights=tmp_path / "cut")
+
+
+class Harm:
+    """Pickled, it says what to run."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_pickles_are_not_run(dino: Path, tmp_path: Path) -> None:
+    folder, harm = tmp_path / "pickled", tmp_path / "harm"
+    shutil.copytree(dino, folder)
+    (folder / "model.safetensors").unlink()
+    network = transformers.Dinov2Model.from_pretrained(dino)
+    torch.save(network.state_dict(), folder / "pytorch_model.bin")  # the older format
+    assert torch.equal(
+        DINOv2FeatureExtractor(weights=folder)(IMAGES), DINOv2FeatureExtractor(weights=dino)(IMAGES)
+    )
+    torch.save({"layernorm.weight": Harm(harm)}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="they hold more than tensors, or are damaged") as error:
+        DINOv2FeatureExtractor(weights=folder)
+    assert "\n" not in str(error.value)
+    assert not harm.exists()
 
 
 def test_established_names() -> None:

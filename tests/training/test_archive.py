@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import multiprocessing
 import os
+import stat
 import tarfile
 import tracemalloc
 import zipfile
@@ -85,14 +87,57 @@ def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind):
         Archive(path)
 
 
-def test_a_link_in_a_zip_is_refused(tmp_path):
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO])
+def test_a_link_or_device_in_a_zip_is_refused(tmp_path, kind):
     path = tmp_path / "x.zip"
     with zipfile.ZipFile(path, "w") as archive:
         info = zipfile.ZipInfo("passwords.png")
-        info.external_attr = 0o120777 << 16
+        info.external_attr = (kind | 0o777) << 16
         archive.writestr(info, "/etc/passwd")
-    with pytest.raises(DataError, match=r"'passwords\.png' is a link"):
+    with pytest.raises(DataError, match=r"'passwords\.png' is a link or a device"):
         Archive(path)
+
+
+def test_a_nul_hides_nothing(tmp_path):
+    """Many readers, Python's among them, take the name to end there."""
+    path = _zip(tmp_path / "x.zip", {"a/b.png_.sh": b"1"})
+    path.write_bytes(path.read_bytes().replace(b"b.png_.sh", b"b.png\0.sh"))
+    with pytest.raises(DataError, match=r"'a/b\.png\\x00\.sh' leads outside"):
+        Archive(path)
+
+
+def test_other_ways_of_packing_and_encryption_are_refused(tmp_path):
+    path = _zip(tmp_path / "x.zip", method=zipfile.ZIP_BZIP2)
+    with pytest.raises(DataError, match=r"'a/one\.txt' is packed by another method than deflate"):
+        Archive(path)
+    content = bytearray(_zip(path).read_bytes())
+    content[content.index(b"PK\1\2") + 8] |= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"'a/one\.txt' is encrypted"):
+        Archive(path)
+
+
+def test_sparse_files_are_refused(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        info = tarfile.TarInfo("holes.png")
+        info.pax_headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": "1"}
+        archive.addfile(info)
+    with pytest.raises(DataError, match=r"'holes\.png' is a link, a device or sparse"):
+        Archive(path)
+
+
+def test_what_lies_elsewhere_than_it_says(tmp_path):
+    archive = Archive(_zip(tmp_path / "x.zip", method=zipfile.ZIP_STORED))
+    first = archive.members[0]
+    for changed, reason in (
+        (first._replace(offset=first.offset + 1), "damaged: it does not begin where"),
+        (first._replace(packed=10**6), "^truncated$"),
+        (first._replace(packed=1 << 29), "536870912 bytes are more than max_bytes"),
+    ):
+        archive.members = (changed,)
+        with pytest.raises(DataError, match=reason):
+            archive.read(0)
 
 
 class Zeros(io.RawIOBase):
@@ -137,6 +182,86 @@ def test_a_bomb_costs_no_memory(tmp_path):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 1 << 20
+
+
+def _header(name, size, kind=tarfile.REGTYPE):
+    """A tar's header that says any size, which has 8 bytes beside octal digits for large ones."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = bytes([0xFF if size < 0 else 0x80]) + size.to_bytes(11, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+ENDLESS = {
+    "negative": _header("back.png", -512),
+    "negative more": _header("back.png", -1024),
+    "long name": _header("././@LongLink", 1 << 40, tarfile.GNUTYPE_LONGNAME),
+    "long link": _header("././@LongLink", 1 << 40, tarfile.GNUTYPE_LONGLINK),
+    "pax": _header("pax", 1 << 40, tarfile.XHDTYPE),
+    "global pax": _header("pax", 1 << 40, tarfile.XGLTYPE),
+    "headers of headers": _header("pax", 0, tarfile.XHDTYPE) * 4000,
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_headers_that_lie_about_their_size_take_neither_time_nor_memory(tmp_path, name):
+    """The first two would be read again and again; the next ones, in a file with a hole of 1 GiB,
+    would take as much memory."""
+    path = tmp_path / "x.tar"
+    path.write_bytes(_header("good.png", 0) + ENDLESS[name])
+    os.truncate(path, 1 << 30)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"x\.tar( is damaged|: 'back\.png' has -)") as error:
+        Archive(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 23
+    assert "\n" not in str(error.value)
+
+
+def test_a_name_of_any_length_is_read(tmp_path):
+    name = "a/" + "b" * 9000
+    archive = Archive(_tar(tmp_path / "x.tar", {name: b"1"}))
+    assert [member.name for member in archive.members] == [name]
+
+
+@pytest.mark.parametrize("make", [_zip, _tar])
+def test_of_one_name_the_last_file_counts(tmp_path, make):
+    pairs = [("a", b"first"), ("b", b"other"), ("a", b"last")]
+
+    class Repeated(dict):
+        def items(self):
+            return pairs
+
+    ignored = (
+        pytest.warns(UserWarning, match="Duplicate name")
+        if make is _zip
+        else contextlib.nullcontext()
+    )
+    with ignored:
+        path = make(tmp_path / "x", Repeated())
+    archive = Archive(path)
+    assert [archive.read(i) for i in range(len(archive))] == [b"last", b"other"]
+
+
+@pytest.mark.parametrize("place", [(1 << 32) - 2, (1 << 63) - 1, (1 << 64) - 9])
+def test_a_place_beyond_every_file_is_damage(tmp_path, place):
+    archive = Archive(_zip(tmp_path / "x.zip"))
+    archive.members = (archive.members[0]._replace(offset=place),)
+    with pytest.raises(DataError, match="^damaged: it"):
+        archive.read(0)
+
+
+def test_a_zip_of_a_version_to_come_is_refused(tmp_path):
+    path = _zip(tmp_path / "x.zip")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 6] = 99
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"x\.zip is damaged or neither .*: zip file version 9\.9"):
+        Archive(path)
 
 
 def test_a_bomb_that_lies_about_its_size_is_not_unpacked(tmp_path):

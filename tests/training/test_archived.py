@@ -82,6 +82,16 @@ def test_a_file_that_is_damaged_later_is_replaced_and_named(pictures, tmp_path):
     assert [(index, "checksum" in reason) for index, reason in batch.bad] == [(2, True)]
 
 
+def test_what_is_no_picture_is_named_alike_each_time(pictures, tmp_path):
+    """Without the address of anything in memory, which a file of latents would keep."""
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(pictures / "dogs" / "0.png", "good.png")
+        archive.writestr("text.png", "no picture")
+    reason = Archived(path, 8).bad_files[f"{path}/text.png"]
+    assert reason == "cannot identify it as any of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"
+
+
 def test_without_workers_and_with(pictures, tmp_path):
     archive = Archived(_packed(pictures, tmp_path / "set.zip"), 8)
     alone = list(Stream(archive, 4, seed=0).batches(0, 5))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +178,49 @@ def test_what_is_refused(tmp_path: Path) -> None:
         Arrays(npy(tmp_path, BYTES), value_range=(1, 0))
     with pytest.raises(DataError, match="unknown holds 'image'; did you mean 'images'"):
         Arrays(npy(tmp_path, BYTES), holds="image")
+
+
+def _npy(shape: tuple[int, ...]) -> bytes:
+    """The beginning of an array of bytes."""
+    found = io.BytesIO()
+    facts = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(found, facts)
+    return found.getvalue()
+
+
+HOSTILE = {
+    "a text": (b"no array at all", "images.npy in it is no .npy"),
+    "a pickle": (b"\x80\x04K\x01.", "images.npy in it is no .npy"),
+    "too much": (_npy((2**60, 2)) + b"x", "says to hold more than there is memory for: save it"),
+    "less than none": (_npy((-5, 8, 8)) + b"x", "negative dimensions are not allowed"),
+    "a header without an end": (
+        b"\x93NUMPY\1\0" + struct.pack("<H", 9000) + b"(" * 9000,
+        "is damaged or no",
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_STORED])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_arrays_made_to_do_harm(tmp_path: Path, name: str, method: int) -> None:
+    content, reason = HOSTILE[name]
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", method) as archive:
+        archive.writestr("images.npy", content)
+    with pytest.raises(DataError, match=reason if method else "damaged|negative|memory") as error:
+        Arrays(tmp_path / "x.npz")
+    assert "\n" not in str(error.value)
+
+
+def test_every_flipped_byte_of_a_packed_array_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, images=np.arange(4 * 64, dtype=np.uint8).reshape(4, 8, 8))
+    whole = path.read_bytes()
+    for place in range(40, len(whole) - 22, 5):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:
+            assert Arrays(path)._rows.tobytes() == bytes(range(256)), place
+        except DataError:
+            continue
 
 
 def test_training_on_them(tmp_path: Path, make_run_config: Any) -> None:

@@ -177,12 +177,13 @@ def test_broken_images_are_left_out_and_named(
     noise = np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "3.jpg")
     (tmp_path / "3.jpg").write_bytes((tmp_path / "3.jpg").read_bytes()[:2000])
+    (tmp_path / "9.png").write_bytes(b"")  # which the scan finds, 3.jpg not
     source = Folder(tmp_path, 8, channels=1, captions="files")
     done = encode(source, autoencoder, tmp_path / "out", shard_size=4)
     assert done.images == 7
-    assert [Path(file).name for file in done.bad_files] == ["3.jpg"]
+    assert {Path(file).name for file in done.bad_files} == {"3.jpg", "9.png"}
     index = json.loads((tmp_path / "out/latents.json").read_text())
-    assert [Path(file).name for file in index["bad_files"]] == ["3.jpg"]
+    assert [Path(file).name for file in index["bad_files"]] == ["3.jpg", "9.png"]
     latents = LatentShards(tmp_path / "out")
     batch = latents.batch(torch.arange(7))
     assert batch.raws["text"] == [f"grey {i}" for i in range(7)]
@@ -199,6 +200,17 @@ def test_what_is_refused(tmp_path: Path, autoencoder: SmallAutoencoder) -> None:
         encode(ArraySource(torch.zeros(2, 3, 8, 8)), autoencoder, tmp_path / "x")
     with pytest.raises(DataError, match="does not take these images: .* multiples of 2"):
         encode(ArraySource(torch.zeros(2, 1, 9, 8)), autoencoder, tmp_path / "x")
+    several = ArraySource(digits.images)
+    several.buckets = torch.zeros(len(several), dtype=torch.int64)
+    with pytest.raises(DataError, match="of several sizes: leave flip, random crop and buckets"):
+        encode(several, autoencoder, tmp_path / "x")
+    named = r"makes latents that are not finite of image 0 or those after it: encode in float32"
+    with pytest.raises(DataError, match=named):
+        encode(digits, Overflowing(), tmp_path / "x")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/latents-000000.safetensors").write_bytes(b"")
+    with pytest.raises(DataError, match=r"theirs holds latents, but no encode\.json: give another"):
+        encode(digits, autoencoder, tmp_path / "theirs")
     encode(digits, autoencoder, tmp_path / "a", shard_size=100)
     with pytest.raises(DataError, match="latents with another shard_size, dtype: give the same"):
         encode(digits, autoencoder, tmp_path / "a", shard_size=99, dtype=torch.float16)
@@ -231,6 +243,13 @@ class Means(Autoencoder):
 
     def decode_raw(self, z: torch.Tensor) -> torch.Tensor:
         return z.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+class Overflowing(Means):
+    """As one in float16 whose values grow too large."""
+
+    def encode_raw(self, x: torch.Tensor) -> torch.Tensor:
+        return super().encode_raw(x) / 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -74,6 +74,33 @@ def test_what_a_roll_back_gave_up_is_dropped(tmp_path: Path) -> None:
     assert history.lines == ()
     assert [e.stands for e in history.of_kind("roll_back")] == [True, True]
     assert [e.stands for e in history.of_kind("spike")] == [False, False, False]
+    # A third one, to after a spike that was given up: this stays so.
+    history = read_history(write(tmp_path, [*facts, line(50), roll_back(45)]))
+    assert [e.stands for e in history.of_kind("spike")] == [True, False, True]
+
+
+def test_a_line_of_the_very_images_that_a_run_went_back_to_stands(tmp_path: Path) -> None:
+    found = {"event": "evaluate", "step": 20, "images_seen": 640, "figures": {"fid": 1.0}}
+    facts = [start(), line(10), line(20), found, line(30), roll_back(20)]
+    history = read_history(write(tmp_path, facts))
+    assert [one.step for one in history.lines] == [10, 20]
+    assert [(e.kind, e.stands) for e in history.events] == [("evaluate", True), ("roll_back", True)]
+
+
+def test_numbers_that_are_none_and_lines_out_of_order(tmp_path: Path) -> None:
+    facts = [
+        start(parameters=1), start(parameters=2), "[" * 100_000,
+        '{"event": "train", "step": true, "images_seen": 32}',
+        line(30), line(10, loss=math.nan, lr=True, terms={"a": math.inf, "b": 1}, bands=[math.inf]),
+    ]  # fmt: skip
+    folder = write(tmp_path, facts)
+    (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes() + b"\xff\xfe\n")
+    history = read_history(folder)
+    assert history.start["parameters"] == 1
+    assert [one.step for one in history.lines] == [10, 30]
+    first = history.lines[0]
+    assert (first.loss, first.lr, first.terms, first.bands) == (None, None, {"b": 1.0}, (None,))
+    assert history.unreadable == 3
 
 
 def test_what_is_cut_or_foreign_is_passed_over(tmp_path: Path) -> None:

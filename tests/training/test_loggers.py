@@ -20,7 +20,7 @@ import torch
 from k_diffusion.training.check import check_run
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits, Stream
-from k_diffusion.training.loggers import RUN_ID, SUMMARY_FOLDER, check_loggers, numbers
+from k_diffusion.training.loggers import RUN_ID, SUMMARY_FOLDER, Loggers, check_loggers, numbers
 from k_diffusion.training.run import RunResult, run_training
 
 MakeConfig = Callable[..., TrainConfig]
@@ -136,6 +136,9 @@ def test_numbers_of_a_line() -> None:
         "loss": 0.5, "bands/0": 1.0, "bands/2": 2.0, "terms/denoising": 0.4,
         "images_per_second": 10.0,
     }  # fmt: skip
+    assert numbers("train", {"loss": float("nan"), "terms": {"a": float("inf")}, "lr": 1}) == {
+        "lr": 1.0
+    }
     assert numbers("spike", {"loss": 3.0, "median": 1.0}) == {"spike": 3.0}
     assert numbers("end", {"seconds": 3.0}) == {}
     figures = {"step": 4, "extractor": "small-1", "figures": {"fid": 2.5, "recall": 0.5}}
@@ -166,6 +169,19 @@ def test_the_same_facts_as_the_metrics(
     assert begun["project"] == "digits"
     assert begun["config"]["optimizer"]["lr"] == config.optimizer.lr
     assert wandb.finished == 1
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, 1), (2, 1), (3, 3), (4, 3)])
+def test_a_preview_of_any_channels(
+    make_run_config: MakeConfig, writers: Writers, wandb: Wandb, channels: int, shown: int
+) -> None:
+    config = make_run_config(loggers=["tensorboard", "wandb"])
+    Path(config.out).mkdir(parents=True)
+    loggers = Loggers(config, 0, False, lambda line: None)
+    loggers.picture(32, torch.zeros(channels, 4, 6, dtype=torch.uint8))
+    assert writers.made[0].images == [(32, (shown, 4, 6))]
+    (rows,) = wandb.runs.values()
+    assert rows == [(32, {"preview": (4, 6, 3) if shown == 3 else (4, 6)})]
 
 
 def test_a_resumed_run_doubles_nothing(

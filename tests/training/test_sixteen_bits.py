@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from k_diffusion.training import Folder
+from k_diffusion.training.decoding import open_picture, upright_size
 
 spec = importlib.util.spec_from_file_location(
     "unusual_pictures", Path(__file__).with_name("unusual_pictures.py")
@@ -56,6 +57,8 @@ def test_16_bits_of_png(tmp_path: Path, stored: int, channels: int) -> None:
 def test_16_bits_with_a_transparent_colour(tmp_path: Path) -> None:
     for channels in (1, 3):
         values = deep(channels)
+        if channels == 3:
+            values[0, 0, 0] = values[2, 5, 0]  # of the colour one channel alone
         key = struct.pack(f">{channels}H", *values[2, 5].tolist())
         (tmp_path / f"{channels}.png").write_bytes(png(values, extra=chunk(b"tRNS", key)))
     source = Folder(tmp_path, SIDE, bits=16, channels=4)
@@ -80,18 +83,43 @@ def test_16_bits_are_turned_and_scaled_like_8(tmp_path: Path) -> None:
     y, x = np.mgrid[:40, :60]
     smooth = np.stack([y * 1500, x * 1000, (x + y) * 600], -1).astype(np.uint16)
     exif = Image.Exif()
-    for orientation in (1, 3, 6, 8):
+    for orientation in range(1, 9):
         exif[0x0112] = orientation
         block = chunk(b"eXIf", exif.tobytes()[6:])
         (tmp_path / f"{orientation}.png").write_bytes(png(smooth, extra=block))
     options: dict[str, Any] = {"crop": "random", "flip": True}
     shallow = Folder(tmp_path, (9, 12), **options)
     wide = Folder(tmp_path, (9, 12), bits=16, **options)
-    indices, seeds = torch.arange(4).repeat(3), list(range(12))
+    indices, seeds = torch.arange(8).repeat(3), list(range(24))
     eight = shallow.batch(indices, seeds).images.float() / 127.5 - 1
     sixteen = wide.batch(indices, seeds).images
     assert (eight - sixteen).abs().max() < 0.03
     assert sixteen.unique().numel() > 256 > eight.unique().numel()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_sizes_are_told_upright_before_pixels_are_read(tmp_path: Path, kind: str) -> None:
+    exif = Image.Exif()
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        path = tmp_path / f"{orientation}"
+        Image.new("RGB", (40, 24)).save(path, kind, exif=exif)
+        with open_picture(path, 10**6) as picture:
+            told = upright_size(picture)
+        assert told == ((24, 40) if orientation < 5 else (40, 24)), orientation
+
+
+@pytest.mark.parametrize("value", [-1, 65_536])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_grey_beyond_16_bits_is_skipped(tmp_path: Path, bits: int, value: int) -> None:
+    grey = np.full((SIDE, SIDE), 5, np.int32)
+    Image.fromarray(grey).save(tmp_path / "a.tif")
+    grey[1, 2] = value
+    Image.fromarray(grey).save(tmp_path / "b.tif")
+    source = Folder(tmp_path, SIDE, bits=bits)
+    batch = source.batch(torch.tensor([1]))
+    assert batch.indices.tolist() == [0]
+    assert batch.bad[0][1].startswith(f"grey values from {min(5, value)} to {max(5, value)} have")
 
 
 def test_sharp_edges_do_not_wrap_around(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from k_diffusion.utils.augmentation import uniforms
 from k_diffusion.utils.maths import fold_seed
-from k_diffusion.utils.warp import Warp, apply, condition, random_zoom
+from k_diffusion.utils.warp import Warp, _normals, apply, condition, random_zoom
 
 
 def _cubic(t):
@@ -110,6 +110,24 @@ def test_a_zoom_is_a_window_enlarged():
     for wrong in (0.0, 1.1):
         with pytest.raises(ValueError, match="smallest window's share must lie above 0, to 1"):
             random_zoom(x, wrong, seeds)
+
+
+def test_what_belongs_together_happens_together():
+    """Angle and amount of the stretching; both directions of the translation."""
+    drawn = Warp(probability=0.5).draw(list(range(200)), 200)
+    happens = drawn != 0
+    assert torch.equal(happens[:, 4], happens[:, 5])
+    assert torch.equal(happens[:, 6], happens[:, 7])
+    shares = happens.double().mean(0)
+    wanted = torch.tensor([0.5, 0.25, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5])  # top to bottom: and of a coin
+    assert (shares - wanted).abs().max() < 0.15
+    pairs = happens[:, 2:].double()
+    for i, j in ((0, 1), (1, 2), (2, 4)):  # the others have nothing to do with one another
+        assert abs(float((pairs[:, i] * pairs[:, j]).mean()) - 0.25) < 0.12
+
+
+def test_an_even_number_of_0_makes_a_finite_normal_one():
+    assert bool(_normals(torch.zeros(3, 4, dtype=torch.float64)).isfinite().all())
 
 
 def test_the_condition_is_the_established_one():
