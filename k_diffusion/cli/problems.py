@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from k_diffusion.utils.words import printable
+
 _LONGEST = 500
 
 
@@ -112,5 +114,5 @@ def _is_rule(line: str) -> bool:
 
 
 def _flat(text: str) -> str:
-    line = " ".join(text.split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= _LONGEST else line[: _LONGEST - 3] + "..."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -203,6 +205,14 @@ def _labels(file: _File, label_key: str, count: int) -> tuple[Tensor | None, int
 # ---------------------------------------------------------------- files
 
 
+def _memory() -> float:
+    """Bytes that this machine has; infinite where it does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
+
+
 class _File:
     """The arrays in a file: names, and `read`, which maps what lies on disk as it is.
 
@@ -250,6 +260,8 @@ class _File:
                 file.seek(info.header_offset)
                 *_, name, extra = _LOCAL.unpack(file.read(_LOCAL.size))
             return self._map(info.header_offset + _LOCAL.size + name + extra)
+        if info.file_size > _memory():
+            raise MemoryError
         with np.load(self.path, allow_pickle=False) as arrays:
             found = arrays[info.filename.removesuffix(".npy")]
         if not isinstance(found, np.ndarray):  # but the bytes of a file of another kind

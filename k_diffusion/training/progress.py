@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TextIO
 
+from k_diffusion.utils.words import printable
+
 if TYPE_CHECKING:
     from k_diffusion.training.trainer import TrainState
 
@@ -64,7 +66,7 @@ class Progress:
     def say(self, line: str) -> None:
         """A line of news, above the live one."""
         self._clear()
-        self._write(line + "\n")
+        self._write(printable(line) + "\n")
         if self._line:
             self._draw()
 

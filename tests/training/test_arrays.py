@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zipfile
 from pathlib import Path
@@ -209,6 +210,16 @@ def test_arrays_made_to_do_harm(tmp_path: Path, name: str, method: int) -> None:
     with pytest.raises(DataError, match=reason if method else "damaged|negative|memory") as error:
         Arrays(tmp_path / "x.npz")
     assert "\n" not in str(error.value)
+
+
+def test_a_packed_array_larger_than_memory_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.savez_compressed(tmp_path / "x.npz", images=np.zeros((300, 64, 64), np.uint8))
+    assert len(Arrays(tmp_path / "x.npz")) == 300
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1000}.get(name, 1228))
+    with pytest.raises(DataError, match="more than there is memory for: save it by numpy.savez"):
+        Arrays(tmp_path / "x.npz")
 
 
 def test_every_flipped_byte_of_a_packed_array_is_damage(tmp_path: Path) -> None:

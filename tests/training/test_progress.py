@@ -127,8 +127,9 @@ def test_no_progress_is_news_alone() -> None:
     progress = Progress(shown=False, stream=stream)
     progress.show(state(), 0.5, last=True)
     progress.say("news")
+    progress.say("image a\x1b[2J\nb\udc80.png of Ångström")  # a file's name may be anything
     progress.close()
-    assert stream.getvalue() == "news\n"
+    assert stream.getvalue() == "news\nimage a\\x1b[2J\\nb\\udc80.png of Ångström\n"
 
 
 def test_a_stream_that_cannot_be_written_ends_nothing() -> None:
