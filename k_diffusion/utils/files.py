@@ -49,6 +49,11 @@ def download_file(path: Path | str, url: str, digest: str | None = None) -> Path
     return path
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text, in UTF-8; whole, or not at all."""
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
 def _check_digest(file: Path, path: Path, url: str, digest: str | None) -> None:
     if digest is None:
         return

@@ -49,7 +49,7 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, then rename it: `path` is whole or untouched."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
