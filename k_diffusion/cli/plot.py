@@ -96,7 +96,7 @@ def draw(schedules: dict[str, Levels], path: Path) -> None:
 def save_figure(figure: Any, path: Path) -> None:
     """Write a picture whole or not at all, as its ending says: one that was there is replaced in
     one go, and stays where the new one cannot be drawn or written."""
-    from k_diffusion.utils.images import write_whole
+    from k_diffusion.utils.files import write_whole
 
     ending = path.suffix[1:].lower()
     write_whole(path, lambda file: figure.savefig(file, format=ending))
