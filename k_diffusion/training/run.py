@@ -317,6 +317,10 @@ class _Session:
         try:
             if isinstance(error, BrokenDataError) and self.written != self.trainer.step:
                 self.save()
+                self.tell_once(
+                    f"checkpoint: {self.checkpoint}; --resume goes on from it where max_bad_share "
+                    "is higher"
+                )
             self.writer.wait()
         except CheckpointError as failure:
             self.tell(str(failure))
