@@ -106,13 +106,17 @@ def test_other_errors_leave_a_report_and_no_checkpoint(make_run_config: Any) -> 
 
     def fail(trainer: Any, state: Any) -> None:
         if state.step == 5:
+            trainer.source.bad_files["late.png"] = "cut short"
             raise DataError("the disk is gone\nfor good")
 
+    said: list[str] = []
     with pytest.raises(DataError):
-        run_training(settings, progress=False, on_step=fail)
+        run_training(settings, progress=False, on_step=fail, say=said.append)
+    assert said.count("replacing broken image late.png: cut short") == 1
     end = json.loads(Path(settings.out, "metrics.jsonl").read_text().splitlines()[-1])
     assert (end["event"], end["images_seen"]) == ("end", 160)
     assert end["reason"] == "the disk is gone for good"
+    assert end["bad_files"] == {"late.png": "cut short"}
     assert end["checkpoint"] == "checkpoint-000000000096.safetensors"
     assert [path.name for path in list_checkpoints(settings.out)] == [end["checkpoint"]]
 
