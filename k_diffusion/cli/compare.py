@@ -124,7 +124,8 @@ class Compare:
         import json
         from importlib.metadata import version
 
-        from k_diffusion.utils.images import save_png, write_whole
+        from k_diffusion.utils.files import write_text
+        from k_diffusion.utils.images import save_png
 
         from .sheet import page, picture, whole_picture
 
@@ -138,15 +139,12 @@ class Compare:
         }
         image = picture(sheet)
         save_png(self.out / "sheet.png", whole_picture(sheet), said)
-        text = page(sheet, image, said)
-        write_whole(self.out / "sheet.html", lambda p: _text(p, text))
+        write_text(self.out / "sheet.html", page(sheet, image, said))
         figures = {**said, "reference steps": sheet.reference_steps, "cells": [
             {"sampler": c.sampler, "scheduler": c.scheduler, "steps": c.steps, "calls": c.calls,
              "distance": c.distance} for c in sheet.cells
         ], "on no Brownian path": list(sheet.off_path)}  # fmt: skip
-        write_whole(
-            self.out / "sheet.json", lambda p: _text(p, json.dumps(figures, indent=1) + "\n")
-        )
+        write_text(self.out / "sheet.json", json.dumps(figures, indent=1) + "\n")
         width = max(len(f"{c.sampler}, {c.scheduler}") for c in sheet.cells)
         for cell in sheet.cells:
             print(
@@ -173,7 +171,3 @@ class Compare:
         if self.weights != "ema":
             words += ["--weights", self.weights]
         return shlex.join(words)
-
-
-def _text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -375,11 +375,10 @@ class Evaluate:
         return shlex.join(words)
 
     def _write(self, result: Mapping[str, Any]) -> None:
-        from k_diffusion.utils.images import write_whole
+        from k_diffusion.utils.files import write_text
 
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(result, indent=1) + "\n"
-        write_whole(self.out, lambda path: _written(path, text))
+        write_text(self.out, json.dumps(result, indent=1) + "\n")
 
     def _report(self, result: Mapping[str, Any], usual: Figures | None) -> None:
         for name, value in result["figures"].items():
@@ -397,7 +396,3 @@ class Evaluate:
 def _default(name: str) -> Any:
     found = next(option for option in fields(Evaluate) if option.name == name)
     return {} if found.default_factory is dict else found.default
-
-
-def _written(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

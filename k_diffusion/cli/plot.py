@@ -90,7 +90,16 @@ def draw(schedules: dict[str, Levels], path: Path) -> None:
         label.set_color(_colour(k, len(schedules)))
     where.spines[["left", "top", "right"]].set_visible(False)
     where.tick_params(axis="y", length=0)
-    figure.savefig(path)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture whole or not at all, as its ending says: one that was there is replaced in
+    one go, and stays where the new one cannot be drawn or written."""
+    from k_diffusion.utils.files import write_whole
+
+    ending = path.suffix[1:].lower()
+    write_whole(path, lambda file: figure.savefig(file, format=ending))
 
 
 def _curve(axes: Any, values: list[float], inside: list[bool], colour: Any) -> None:

@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from k_diffusion.training.history import History, TrainLine, series
 from k_diffusion.training.lengths import average_lengths
 
-from .plot import need_matplotlib
+from .figures_picture import figure_panels
+from .panels import (
+    STYLES,
+    add_legend,
+    colour_of,
+    draw_line,
+    dress,
+    in_thousands,
+    mark_end,
+    ramp,
+    room_below,
+    scale_axis,
+    scale_of_lines,
+    short,
+    untold,
+)
+from .plot import need_matplotlib, save_figure
 
 TIMES = 5
 """Moments at which the loss is shown by noise level."""
-STYLES = ("-", "--", ":", "-.")
-"""Of the first, second... run where colour means something else; then from the first again."""
 
 
 def draw_runs(runs: Mapping[str, History], path: Path) -> None:
@@ -34,22 +48,31 @@ def draw_runs(runs: Mapping[str, History], path: Path) -> None:
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     layout = ConstrainedLayoutEngine(w_pad=0.09, h_pad=0.09)
-    figure = Figure(figsize=(15, 10.5), dpi=130, layout=layout)
+    figures = figure_panels(runs)
+    figure = Figure(figsize=(15, 13.5 if figures else 10.5), dpi=130, layout=layout)
     FigureCanvasAgg(figure)
     figure.suptitle(_title(runs), fontsize=11, x=0.01, ha="left")
     last = [_averages, _speed]
     if any(line.noise_scale is not None for run in runs.values() for line in run.lines):
         last.append(_noise_scale)
-    rows = (([_loss, _by_sigma], (2, 1)), ([_bands, _learning_rate, _gradient], None), (last, None))
-    parts: Any = figure.subfigures(len(rows), 1, height_ratios=(1.15, 1, 1))
+    rows: list[Any] = [
+        ([_loss, _by_sigma], (2, 1)),
+        ([_bands, _learning_rate, _gradient], None),
+        (last, None),
+    ]
+    heights = [1.15, 1, 1]
+    if figures:
+        rows.append((figures, None))
+        heights.append(0.95)
+    parts: Any = figure.subfigures(len(rows), 1, height_ratios=heights)
     for part, (panels, widths) in zip(parts, rows, strict=True):
-        row = part.subplots(1, len(panels), width_ratios=widths)
+        row = part.subplots(1, len(panels), width_ratios=widths, squeeze=False)[0]
         for panel, axes in zip(panels, row, strict=True):
             axes.grid(True, color="0.92", lw=0.8)
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
             panel(axes, runs)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _title(runs: Mapping[str, History]) -> str:
@@ -70,14 +93,14 @@ def _title(runs: Mapping[str, History]) -> str:
 def _loss(axes: Any, runs: Mapping[str, History]) -> None:
     found = {name: list(series(run.lines, "loss")) for name, run in runs.items()}
     for k, (name, points) in enumerate(found.items()):
-        _line(axes, points, color=_colour(k), label=name if len(runs) > 1 else None)
-    _scale(axes, (value for points in found.values() for _, value in points))
+        draw_line(axes, points, color=colour_of(k), label=name if len(runs) > 1 else None)
+    scale_axis(axes, (value for points in found.values() for _, value in points))
     for k, run in enumerate(runs.values()):
-        _marks(axes, run, "0.35" if len(runs) == 1 else _colour(k))
+        _marks(axes, run, "0.35" if len(runs) == 1 else colour_of(k))
     for k, points in enumerate(found.values()):
         if len(runs) == 1 and points:
-            _end(axes, points, _colour(k))
-    _dress(axes, "loss, mean since the line before")
+            mark_end(axes, points, colour_of(k))
+    dress(axes, "loss, mean since the line before")
 
 
 def _marks(axes: Any, run: History, colour: Any) -> None:
@@ -93,6 +116,10 @@ def _marks(axes: Any, run: History, colour: Any) -> None:
                 at, [height] * len(at), transform=low, color=colour, marker=marker, ls="",
                 ms=5, mew=1.2, label=f"{label} ({len(at)})", clip_on=False, alpha=0.8,
             )  # fmt: skip
+    ends = [event for event in run.of_kind("end") if "reason" in event.facts]
+    for n, event in enumerate(ends):
+        said = "ended by an error" if n == 0 else None
+        axes.axvline(event.images_seen, color=colour, lw=1.4, ls=":", label=said)
     backs = run.of_kind("roll_back")
     for n, event in enumerate(backs):
         said = f"went back to here ({len(backs)})" if n == 0 else None
@@ -110,17 +137,17 @@ def _by_sigma(axes: Any, runs: Mapping[str, History]) -> None:
         shown = _spread(lines, TIMES) if len(runs) == 1 else lines[-1:]
         for n, (images, bands) in enumerate(_smoothed(lines, shown)):
             share = n / max(len(shown) - 1, 1)
-            colour = _ramp("viridis", 0.95 - 0.9 * share) if len(runs) == 1 else _colour(k)
-            said = f"{_short(images)} images" if len(runs) == 1 else name
+            colour = ramp("viridis", 0.95 - 0.9 * share) if len(runs) == 1 else colour_of(k)
+            said = f"{short(images)} images" if len(runs) == 1 else name
             _staircase(axes, run.band_edges, bands, color=colour, label=said)
     if not told:
-        _untold(axes, "loss by noise level", "this run has told none")
+        untold(axes, "loss by noise level", "this run has told none")
         return
     axes.set_xscale("log")
-    _scale_of_lines(axes)
+    scale_of_lines(axes)
     when = "at several times" if len(runs) == 1 else "at the end"
-    _dress(axes, f"loss by noise level, {when}", "sigma", images=False, legend=False)
-    _room_below(axes, 0.35)
+    dress(axes, f"loss by noise level, {when}", "sigma", images=False, legend=False)
+    room_below(axes, 0.35)
     columns = 3 if len(runs) == 1 else 1
     axes.legend(fontsize=8, frameon=False, loc="lower center", ncols=columns, columnspacing=1.2)
 
@@ -137,16 +164,16 @@ def _bands(axes: Any, runs: Mapping[str, History]) -> None:
                 for line in run.lines
                 if band < len(line.bands) and (value := line.bands[band]) is not None
             ]
-            colour = _ramp("plasma", 0.9 * band / max(count - 1, 1))
-            _line(axes, points, color=colour, ls=STYLES[k % len(STYLES)], lw=1.2)
+            colour = ramp("plasma", 0.9 * band / max(count - 1, 1))
+            draw_line(axes, points, color=colour, ls=STYLES[k % len(STYLES)], lw=1.2)
             if len(handles) < count:
                 label = _interval(run.band_edges, band)
                 handles.append(Line2D([], [], color=colour, label=label))
     if not handles:
-        _untold(axes, "loss per band of sigma", "this run has told none")
+        untold(axes, "loss per band of sigma", "this run has told none")
         return
-    _scale_of_lines(axes)
-    _dress(axes, "loss per band of sigma", legend=False)
+    scale_of_lines(axes)
+    dress(axes, "loss per band of sigma", legend=False)
     handles.reverse()
     if len(runs) > 1:
         handles += [
@@ -171,7 +198,7 @@ def _gradient(axes: Any, runs: Mapping[str, History]) -> None:
     for clip in sorted(c for c in clips if isinstance(c, (int, float))):
         axes.axhline(clip, color="0.35", lw=1.0, ls=(0, (4, 3)), label=f"grad_clip = {clip:g}")
     if clips != {None}:
-        _legend(axes)
+        add_legend(axes)
 
 
 def _averages(axes: Any, runs: Mapping[str, History]) -> None:
@@ -179,11 +206,11 @@ def _averages(axes: Any, runs: Mapping[str, History]) -> None:
     for k, (name, run) in enumerate(runs.items()):
         for n, (average, points) in enumerate(average_lengths(run).items()):
             label = f"{name} {average}" if several else average
-            colour = _colour(k) if several else _colour(n)
-            _line(axes, points, color=colour, label=label, ls=STYLES[n % 4] if several else "-")
-    _scale_of_lines(axes)
-    _dress(axes, "how far back the averages reach, images")
-    axes.yaxis.set_major_formatter(_engineering())
+            colour = colour_of(k) if several else colour_of(n)
+            draw_line(axes, points, color=colour, label=label, ls=STYLES[n % 4] if several else "-")
+    scale_of_lines(axes)
+    dress(axes, "how far back the averages reach, images")
+    axes.yaxis.set_major_formatter(in_thousands())
 
 
 def _speed(axes: Any, runs: Mapping[str, History]) -> None:
@@ -196,35 +223,20 @@ def _noise_scale(axes: Any, runs: Mapping[str, History]) -> None:
     axes.margins(y=0.1)
     for size in sorted({run.batch_size for run in runs.values() if run.batch_size}):
         axes.axhline(size, color="0.35", lw=1.0, ls=(0, (4, 3)), label=f"batch_size = {size}")
-    _legend(axes)
+    add_legend(axes)
 
 
 def _plain(
     axes: Any, runs: Mapping[str, History], name: str, title: str, scale: bool = False
 ) -> None:
     for k, run in enumerate(runs.values()):
-        _line(axes, list(series(run.lines, name)), color=_colour(k))
+        draw_line(axes, list(series(run.lines, name)), color=colour_of(k))
     if scale:
-        _scale_of_lines(axes)
-    _dress(axes, title, legend=False)
+        scale_of_lines(axes)
+    dress(axes, title, legend=False)
 
 
 # ---------------------------------------------------------------- their parts
-
-
-def _line(axes: Any, points: Sequence[tuple[int, float]], **style: Any) -> None:
-    if points:
-        x, y = zip(*points, strict=True)
-        marker = "o" if len(points) == 1 else ""
-        axes.plot(x, y, marker=marker, **{"lw": 1.4, **style})
-
-
-def _end(axes: Any, points: Sequence[tuple[int, float]], colour: Any) -> None:
-    """The last value, beside its end of the curve."""
-    axes.annotate(
-        f"{points[-1][1]:.4g}", points[-1], xytext=(5, 0), textcoords="offset points",
-        color=colour, fontsize=8, va="center", annotation_clip=False,
-    )  # fmt: skip
 
 
 def _staircase(
@@ -259,15 +271,6 @@ def _smoothed(
     return found
 
 
-def _room_below(axes: Any, share: float) -> None:
-    """Lower the axis's end by a share of its length, as it is seen."""
-    low, high = axes.get_ylim()
-    if axes.get_yscale() == "log":
-        axes.set_ylim(low * (low / high) ** share, high)
-    else:
-        axes.set_ylim(low - share * (high - low), high)
-
-
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
@@ -286,84 +289,3 @@ def _spread(lines: Sequence[TrainLine], count: int) -> list[TrainLine]:
 def _interval(edges: Sequence[float], band: int) -> str:
     low = f"{edges[band - 1]:.2g}" if band else "0"
     return f"{low} to {edges[band]:.2g}" if band < len(edges) else f"above {edges[-1]:.2g}"
-
-
-def _scale_of_lines(axes: Any) -> None:
-    _scale(axes, (float(y) for line in axes.get_lines() for y in line.get_ydata()))
-
-
-def _scale(axes: Any, values: Iterable[float]) -> None:
-    """A logarithmic axis where the values are above 0 and reach over half a decade."""
-    from matplotlib.ticker import LogFormatterSciNotation
-
-    values = list(values)
-    if values and min(values) > 0 and max(values) > 3 * min(values):
-        axes.set_yscale("log")
-        if max(values) < 30 * min(values):
-            axes.yaxis.set_minor_formatter(_plain_numbers())
-            axes.yaxis.set_major_formatter(_plain_numbers())
-            axes.tick_params(axis="y", which="minor", labelsize=7)
-        else:
-            axes.yaxis.set_minor_formatter(LogFormatterSciNotation(labelOnlyBase=True))
-
-
-def _plain_numbers() -> Any:
-    """Labels 1, 2, 3 and 5 of each decade."""
-    from matplotlib.ticker import FuncFormatter
-
-    def label(value: float, _: object) -> str:
-        if value <= 0:
-            return ""
-        first = round(value / 10 ** math.floor(math.log10(value) + 1e-9))
-        return f"{value:.3g}" if first in (1, 2, 3, 5) else ""
-
-    return FuncFormatter(label)
-
-
-def _engineering() -> Any:
-    from matplotlib.ticker import EngFormatter
-
-    return EngFormatter(sep="")
-
-
-def _short(images: int) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if images >= size:
-            return f"{images / size:.3g}{letter}"
-    return str(images)
-
-
-def _dress(
-    axes: Any, title: str, xlabel: str = "images seen", images: bool = True, legend: bool = True
-) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.set_xlabel(xlabel, fontsize=9)
-    axes.tick_params(labelsize=8)
-    if images:
-        axes.xaxis.set_major_formatter(_engineering())
-        axes.set_xlim(left=0)
-    if legend:
-        _legend(axes)
-
-
-def _legend(axes: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
-
-
-def _untold(axes: Any, title: str, words: str) -> None:
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color="0.5", fontsize=9)
-    axes.set(xticks=[], yticks=[])
-
-
-def _colour(k: int) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps["tab10"](k % 10)
-
-
-def _ramp(name: str, share: float) -> Any:
-    from matplotlib import colormaps
-
-    return colormaps[name](share)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -54,6 +56,7 @@ def train_classifier(
     learning_rate: float = 3e-3,
     shift: int = 1,
     seed: int = 0,
+    look: Callable[[], None] = lambda: None,
 ) -> Classifier:
     """Train a `Classifier`; the same arguments give the same weights on one machine.
 
@@ -65,6 +68,7 @@ def train_classifier(
         learning_rate: the peak of a one-cycle schedule.
         shift: each image is moved by up to this many pixels a side, at random.
         seed: of the weights, the order and the shifts. The global generator is left alone.
+        look: called after each step; it may raise to end this.
 
     Returns:
         The classifier in evaluation mode.
@@ -90,6 +94,7 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
+            look()
     return model.eval()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -42,6 +42,55 @@ def on_first(work: Callable[[], T]) -> T:
     if said[1] is not None:
         raise ElsewhereError(said[1])
     return said[0]
+
+
+def on_first_looking(work: Callable[[Callable[[], None]], T], look: Callable[[], None]) -> T:
+    """`on_first` for long work: after each of its steps all processes look.
+
+    Args:
+        work: is given what it calls after each step.
+        look: may raise, on all processes or on none, to end it.
+    """
+    rank, world = place()
+    if world == 1:
+        return work(look)
+    result: Any = None
+    failure: Exception | None = None
+    ended_by_look = False
+
+    def step() -> None:
+        nonlocal ended_by_look
+        _first_says(True)
+        ended_by_look = True
+        look()
+        ended_by_look = False
+
+    if rank:
+        while _first_says(False):
+            look()
+    else:
+        try:
+            result = work(step)
+        except Exception as error:
+            if ended_by_look:  # the others have left, too
+                raise
+            failure = error
+        _first_says(False)
+
+    def told() -> T:
+        if failure is not None:
+            raise failure
+        return cast(T, result)
+
+    return on_first(told)
+
+
+def look_last(parts: int, look: Callable[[], None]) -> None:
+    """What a process calls that has looked after each of its parts, of which the processes take one
+    each in turn: so that all look equally often."""
+    rank, world = place()
+    if parts % world and rank >= parts % world:
+        look()
 
 
 class ElsewhereError(RuntimeError):
@@ -85,6 +134,11 @@ def _device() -> torch.device:
     """Where what is said has to be: NCCL knows the GPU's memory alone."""
     nccl = distributed.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def _first_says(more: bool) -> bool:
+    """Whether the first process has more to do; what others give does not count."""
+    return bool(_total(torch.tensor(float(more and place()[0] == 0))))
 
 
 def _total(values: Tensor) -> Tensor:

@@ -12,24 +12,15 @@ from torch import Tensor
 
 from k_diffusion.evaluation.extractors import FeatureExtractor
 from k_diffusion.evaluation.frechet import moments_frechet
-from k_diffusion.evaluation.gathering import joined_rows, on_first, place
+from k_diffusion.evaluation.gathering import joined_rows, look_last, on_first_looking, place
 from k_diffusion.evaluation.kernel import kernel_distance
 from k_diffusion.evaluation.making import make_extractor
 from k_diffusion.evaluation.manifold import density_coverage, precision_recall
 from k_diffusion.evaluation.moments import Moments
 from k_diffusion.evaluation.neighbours import Memorised, memorisation
+from k_diffusion.evaluation.reading import Data, Reading, as_seen, bar, spread
 from k_diffusion.evaluation.small import SmallExtractor, train_small
-from k_diffusion.evaluation.statistics import (
-    MOST,
-    Data,
-    Statistics,
-    as_seen,
-    bar,
-    data_sha256,
-    measure_data,
-    read,
-    spread,
-)
+from k_diffusion.evaluation.statistics import MOST, Statistics, measure_data
 from k_diffusion.utils.maths import unknown
 
 METRICS = ("fid", "kid", "precision", "recall", "density", "coverage", "memorised")
@@ -92,8 +83,13 @@ def make_reference(
     device: torch.device | str = "cpu",
     progress: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    look: Callable[[], None] = lambda: None,
 ) -> Reference:
     """What samples are compared with; every process has to call it.
+
+    The images are decoded once, as far as memory holds them from one use to the next (see
+    `Reading`), and not at all where the cache knows the data by their fingerprint and has all that
+    is asked of them.
 
     Args:
         data: real images.
@@ -104,19 +100,24 @@ def make_reference(
         device: where it computes.
         progress: show bars.
         say: takes lines of news.
+        look: called by all processes, after each batch and each step of a small extractor's
+            training; what it raises, on all of them at once, ends this.
 
     Raises:
         ValueError: an unknown extractor, weights that cannot be had, or data of several sizes.
     """
     if len(getattr(data, "shapes", ())) > 1:
         raise ValueError("the real images have several sizes, and figures are of one: no buckets")
-    numbers = spread(len(data), most)
-    sha256 = on_first(lambda: data_sha256(data, numbers, progress=progress))
+    shown = spread(len(data), TRAINED_ON) if extractor == "small" and not weights else None
+    reading = Reading(data, spread(len(data), most), shown)
+    sha256 = on_first_looking(
+        lambda step: reading.known_sha256(cache, progress=progress, look=step), look
+    )
     chosen: FeatureExtractor
     if not isinstance(extractor, str):
         chosen = extractor
     elif extractor == "small":
-        chosen = _small(data, sha256, weights, cache, device, say)
+        chosen = _small(data, reading, sha256, weights, cache, device, say, look)
     elif extractor in EXTRACTORS:
         chosen = make_extractor(extractor, weights=weights, device=device)
     else:
@@ -130,6 +131,8 @@ def make_reference(
         device=device,
         progress=progress,
         say=say,
+        reading=reading,
+        look=look,
     )
     return Reference(chosen, statistics, torch.device(device))
 
@@ -141,6 +144,7 @@ def features_of(
     *,
     batch_size: int = 64,
     progress: bool = False,
+    look: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """The features of samples, float32 on the CPU, shape (count, features), in their order.
 
@@ -153,13 +157,16 @@ def features_of(
         reference: whose extractor is taken.
         batch_size: samples at a time.
         progress: show a bar.
+        look: called by all processes after each of their batches; it may raise to end this.
     """
     rank, world = place()
     parts = list(torch.arange(count).split(batch_size))
-    own, found = parts[rank::world], []
+    own, found = parts[rank::world], list[Tensor]()
     for part in bar(iter(own), len(own), "measuring samples", progress):
         images = as_seen(draw(part.tolist())).to(reference.device)
         found.append(reference.extractor(images).float().cpu())
+        look()
+    look_last(len(parts), look)
     size = len(reference.statistics.moments.mean)
     rows = torch.cat(found) if found else torch.empty(0, size)
     numbers = torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
@@ -232,16 +239,18 @@ def class_labels(counts: Sequence[int], number: int) -> list[int]:
 
 def _small(
     data: Data,
+    reading: Reading,
     sha256: str,
     weights: str | Path,
     cache: Path | None,
     device: torch.device | str,
     say: Callable[[str], None],
+    look: Callable[[], None],
 ) -> SmallExtractor:
     """Trained by the first process, or read by it; the others are told its weights."""
     path = None if cache is None else cache / f"small-{sha256[:12]}.safetensors"
 
-    def have() -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    def have(step: Callable[[], None]) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
         extractor = None
         if weights:
             extractor = SmallExtractor.load(Path(weights))
@@ -251,20 +260,32 @@ def _small(
             except ValueError as error:
                 say(f"{error}: it is trained anew")
         if extractor is None:
-            batches = [read(data, n) for n in spread(len(data), TRAINED_ON).split(256)]
-            images = torch.cat([as_seen(batch.images) for batch in batches])
-            labels = torch.cat([batch.labels for batch in batches])
+            images, labels = _shown(data, reading, step)
             say(f"training a small extractor on {len(images)} images of the data")
-            extractor = train_small(images, labels, sha256, device=device)
+            extractor = train_small(images, labels, sha256, device=device, look=step)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 extractor.save(path)
         state = {name: tensor.cpu() for name, tensor in extractor.network.state_dict().items()}
         return state, extractor.trained
 
-    state, facts = on_first(have)
+    state, facts = on_first_looking(have, look)
     from k_diffusion.evaluation.classifier import Classifier
 
     network = Classifier(facts["channels"], facts["outputs"])
     network.load_state_dict(dict(state))
     return SmallExtractor(network, facts, device)
+
+
+def _shown(data: Data, reading: Reading, step: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """What a small extractor is trained on, at its size: images and classes."""
+    wanted = spread(len(data), TRAINED_ON)
+    if not bool(torch.isin(wanted, torch.cat(reading.parts)).all()):
+        reading = Reading(data, wanted, wanted)  # fewer images are measured than are learned from
+    images, labels = [], []
+    for k in range(len(reading.parts)):
+        found = reading.shown(k)
+        images.append(found.images)
+        labels.append(found.labels)
+        step()
+    return torch.cat(images), torch.cat(labels)

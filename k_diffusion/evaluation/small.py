@@ -8,7 +8,7 @@ and strokes than of meaning, and hold only beside others of the very same extrac
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from torch.nn import functional
 
 from k_diffusion.evaluation.classifier import Classifier, _moved, train_classifier
 from k_diffusion.evaluation.extractors import FeatureExtractor, load_tensors
+from k_diffusion.evaluation.reading import LARGEST, smaller
 from k_diffusion.utils.images import write_whole
 from k_diffusion.utils.words import reason_of
 
-LARGEST = 32
-"""Images with more pixels a side are made smaller first."""
 IMAGES_SEEN = 60_000
 BATCH = 64
 TEMPERATURE = 0.2
@@ -93,6 +92,7 @@ def train_small(
     images_seen: int = IMAGES_SEEN,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    look: Callable[[], None] = lambda: None,
 ) -> SmallExtractor:
     """Train one; the same arguments give the same weights on one machine.
 
@@ -106,6 +106,7 @@ def train_small(
         images_seen: how long.
         seed: of the weights and everything drawn. The global generators are left alone.
         device: where it trains and then computes.
+        look: called after each step; it may raise to end this.
     """
     if images.ndim != 4 or len(images) < 2:
         raise ValueError(
@@ -121,10 +122,15 @@ def train_small(
         if told:
             assert labels is not None
             network = train_classifier(
-                images.to(device), labels.to(device), epochs=epochs, batch_size=BATCH, seed=seed
+                images.to(device),
+                labels.to(device),
+                epochs=epochs,
+                batch_size=BATCH,
+                seed=seed,
+                look=look,
             )
         else:
-            network = _train_contrast(images.to(device), images_seen, seed)
+            network = _train_contrast(images.to(device), images_seen, seed, look)
     finally:
         torch.set_num_threads(threads)
     facts = {
@@ -141,17 +147,6 @@ def train_small(
     return SmallExtractor(network, facts, device)
 
 
-def smaller(images: Tensor) -> Tensor:
-    """Images of at most `LARGEST` pixels a side, their shape kept."""
-    longest = max(images.shape[-2:])
-    if longest <= LARGEST:
-        return images
-    size = [max(1, round(side * LARGEST / longest)) for side in images.shape[-2:]]
-    return functional.interpolate(
-        images, size, mode="bilinear", align_corners=False, antialias=True
-    )
-
-
 def contrast(codes: Tensor) -> Tensor:
     """The mean over all views of how surely each finds the other view of its image.
 
@@ -166,7 +161,9 @@ def contrast(codes: Tensor) -> Tensor:
     return functional.cross_entropy(likeness, own.roll(len(codes) // 2))
 
 
-def _train_contrast(images: Tensor, images_seen: int, seed: int) -> Classifier:
+def _train_contrast(
+    images: Tensor, images_seen: int, seed: int, look: Callable[[], None]
+) -> Classifier:
     """Two views of an image shall be nearer to one another than to those of others."""
     batch = min(BATCH, len(images))
     steps = max(1, images_seen // batch)
@@ -184,6 +181,7 @@ def _train_contrast(images: Tensor, images_seen: int, seed: int) -> Classifier:
         loss.backward()
         optimizer.step()
         schedule.step()
+        look()
     model.eval()
     nn.Module.requires_grad_(model, False)
     return model

@@ -5,45 +5,53 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from k_diffusion.evaluation.extractors import FeatureExtractor
-from k_diffusion.evaluation.gathering import joined_moments, joined_rows, on_first, place
+from k_diffusion.evaluation.gathering import (
+    joined_moments,
+    joined_rows,
+    look_last,
+    on_first,
+    place,
+)
 from k_diffusion.evaluation.moments import Moments
-from k_diffusion.utils.images import to_float, to_uint8, write_whole
+from k_diffusion.evaluation.reading import (
+    BATCH,
+    Data,
+    Reading,
+    ahead,
+    as_seen,
+    bar,
+    data_sha256,
+    read,
+    spread,
+)
+from k_diffusion.utils.images import write_whole
 from k_diffusion.utils.words import reason_of
+
+__all__ = [
+    "MOST",
+    "Data",
+    "Statistics",
+    "as_seen",
+    "data_sha256",
+    "measure_data",
+    "read",
+    "spread",
+    "statistics_name",
+]
 
 MOST = 50_000
 """Images that a data set is measured by, unless more are asked for; and features that are kept."""
-BATCH = 64
 LAYOUT = 1
 """Of the files; another number, and they are measured anew."""
-
-T = TypeVar("T")
-
-
-class Data(Protocol):
-    """Real images: what `k_diffusion.training` calls a source, for one."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-        ...
-
-    def batch(self, indices: Tensor) -> Any:
-        """An object with `images` (B, C, H, W), floats in [-1, 1] or uint8, `labels`, int64 (B,),
-        and `bad`, for `report`."""
-        ...
-
-    def report(self, bad: Any) -> None:
-        """Take note of images that turned out broken."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -104,36 +112,6 @@ class Statistics:
             raise ValueError(f"{path} holds no statistics of features ({reason})") from None
 
 
-def spread(length: int, count: int) -> Tensor:
-    """At most `count` of the numbers 0, 1... below `length`, evenly spread, int64."""
-    count = min(length, count)
-    return torch.arange(count) * length // max(1, count)
-
-
-def as_seen(images: Tensor) -> Tensor:
-    """Values in [-1, 1] as float32; of pictures as files of 8 bits hold them, so that samples and
-    data, files and tensors, are measured alike.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    if images.dtype == torch.uint8 or (images.ndim == 4 and images.shape[1] <= 4):
-        return to_float(to_uint8(images))
-    return images.float()
-
-
-def data_sha256(data: Data, numbers: Tensor, *, progress: bool = False) -> str:
-    """A hash of images and classes as they are measured, whatever files they lie in."""
-    found = hashlib.sha256()
-    parts = numbers.split(BATCH)
-    for batch in bar(ahead(parts, lambda part: read(data, part)), len(parts), "reading", progress):
-        images = to_uint8(batch.images) if batch.images.ndim == 4 else batch.images.float()
-        found.update(f"{images.dtype} {tuple(images.shape)}\n".encode())
-        found.update(images.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        found.update(batch.labels.long().contiguous().numpy().data)
-    return found.hexdigest()
-
-
 def measure_data(
     data: Data,
     extractor: FeatureExtractor,
@@ -144,6 +122,8 @@ def measure_data(
     device: torch.device | str = "cpu",
     progress: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    reading: Reading | None = None,
+    look: Callable[[], None] = lambda: None,
 ) -> Statistics:
     """The features of a data set; all processes share the work, and all have the result.
 
@@ -156,6 +136,8 @@ def measure_data(
         device: the extractor's.
         progress: show a bar.
         say: takes a line where a file in the cache cannot be used.
+        reading: of these images, which may hold some of them.
+        look: called by all processes after each of their batches; it may raise to end this.
     """
     extractor_facts = on_first(extractor.facts)
     asked = {
@@ -166,7 +148,7 @@ def measure_data(
     }
     path = None if cache is None else cache / statistics_name(asked)
 
-    def look() -> Statistics | None:
+    def kept() -> Statistics | None:
         if path is None or not path.exists():
             return None
         try:
@@ -178,9 +160,10 @@ def measure_data(
             say(f"{error}: they are measured anew")
         return None
 
-    found = on_first(look)
+    found = on_first(kept)
     if found is None:
-        found = _measured(data, extractor, asked, most, device, progress)
+        reading = reading or Reading(data, spread(len(data), most))
+        found = _measured(reading, extractor, asked, device, progress, look)
         if path is not None:
             on_first(lambda: found.save(path))
     return found
@@ -194,22 +177,22 @@ def statistics_name(asked: dict[str, Any]) -> str:
 
 
 def _measured(
-    data: Data,
+    reading: Reading,
     extractor: FeatureExtractor,
     asked: dict[str, Any],
-    most: int,
     device: torch.device | str,
     progress: bool,
+    look: Callable[[], None],
 ) -> Statistics:
     rank, world = place()
-    numbers = spread(len(data), most)
-    kept = torch.zeros(len(numbers), dtype=torch.bool)
-    kept[spread(len(numbers), MOST)] = True
+    count = sum(map(len, reading.parts))
+    kept = torch.zeros(count, dtype=torch.bool)
+    kept[spread(count, MOST)] = True
     # The same batches whatever the number of processes, so that features are the same bits.
-    parts = list(zip(numbers.split(BATCH), kept.split(BATCH), strict=True))[rank::world]
+    parts = list(zip(reading.parts, kept.split(BATCH), strict=True))[rank::world]
     moments: Moments | None = None
     features, own, classes = [], [], dict[int, int]()
-    batches = ahead([part for part, _ in parts], lambda part: read(data, part))
+    batches = ahead(range(len(reading.parts))[rank::world], reading.part)
     for batch, (part, keep) in zip(
         bar(batches, len(parts), "measuring data", progress), parts, strict=True
     ):
@@ -221,6 +204,8 @@ def _measured(
         own.append(part[keep])
         for label in batch.labels.tolist():
             classes[label] = classes.get(label, 0) + 1
+        look()
+    look_last(len(reading.parts), look)
     if world > 1:
         # A process that had nothing to do does not know how many features there are.
         sizes: list[Any] = [None] * world
@@ -237,32 +222,3 @@ def _measured(
     rows, order = joined_rows(torch.cat(features), torch.cat(own))
     counts = [classes.get(label, 0) for label in range(max(classes) + 1)]
     return Statistics(joined_moments(moments), rows, order, {**asked, "classes": counts})
-
-
-def read(data: Data, numbers: Tensor) -> Any:
-    """A batch of the data, broken images reported."""
-    batch = data.batch(numbers)
-    data.report(batch.bad)
-    return batch
-
-
-def ahead(items: Sequence[Any], work: Callable[[Any], T]) -> Iterator[T]:
-    """What the work makes of each item, the next one made while one is in use."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(work, item) for item in items[:1]]
-        for item in items[1:]:
-            done = waiting.pop()
-            result = done.result()
-            waiting.append(pool.submit(work, item))
-            yield result
-        for done in waiting:
-            yield done.result()
-
-
-def bar(items: Iterator[T], total: int, name: str, shown: bool) -> Iterator[T]:
-    """The items, with a bar on the first process while they come, where somebody looks on."""
-    from tqdm import tqdm
-
-    # None: where nobody looks on.
-    hidden = None if shown and place()[0] == 0 else True
-    return iter(tqdm(items, total=total, desc=name, unit="batch", disable=hidden, leave=False))

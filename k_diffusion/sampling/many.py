@@ -20,6 +20,7 @@ from torch import Tensor
 from k_diffusion.guidance.held import bound_rows, check_bound, wide_shape
 from k_diffusion.sampling.settings import described, digest_rows
 from k_diffusion.sampling.start import whole
+from k_diffusion.utils.files import write_text
 from k_diffusion.utils.images import clear_unfinished, save_png, write_whole
 from k_diffusion.utils.memory import is_out_of_memory, release_memory
 
@@ -259,7 +260,7 @@ class Many:
                     "was drawn: give another folder"
                 )
         if not file.exists():
-            write_whole(file, lambda path: _write_json(path, settings))
+            write_text(file, json.dumps(settings, indent=1) + "\n")
         found = json.loads(file.read_text())
         before, now = found.pop(TOLD, None), settings.pop(TOLD, None)
         for name in sorted({*settings, *found}):
@@ -283,7 +284,7 @@ class Many:
                     "this run's: give another folder"
                 )
         if len(now) > len(before):  # the set has grown
-            write_whole(file, lambda path: _write_json(path, {**settings, TOLD: now}))
+            write_text(file, json.dumps({**settings, TOLD: now}, indent=1) + "\n")
 
 
 def _in_eights(text: str) -> list[str]:
@@ -306,10 +307,6 @@ def as_keywords(condition: Any) -> dict[str, Any]:
         "condition must be class labels (an integer tensor), an embedding (a float tensor) "
         f"or a mapping of keyword arguments, got {type(condition).__name__}"
     )
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=1) + "\n")
 
 
 def _written(write: Callable[[Path, Tensor], object], sample: Tensor, path: Path) -> None:

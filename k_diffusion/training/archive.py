@@ -16,7 +16,7 @@ import tarfile
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from k_diffusion.training.dataset import DataError
 from k_diffusion.utils.words import reason_of
@@ -116,6 +116,15 @@ class Archive:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    def stamp(self) -> list[Any]:
+        """JSON data that change with the content: each file's name, size and checksum, which `read`
+        holds it to. A tar has no checksums: there, the archive's own size and time of change."""
+        members = [[m.name, m.size, m.crc] for m in self.members]
+        if self.zipped:
+            return members
+        facts = os.fstat(self._file)
+        return [facts.st_size, facts.st_mtime_ns, *members]
 
     def read(self, index: int) -> bytes:
         """The content of a file.

@@ -57,6 +57,9 @@ class Archived(Pictures):
         number, index = self._places[file]
         return io.BytesIO(self.archives[number].read(index))
 
+    def _stamps(self) -> list[Any]:
+        return [archive.stamp() for archive in self.archives]
+
     def _beside(self, file: int, suffix: str) -> bytes | None:
         number, index = self._places[file]
         archive = self.archives[number]

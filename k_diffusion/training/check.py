@@ -25,7 +25,7 @@ from k_diffusion.training.gradient import even_parts
 from k_diffusion.training.lock import refuse_busy
 from k_diffusion.training.loggers import check_loggers
 from k_diffusion.training.previews import Previews
-from k_diffusion.training.run import _start_point
+from k_diffusion.training.run_folder import start_point
 from k_diffusion.training.trainer import Trainer, TrainingError
 
 SAMPLE = 512
@@ -155,7 +155,7 @@ def check_run(
     out = Path(config.out)
     check_loggers(config.loggers)
     refuse_busy(out)
-    start = _start_point(out, resume, overwrite, lambda line: None)
+    start = start_point(out, resume, overwrite, lambda line: None)
     free = _writable(out)
     trainer = Trainer(
         config,

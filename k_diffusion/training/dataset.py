@@ -110,6 +110,11 @@ class Source:
     def report(self, bad: Sequence[tuple[int, str]]) -> None:
         """Take note of images that turned out broken when they were decoded."""
 
+    def fingerprint(self) -> str | None:
+        """What tells, with nothing decoded, that the images and classes that `batch` gives without
+        seeds are those of another time; None: there is no such sign of them."""
+        return None
+
     @property
     def num_classes(self) -> int:
         return len(self.class_names)

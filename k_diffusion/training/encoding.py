@@ -22,6 +22,7 @@ from k_diffusion.training.dataset import DataError, Source, as_float
 from k_diffusion.training.latent_shards import FORMAT, INDEX, Shard, open_shard, shard_name
 from k_diffusion.training.latents import autoencoder_facts
 from k_diffusion.training.tensor_file import write_tensors
+from k_diffusion.utils.files import write_text
 from k_diffusion.utils.images import clear_unfinished, write_whole
 
 PLAN = "encode.json"
@@ -133,7 +134,7 @@ def _begin(folder: Path, plan: dict[str, Any]) -> None:
     if not path.exists():
         if any(folder.glob("latents*")):
             raise DataError(f"folder {folder} holds latents, but no {PLAN}: give another one")
-        _write_json(path, plan)
+        write_text(path, json.dumps(plan, indent=1) + "\n")
     try:
         theirs = json.loads(path.read_text())
         differing = [key for key in plan if theirs.get(key) != plan[key] and key != "digest"]
@@ -206,13 +207,6 @@ def _write(path: Path, tensors: dict[str, Tensor], texts: dict[str, str]) -> Non
     write_whole(path, write)
 
 
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    def write(name: Path) -> None:
-        name.write_text(json.dumps(data, indent=1) + "\n")
-
-    write_whole(path, write)
-
-
 def _finish(
     folder: Path, shards: int, plan: dict[str, Any], source: Source, autoencoder: Autoencoder
 ) -> int:
@@ -239,7 +233,7 @@ def _finish(
         "autoencoder": plan["autoencoder"],
         "bad_files": dict(sorted((source.bad_files | bad).items())),
     }
-    _write_json(folder / INDEX, index)
+    write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
     return images
 
 

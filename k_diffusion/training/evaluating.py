@@ -44,13 +44,20 @@ class Evaluation:
     Args:
         trainer: of the run, whose config has the section `evaluate`.
         say: takes lines of news.
+        look: called between all parts of the work, by all processes alike; what it raises, on all
+            of them at once, ends it (see `signals.looking`).
 
     Raises:
         ConfigError: the data are no images, or the extractor cannot be had.
     """
 
-    def __init__(self, trainer: Trainer, say: Callable[[str], None]) -> None:
-        self.trainer, self.options = trainer, trainer.config.evaluate
+    def __init__(
+        self,
+        trainer: Trainer,
+        say: Callable[[str], None],
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.trainer, self.options, self._look = trainer, trainer.config.evaluate, look
         options = self.options
         on_first(lambda: look_at(options, trainer.source))
         with self._aside():
@@ -63,6 +70,7 @@ class Evaluation:
                     cache=Path(trainer.config.out) / FOLDER,
                     device=trainer.device,
                     say=say,
+                    look=look,
                 )
             except (ValueError, OSError, ImportError) as error:
                 raise ConfigError(
@@ -105,7 +113,11 @@ class Evaluation:
                     return torch.zeros(len(numbers), *self.trainer.source.shape)
 
             features = features_of(
-                draw, options.images, self.reference, batch_size=options.batch_size
+                draw,
+                options.images,
+                self.reference,
+                batch_size=options.batch_size,
+                look=self._look,
             )
         line = {"extractor": self.reference.extractor.name, "samples": options.images}
         if reasons := [one for own in self.trainer.processes.gather(wrong) for one in own]:

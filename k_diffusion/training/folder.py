@@ -38,6 +38,16 @@ class Folder(Pictures):
     def _content(self, file: int) -> str:
         return self._names[file]
 
+    def _stamps(self) -> list[Any]:
+        """Names, sizes and times of change: a file that is altered and given back both its size
+        and its time is taken for the one it was."""
+        found = []
+        for file in self._found:
+            facts = os.stat(file)
+            name = Path(file).relative_to(self.root).as_posix()
+            found.append([name, facts.st_size, facts.st_mtime_ns])
+        return found
+
     def _beside(self, file: int, suffix: str) -> bytes | None:
         try:
             with open(Path(self._found[file]).with_suffix(suffix), "rb") as opened:

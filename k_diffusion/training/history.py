@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 METRICS = "metrics.jsonl"
 """The file's name in a run's folder."""
@@ -65,6 +65,18 @@ class Event:
     images_seen: int
     facts: Mapping[str, Any]
     stands: bool = True
+
+
+class Judge(NamedTuple):
+    """By what figures were found; those of different ones do not compare.
+
+    Attributes:
+        extractor: of the features.
+        samples: how many were drawn.
+    """
+
+    extractor: str
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,24 @@ class History:
                 return default
             value = value[part]
         return value
+
+    def figures(self) -> dict[Judge, dict[str, list[tuple[int, float]]]]:
+        """What evaluations have found: by whom, name of the figure -> (images seen, value), rising.
+
+        Those stand that the run has not given up by going back; of two of the same time the last.
+        """
+        standing: dict[int, Mapping[str, Any]] = {}
+        for event in self.of_kind("evaluate"):
+            if event.stands:
+                standing[event.images_seen] = event.facts
+        found: dict[Judge, dict[str, list[tuple[int, float]]]] = {}
+        for images in sorted(standing):
+            facts = standing[images]
+            judge = Judge(str(facts.get("extractor")), int(_number(facts.get("samples")) or 0))
+            for name, given in _mapping(facts.get("figures")).items():
+                if (value := _number(given)) is not None:
+                    found.setdefault(judge, {}).setdefault(name, []).append((images, value))
+        return found
 
     def of_kind(self, *kinds: str) -> list[Event]:
         """The events of some kinds, in order."""

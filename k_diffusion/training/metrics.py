@@ -1,4 +1,36 @@
-"""The metrics file of a run: one JSON object a line, whatever happens to the disk or the folder."""
+"""The metrics file of a run: one JSON object a line, whatever happens to the disk or the folder.
+
+- {"event": "start", "config", "data", "parameters", "versions", "band_edges"}: once; the edges are
+  the sigmas between the bands of noise levels, each with an equal share of the levels drawn;
+- {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
+  "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
+  over the finite steps since the line before, null where there was none; images_per_second is null
+  where the run ends on steps that it passes over; also "terms", what the
+  loss is made of (name -> mean), where it has several, "bands", its mean in each band of levels,
+  from the noiseless to the noisy (null: no sample), and "noise_scale", where that is measured;
+- {"event": "skipped", "images_seen", "step", "loss", "grad_norm", "images", "more_images",
+  "sigmas", "where"}: for each step that was not finite, see `BadStep`; loss and grad_norm are
+  words where they are no number ("nan", "inf");
+- {"event": "micro_batch", "step", "images_seen", "before", "now"}: the most images that a process
+  computes at once; before is null where "auto" has found it, else memory ran out;
+- {"event": "spike", "step", "images_seen", "loss", "median"}: for each loss far above the median
+  of those before, see `SpikeWatch`;
+- {"event": "diverged", "step", "images_seen", "first_step", "reason"}: the run does not come back
+  from these by itself;
+- {"event": "roll_back", "step", "images_seen", "passed_over"}: after that, where it went back to,
+  and first and last of the steps that it leaves out this time. Of lines with the same images_seen
+  the last one holds;
+- {"event": "evaluate", "step", "images_seen", "extractor", "samples", "figures", "reason"}: every
+  `evaluate.every_images`, and at the end; figures (name -> value) are null where the samples were
+  not finite, and only then there is a reason;
+- {"event": "end", "images_seen", "checkpoint", "sha256", "seconds", "stopped_by", "bad_files",
+  "reason"}: once a session; where an error ended it, and only then, there is a reason, and the
+  checkpoint is null where the folder has none.
+
+A resumed run drops the lines that were written after its checkpoint, so the file reads as if the
+run had never been stopped. Of a run that was killed at any moment, only `images_per_second` and
+`seconds` tell.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -200,6 +202,25 @@ class Pictures(Source):
     def report(self, bad: Sequence[tuple[int, str]]) -> None:
         for index, reason in bad:
             self.bad_files.setdefault(self.name(index), reason)
+
+    def fingerprint(self) -> str | None:
+        """A hash of where the pictures lie (see `_stamps`), and of all that decides how each is
+        read: its class, size, channels, bits, and Pillow's version."""
+        try:
+            stamps = self._stamps()
+        except OSError:  # one is gone by now
+            return None
+        if stamps is None:
+            return None
+        from PIL import __version__
+
+        read = [self.sizes, self.channels, self.bits, self.max_pixels, self.captions, __version__]
+        facts = [type(self).__name__, read, self.class_names, self.labels, self._kept, stamps]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _stamps(self) -> list[Any] | None:
+        """JSON data that change with the files' content; None: nothing tells that without it."""
+        return None
 
     def _content(self, file: int) -> str | Path | io.BytesIO:
         """What Pillow opens for a file, by its number among those found; abstract."""

@@ -20,7 +20,7 @@ from k_diffusion.guidance import cfg
 from k_diffusion.sampling import KSampler
 from k_diffusion.training.config import ConfigError
 from k_diffusion.training.health import unchanged_buffers, unchanged_generators
-from k_diffusion.training.retention import checkpoint_path, passed
+from k_diffusion.training.retention import checkpoint_path
 from k_diffusion.training.told import make_told
 from k_diffusion.utils.images import image_grid, save_png
 from k_diffusion.utils.scheduler import make_scheduler
@@ -70,13 +70,6 @@ class Previews:
             self._config.count,
             seed=self._config.seed,
             device=trainer.device,
-        )
-
-    def due(self, images_seen: int, ended: bool) -> bool:
-        """Whether there is one after the step that ended at this time."""
-        every = self._config.every_images
-        return every is not None and (
-            ended or passed(images_seen, self._trainer.config.batch_size, every)
         )
 
     def save(self, say: Callable[[str], None]) -> Tensor | None:

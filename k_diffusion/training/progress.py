@@ -43,13 +43,16 @@ class Progress:
         self._width = 0
         self._line = ""
 
-    def show(self, state: TrainState, loss: float, last: bool = False) -> None:
+    def show(
+        self, state: TrainState, loss: float, last: bool = False, besides: float = 0.0
+    ) -> None:
         """Tell of a step, if it is time.
 
         Args:
             state: of the step.
             loss: as shown: a mean over the last steps.
             last: it is told in any case.
+            besides: seconds that what is not a step will take until the end.
         """
         now = self._clock()
         every = LIVE if self._alive else SELDOM
@@ -57,10 +60,11 @@ class Progress:
             return
         self._last = now
         if not self._alive:
-            self._write(progress_line(state, loss) + "\n")
+            self._write(progress_line(state, loss, besides=besides) + "\n")
             return
         # The last column stays free: some terminals begin a new line there.
-        self._line = progress_line(state, loss, shutil.get_terminal_size().columns - 1)
+        columns = shutil.get_terminal_size().columns - 1
+        self._line = progress_line(state, loss, columns, besides)
         self._draw()
 
     def say(self, line: str) -> None:
@@ -94,7 +98,7 @@ class Progress:
             self._shown = False
 
 
-def progress_line(state: TrainState, loss: float, columns: int = 100) -> str:
+def progress_line(state: TrainState, loss: float, columns: int = 100, besides: float = 0.0) -> str:
     """Such as ` 31% ######.............. 310 of 1,000 images | 52.3 images/s, loss 0.4312 | 00:13
     left`; in few columns the bar gives way, then the end of the line."""
     share = state.images_seen / state.total_images
@@ -102,7 +106,7 @@ def progress_line(state: TrainState, loss: float, columns: int = 100) -> str:
     rest = (
         f"{state.images_seen:,} of {state.total_images:,} images | "
         f"{_speed(state.images_per_second)} images/s, loss {loss:.4f} | "
-        f"{_duration(state.seconds_left)} left"
+        f"{_duration(state.seconds_left + besides)} left"
     )
     length = min(20, columns - len(percent) - len(rest) - 1)
     bar = ("#" * int(length * share)).ljust(length, ".") + " " if length > 2 else ""

@@ -1,38 +1,8 @@
 """A training run in a folder: progress, metrics, checkpoints, an orderly end, and going on.
 
 The folder holds `checkpoint-<images seen>.safetensors` (see `retention`), `ema/` with snapshots of
-the averages and `previews/` where the config asks for them, `metrics.jsonl`, and `.lock` while a
-run works there.
-The metrics are one JSON object a line:
-
-- {"event": "start", "config", "data", "parameters", "versions", "band_edges"}: once; the edges are
-  the sigmas between the bands of noise levels, each with an equal share of the levels drawn;
-- {"event": "train", "step", "images_seen", "loss", "grad_norm", "lr", "ema_decay",
-  "skipped_steps", "images_per_second"}: every `log_every_images`; loss and grad_norm are means
-  over the finite steps since the line before, null where there was none; images_per_second is null
-  where the run ends on steps that it passes over; also "terms", what the
-  loss is made of (name -> mean), where it has several, "bands", its mean in each band of levels,
-  from the noiseless to the noisy (null: no sample), and "noise_scale", where that is measured;
-- {"event": "skipped", "images_seen", "step", "loss", "grad_norm", "images", "more_images",
-  "sigmas", "where"}: for each step that was not finite, see `BadStep`; loss and grad_norm are
-  words where they are no number ("nan", "inf");
-- {"event": "micro_batch", "step", "images_seen", "before", "now"}: the most images that a process
-  computes at once; before is null where "auto" has found it, else memory ran out;
-- {"event": "spike", "step", "images_seen", "loss", "median"}: for each loss far above the median
-  of those before, see `SpikeWatch`;
-- {"event": "diverged", "step", "images_seen", "first_step", "reason"}: the run does not come back
-  from these by itself;
-- {"event": "roll_back", "step", "images_seen", "passed_over"}: after that, where it went back to,
-  and first and last of the steps that it leaves out this time. Of lines with the same images_seen
-  the last one holds;
-- {"event": "evaluate", "step", "images_seen", "extractor", "samples", "figures", "reason"}: every
-  `evaluate.every_images`, and at the end; figures (name -> value) are null where the samples were
-  not finite, and only then there is a reason;
-- {"event": "end", "images_seen", "checkpoint", "sha256", "seconds", "stopped_by", "bad_files"}.
-
-A resumed run drops the lines that were written after its checkpoint, so the file reads as if the
-run had never been stopped. Of a run that was killed at any moment, only `images_per_second` and
-`seconds` tell.
+the averages and `previews/` where the config asks for them, `metrics.jsonl` (see `metrics`), and
+`.lock` while a run works there.
 """
 
 from __future__ import annotations
@@ -49,32 +19,30 @@ import torch
 from torch import nn
 
 from k_diffusion.models import Conditioner
-from k_diffusion.training.checkpoint import read_info
-from k_diffusion.training.config import ConfigError, TrainConfig
+from k_diffusion.training.broken import BrokenDataError
+from k_diffusion.training.checkpoint import CheckpointError, read_info
+from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import Source
 from k_diffusion.training.evaluating import Evaluation
-from k_diffusion.training.lock import RunLock, refuse_busy
+from k_diffusion.training.lock import RunLock
 from k_diffusion.training.loggers import Loggers, check_loggers
 from k_diffusion.training.metrics import METRICS, Log
+from k_diffusion.training.milestones import Act, Milestones
 from k_diffusion.training.opening import evaluation_line, micro_batch_line, opening_lines
-from k_diffusion.training.previews import Previews, remove_previews_after
+from k_diffusion.training.previews import Previews
 from k_diffusion.training.progress import Progress
 from k_diffusion.training.recovery import Recovery
-from k_diffusion.training.retention import (
-    checkpoint_path,
-    latest_checkpoint,
-    list_checkpoints,
-    passed,
-    put_back,
-    remove_all,
-    remove_half_written,
-    remove_surplus,
-    set_aside,
-)
-from k_diffusion.training.signals import agreed, stop_signals
-from k_diffusion.training.snapshots import remove_snapshots_after, save_snapshot, snapshot_files
+from k_diffusion.training.retention import checkpoint_path, list_checkpoints, remove_surplus
+from k_diffusion.training.run_folder import RunFolder, find_folder, remove_after
+from k_diffusion.training.signals import StopAsked, StopRequest, agreed, looking, stop_signals
+from k_diffusion.training.snapshots import save_snapshot
 from k_diffusion.training.trainer import Trainer, TrainState
 from k_diffusion.training.writer import CheckpointWriter
+from k_diffusion.utils.words import reason_of
+
+__all__ = ["RunResult", "run_training", "stop_signals"]
+
+OnStep = Callable[[Trainer, TrainState], None]
 
 
 @dataclass(frozen=True)
@@ -112,7 +80,7 @@ def run_training(
     resume: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
-    on_step: Callable[[Trainer, TrainState], None] | None = None,
+    on_step: OnStep | None = None,
     say: Callable[[str], None] | None = None,
     network: nn.Module | None = None,
     source: Source | None = None,
@@ -146,238 +114,290 @@ def run_training(
 
     Besides what is raised, every trouble is a line of news.
     """
-    out = Path(config.out)
     display = Progress(shown=progress)
     tell = say or display.say
     check_loggers(config.loggers)
-    refuse_busy(out)
-    put_back(out)
-    start = _start_point(out, resume, overwrite, tell)
-    found, going_on = list_checkpoints(out), _lies_in(out, start)
+    folder = find_folder(Path(config.out), resume, overwrite, tell)
     trainer = Trainer(
         config,
-        resume=start,
+        resume=folder.start,
         network=network,
         source=source,
         conditioner=conditioner,
         optimizer=optimizer,
     )
-    previews = Previews(trainer)
-    main = trainer.accelerator.is_main_process
-    tell_once = tell if main else lambda line: None  # what all processes know alike
-    config = trainer.config
-    began, written = time.perf_counter(), trainer.step if start is not None else -1
-    checkpoint = start
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals())
+        session = _Session(trainer, folder, stop, stack, display, tell)
+        try:
+            stopped = session.train(on_step, looked=resume is not None)
+        except Exception as error:
+            session.broke_off(error)
+            raise
+        return session.end(stopped)
 
-        lock: RunLock | None = None  # of the main process
+
+class _Session:
+    """What hangs on the steps of a trainer, from a run's start, or going on, to its end.
+
+    Every process has one; the main one alone writes files and speaks.
+
+    Args:
+        trainer: at the step where it begins.
+        folder: of the run.
+        stop: which signal has asked for an end.
+        stack: takes what is to be closed.
+        display: of the progress.
+        tell: takes lines of news.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: RunFolder,
+        stop: StopRequest,
+        stack: ExitStack,
+        display: Progress,
+        tell: Callable[[str], None],
+    ) -> None:
+        self.trainer, self.folder, self.display, self.tell = trainer, folder, display, tell
+        self.config = config = trainer.config
+        self.main, on_main = trainer.processes.main, trainer.processes.on_main
+        self.tell_once = tell if self.main else lambda line: None  # what all processes know alike
+        self.began = time.perf_counter()
+        previews = Previews(trainer)
+        self.lock: RunLock | None = None  # of the main process, as are the loggers
+        self.loggers: Loggers | None = None
 
         def take_folder() -> None:
-            nonlocal lock
-            out.mkdir(parents=True, exist_ok=True)
-            lock = RunLock(out, tell)
-            stack.callback(lock.release)
-            if list_checkpoints(out) != found:
-                raise ConfigError(f"another run has written to out = {str(out)!r} meanwhile")
-            _make_room(out, going_on, overwrite)
-            if going_on:
-                set_aside(out, trainer.images_seen, tell)
-            remove_snapshots_after(out, trainer.images_seen if going_on else 0, tell)
-            remove_previews_after(out, trainer.images_seen if going_on else 0)
-
-        trainer.processes.on_main(take_folder)
-        loggers: Loggers | None = None  # of the main process
+            self.lock = folder.take(trainer.images_seen, tell)
+            stack.callback(self.lock.release)
 
         def open_loggers() -> None:
-            nonlocal loggers
-            loggers = Loggers(config, trainer.images_seen, going_on, tell)
-            stack.callback(loggers.close)
+            self.loggers = Loggers(config, trainer.images_seen, folder.going_on, tell)
+            stack.callback(self.loggers.close)
 
-        trainer.processes.on_main(open_loggers)
-        log = Log(trainer, out / METRICS if main else None, going_on, tell, loggers)
-        stack.callback(log.close)
+        on_main(take_folder)
+        on_main(open_loggers)
+        metrics = folder.path / METRICS if self.main else None
+        self.log = Log(trainer, metrics, folder.going_on, tell, self.loggers)
+        stack.callback(self.log.close)
         stack.callback(display.close)
-        for file, reason in trainer.source.bad_files.items():
-            tell_once(f"skipping broken image {file}: {reason}")
-        named = set(trainer.source.bad_files)
-        for line in opening_lines(trainer, start, looked=resume is not None):
-            tell_once(line)
-        micro_batch = trainer.micro_batch
-        evaluation: Evaluation | None = None
-        if config.evaluate.every_images is not None:
-            evaluation = Evaluation(trainer, tell_once)
+        self.writer = CheckpointWriter(background=config.background_checkpoints, say=tell)
+        stack.enter_context(self.writer)
+        self.recovery = Recovery(trainer, self.log, self.to_go_back_to, self.tell_once)
+        self.previews = previews
+        self.evaluation: Evaluation | None = None
+        self.milestones = Milestones(trainer, self.acts())
+        self.asked = lambda: agreed(trainer.accelerator, stop.signal)
+        self.look = looking(trainer.accelerator, stop)
+        self.checkpoint = folder.start
+        self.written = trainer.step if folder.start is not None else -1
+        self.micro_batch = trainer.micro_batch
+        self.named_files: set[str] = set()
 
-        def evaluate() -> None:
-            if evaluation is not None:
-                line = evaluation.measure()
-                log.write("evaluate", step=trainer.step, images_seen=trainer.images_seen, **line)
-                tell_once(evaluation_line(trainer.images_seen, line))
+    def acts(self) -> list[Act]:
+        """What is done every so many images, in this order: a run that goes on from a checkpoint
+        lacks nothing of before it."""
+        config, acts = self.config, list[Act]()
+        if (every := config.evaluate.every_images) is not None:
+            acts += [Act("evaluate", (every,), self.evaluate, can_wait=True)]
+        if every := config.ema.snapshot_every_images:
+            acts += [Act("snapshot", (every,), lambda: save_snapshot(self.trainer))]
+        if (every := config.preview.every_images) is not None:
+            acts += [Act("preview", (every,), self.show_preview, can_wait=True)]
+        often = (config.checkpoint_every_images, config.keep_every_images)
+        return [*acts, Act("checkpoint", often, self.save, at_a_stop=True)]
 
-        def to_go_back_to() -> list[Path]:
-            writer.wait()
-            trainer.accelerator.wait_for_everyone()
-            return [*([start] if start is not None else []), *list_checkpoints(out)]
+    # ------------------------------------------------------------ the course of it
 
-        writer = CheckpointWriter(background=config.background_checkpoints, say=tell)
-        stack.enter_context(writer)
-        recovery = Recovery(trainer, log, to_go_back_to, tell_once)
-
-        def save(ended: bool) -> Path:
-            # Shards on the way, as they are quick to write; one file that is whole at the end.
-            sharded = trainer.is_sharded and not ended
-            path = checkpoint_path(out, trainer.images_seen, sharded)
-            log.flush()
-            all_stay = recovery.in_question
-            passed_over = tuple(trainer.passed_over)
-            surplus = partial(remove_surplus, path, config, tell, passed_over)
-            after = (lambda: None) if all_stay else surplus
-            if lock is not None:
-                lock.renew()
-            if sharded:
-                trainer.save(path)
-                if main:
-                    after()
-            else:
-                contents = trainer.contents()
-                if main:
-                    writer.save(path, contents, after=after)
-            return path
-
-        def show_preview() -> None:
-            grid = previews.save(tell)
-            if grid is not None and loggers is not None:
-                loggers.picture(trainer.images_seen, grid)
-
+    def train(self, on_step: OnStep | None, looked: bool) -> int | None:
+        """All steps that are left; the signal that ended them before their time, or None."""
+        trainer, steps = self.trainer, self.config.steps
+        try:
+            stopped = self.begin(looked)
+        except StopAsked as asked:
+            stopped = asked.signal
+        if stopped is not None:
+            return self.stop(stopped)
         for state in trainer:
-            if state.micro_batch != micro_batch:
-                tell_once(micro_batch_line(micro_batch, state.micro_batch))
-                log.write(
-                    "micro_batch",
-                    step=state.step,
-                    images_seen=state.images_seen,
-                    before=micro_batch,
-                    now=state.micro_batch,
-                )
-                micro_batch = state.micro_batch
-            log.add(state)
-            if on_step is not None:
-                on_step(trainer, state)
-            for file in set(trainer.source.bad_files) - named:
-                named.add(file)
-                tell_once(f"replacing broken image {file}: {trainer.source.bad_files[file]}")
-            if state.skipped:
-                tell_once(f"step {state.step} skipped as not finite: {state.report}")
-            back = recovery.went_back(state)
-            if back and main:
-                remove_snapshots_after(out, trainer.images_seen, tell)
-                remove_previews_after(out, trainer.images_seen)
-            ended = state.step == config.steps and not back
-            if main:
-                display.show(state, log.recent, last=ended)
-            stopped = agreed(trainer.accelerator, stop.signal) if not ended else None
-            every = config.evaluate.every_images
-            if not back and (ended or passed(state.images_seen, config.batch_size, every)):
-                evaluate()  # before the checkpoint, as snapshots are
-            every = config.ema.snapshot_every_images
-            if (
-                every
-                and not back
-                and (ended or passed(state.images_seen, config.batch_size, every))
-            ):
-                # Before the checkpoint: a run that goes on from that one lacks none.
-                save_snapshot(trainer)
-            if not back and previews.due(state.images_seen, ended):
-                show_preview()
-            if ended or stopped is not None or (_due(state, config) and not back):
-                checkpoint, written = save(ended), trainer.step
-                if not ended and stopped is None:  # a signal during the write needs no other one
-                    stopped = agreed(trainer.accelerator, stop.signal)
+            back = self.take_note(state, on_step)
+            ended = state.step == steps and not back
+            if self.main:
+                besides = 0.0 if ended else self.milestones.seconds_ahead()
+                self.display.show(state, self.log.recent, ended, besides)
+            stopped = None if ended else self.asked()
+            at = state.images_seen
+            stopped = self.milestones.reach(at, ended=ended, stopped=stopped, back=back)
+            if stopped is None and self.written == trainer.step and not (ended or back):
+                stopped = self.asked()  # a signal during the write needs no other checkpoint
             if stopped is not None:
-                writer.wait()
-                tell_once(
-                    f"stopped by {signal.Signals(stopped).name} at {trainer.images_seen} of "
-                    f"{state.total_images} images; checkpoint: {checkpoint}"
-                )
-                break
-        else:
-            stopped = None
-            if written != trainer.step:  # the last steps were passed over
-                log.passed_over_the_end()
-                evaluate()
-                if config.ema.snapshot_every_images:
-                    save_snapshot(trainer)
-                if previews.due(trainer.images_seen, True):
-                    show_preview()
-                checkpoint = save(True)
-        sha256 = writer.wait()
+                return self.stop(stopped)
+        if self.written != trainer.step:  # the last steps were passed over
+            self.log.passed_over_the_end()
+            stopped = self.milestones.reach(trainer.images_seen, ended=True)
+            if stopped is not None:
+                return self.stop(stopped)
+        return None
+
+    def begin(self, looked: bool) -> int | None:
+        """What comes before the first step; the signal that ended it in the midst of that, if any.
+
+        Raises:
+            StopAsked: it came before anything could be missed.
+        """
+        self.name_broken("skipping")
+        for line in opening_lines(self.trainer, self.folder.start, looked=looked):
+            self.tell_once(line)
+        if self.config.evaluate.every_images is not None:
+            self.evaluation = Evaluation(self.trainer, self.tell_once, self.look)
+        return self.milestones.make_up()
+
+    def take_note(self, state: TrainState, on_step: OnStep | None) -> bool:
+        """Log a step and tell its news; whether the trainer stands at an earlier one now."""
+        if state.micro_batch != self.micro_batch:
+            self.tell_once(micro_batch_line(self.micro_batch, state.micro_batch))
+            sizes = {"before": self.micro_batch, "now": state.micro_batch}
+            at = {"step": state.step, "images_seen": state.images_seen}
+            self.log.write("micro_batch", **at, **sizes)
+            self.micro_batch = state.micro_batch
+        self.log.add(state)
+        if on_step is not None:
+            on_step(self.trainer, state)
+        self.name_broken("replacing")
+        if state.skipped:
+            self.tell_once(f"step {state.step} skipped as not finite: {state.report}")
+        back = self.recovery.went_back(state)
+        if back and self.main:
+            remove_after(self.folder.path, self.trainer.images_seen, self.tell)
+        return back
+
+    def stop(self, number: int) -> int:
+        """End before the time, with a checkpoint of this moment."""
+        trainer = self.trainer
+        if self.written != trainer.step:  # it was stopped before its first step
+            self.save()
+        self.writer.wait()
+        total = self.config.steps * self.config.batch_size
+        self.tell_once(
+            f"stopped by {signal.Signals(number).name} at {trainer.images_seen} of {total} images; "
+            f"checkpoint: {self.checkpoint}"
+        )
+        return number
+
+    def end(self, stopped: int | None) -> RunResult:
+        """The last line of an orderly end."""
+        trainer, checkpoint = self.trainer, self.checkpoint
+        sha256 = self.writer.wait()
         trainer.accelerator.wait_for_everyone()
         if checkpoint is None or not sha256:  # resumed at the very end: nothing was left to do
-            checkpoint = checkpoint or checkpoint_path(out, trainer.images_seen)
+            checkpoint = checkpoint or checkpoint_path(self.folder.path, trainer.images_seen)
             sha256 = read_info(checkpoint).sha256
-        seconds = time.perf_counter() - began
-        log.write(
-            "end",
+        return RunResult(
+            checkpoint=checkpoint,
+            sha256=sha256,
+            metrics=self.folder.path / METRICS,
             images_seen=trainer.images_seen,
-            checkpoint=checkpoint.name,
+            loss=self.log.recent,
+            seconds=self.write_end(checkpoint.name, sha256, stopped),
+            skipped_steps=trainer.skipped_steps,
+            bad_files=dict(trainer.source.bad_files),
+            stopped_by=stopped,
+            resumed_from=self.folder.start,
+        )
+
+    def broke_off(self, error: Exception) -> None:
+        """The same where an error ends the run.
+
+        Data of which too much is broken leave a checkpoint, too: the weights are sound, every
+        process stands between two steps, and with `max_bad_share` raised the run goes on from it.
+        Other errors leave none, so that none from before, which may be wanted, has to make room.
+        """
+        self.name_broken("replacing")
+        try:
+            if isinstance(error, BrokenDataError) and self.written != self.trainer.step:
+                self.save()
+                self.tell_once(
+                    f"checkpoint: {self.checkpoint}; --resume goes on from it where max_bad_share "
+                    "is higher"
+                )
+            self.writer.wait()
+        except CheckpointError as failure:
+            self.tell(str(failure))
+        if not self.main:
+            return
+        name = sha256 = None
+        if self.checkpoint is not None:
+            try:
+                name, sha256 = self.checkpoint.name, read_info(self.checkpoint).sha256
+            except CheckpointError:  # it could not be written
+                name = None
+        self.write_end(name, sha256, None, reason=reason_of(error))
+
+    def write_end(
+        self, checkpoint: str | None, sha256: str | None, stopped: int | None, **facts: str
+    ) -> float:
+        """The session's last line; gives how many seconds it took."""
+        seconds = time.perf_counter() - self.began
+        self.log.write(
+            "end",
+            images_seen=self.trainer.images_seen,
+            checkpoint=checkpoint,
             sha256=sha256,
             seconds=seconds,
             stopped_by=stopped,
-            bad_files=trainer.source.bad_files,
+            bad_files=self.trainer.source.bad_files,
+            **facts,
         )
-    return RunResult(
-        checkpoint=checkpoint,
-        sha256=sha256,
-        metrics=out / METRICS,
-        images_seen=trainer.images_seen,
-        loss=log.recent,
-        seconds=seconds,
-        skipped_steps=trainer.skipped_steps,
-        bad_files=dict(trainer.source.bad_files),
-        stopped_by=stopped,
-        resumed_from=start,
-    )
+        return seconds
 
+    # ------------------------------------------------------------ its parts
 
-# ---------------------------------------------------------------- the folder
+    def name_broken(self, doing: str) -> None:
+        """Tell of the broken files that no line has named yet."""
+        for file, reason in self.trainer.source.bad_files.items():
+            if file not in self.named_files:
+                self.named_files.add(file)
+                self.tell_once(f"{doing} broken image {file}: {reason}")
 
+    def evaluate(self) -> None:
+        """Measure the average, and tell the figures."""
+        assert self.evaluation is not None
+        at, line = self.trainer.images_seen, self.evaluation.measure()
+        self.log.write("evaluate", step=self.trainer.step, images_seen=at, **line)
+        self.tell_once(evaluation_line(at, line))
 
-def _start_point(
-    out: Path, resume: str | Path | None, overwrite: bool, tell: Callable[[str], None]
-) -> Path | None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"out = {str(out)!r} is a file; give a folder")
-    if str(resume) == "auto":
-        return latest_checkpoint(out, tell)
-    start = None if resume is None else Path(resume)
-    if start is not None and not start.exists():
-        return start  # which is refused with a better guess
-    found = list_checkpoints(out)
-    if start is not None:
-        found = [*snapshot_files(out), *found]
-    if found and not overwrite and not _lies_in(out, start):
-        raise ConfigError(
-            f"out = {str(out)!r} holds a run already ({found[-1].name}): resume it, overwrite "
-            "it, or give another folder"
-        )
-    return start
+    def show_preview(self) -> None:
+        """Draw samples of the average into their file."""
+        grid = self.previews.save(self.tell)
+        if grid is not None and self.loggers is not None:
+            self.loggers.picture(self.trainer.images_seen, grid)
 
+    def save(self) -> None:
+        """Write a checkpoint of this moment."""
+        trainer, config = self.trainer, self.config
+        # Shards on the way, as they are quick to write; one file that is whole at the end.
+        sharded = trainer.is_sharded and trainer.step < config.steps
+        path = checkpoint_path(self.folder.path, trainer.images_seen, sharded)
+        self.log.flush()
+        passed_over = tuple(trainer.passed_over)
+        surplus = partial(remove_surplus, path, config, self.tell, passed_over)
+        after = (lambda: None) if self.recovery.in_question else surplus
+        if self.lock is not None:
+            self.lock.renew()
+        if sharded:
+            trainer.save(path)
+            if self.main:
+                after()
+        else:
+            contents = trainer.contents()
+            if self.main:
+                self.writer.save(path, contents, after=after)
+        self.checkpoint, self.written = path, trainer.step
 
-def _lies_in(out: Path, start: Path | None) -> bool:
-    """Whether a run goes on in the folder where its checkpoint lies."""
-    return start is not None and start.resolve().parent == out.resolve()
-
-
-def _make_room(out: Path, going_on: bool, overwrite: bool) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    remove_half_written(out)
-    if not going_on and overwrite:
-        remove_all(out)
-
-
-def _due(state: TrainState, config: TrainConfig) -> bool:
-    """Whether a checkpoint is to be written after this step."""
-    return any(
-        passed(state.images_seen, config.batch_size, every)
-        for every in (config.checkpoint_every_images, config.keep_every_images)
-    )
+    def to_go_back_to(self) -> list[Path]:
+        """The checkpoints that the run could go back to, all of them written."""
+        self.writer.wait()
+        self.trainer.accelerator.wait_for_everyone()
+        start = self.folder.start
+        return [*([start] if start is not None else []), *list_checkpoints(self.folder.path)]

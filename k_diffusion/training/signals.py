@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -16,6 +16,20 @@ class StopRequest:
     """Which signal asked for an end, once one has."""
 
     signal: int | None = None
+
+
+class StopAsked(Exception):
+    """A signal has asked for an end in the midst of something that can be done anew.
+
+    Args:
+        signal: its number.
+    """
+
+    everywhere = True  # as in ConfigError: it is raised on all processes at once
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"signal {signal} asks for an end")
+        self.signal = signal
 
 
 @contextmanager
@@ -49,3 +63,18 @@ def agreed(accelerator: Any, number: int | None) -> int | None:
         return number
     flags = torch.tensor([number or 0], device=accelerator.device)
     return int(accelerator.gather(flags).max()) or None
+
+
+def looking(accelerator: Any, request: StopRequest) -> Callable[[], None]:
+    """What long work calls between its parts, all processes alike: it ends the work on each of them
+    once any has a signal.
+
+    Raises (when called):
+        StopAsked: one has.
+    """
+
+    def look() -> None:
+        if (number := agreed(accelerator, request.signal)) is not None:
+            raise StopAsked(number)
+
+    return look

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from k_diffusion.training.health import BadStep
@@ -39,8 +40,8 @@ class TrainState:
             told from noise.
         micro_batch: the most images that a process computes at once.
         skipped_steps: how many have been, since the start of the run.
-        images_per_second: over the last steps of this session.
-        seconds_left: at that speed, to the end of the run.
+        images_per_second: over the last steps of this session, without evaluations and previews.
+        seconds_left: at that speed, to the end of the run; of its steps alone.
     """
 
     step: int
@@ -66,11 +67,21 @@ class Speed:
 
     def __init__(self) -> None:
         self._images = 0
+        self._aside = 0.0
         self._clock = deque([(time.perf_counter(), 0)], maxlen=SPEED_STEPS + 1)
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Time within the block does not count: it is no training."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._aside += time.perf_counter() - began
 
     def after(self, images: int) -> float:
         """The speed, once a step of so many images is done."""
         self._images += images
-        self._clock.append((time.perf_counter(), self._images))
+        self._clock.append((time.perf_counter() - self._aside, self._images))
         (began, before), (now, done) = self._clock[0], self._clock[-1]
         return (done - before) / max(now - began, 1e-9)

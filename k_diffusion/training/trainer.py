@@ -200,6 +200,8 @@ class Trainer:
         check_agreed(self.processes, self.step)
         trained = compiled(self.objective) if config.compile else self.objective
         self._optimizer = self._joining.prepare(trained, self.optimizer)
+        self.speed = Speed()
+        """Of this session; whoever does between steps what is no training lets it stand."""
 
     @property
     def images_seen(self) -> int:
@@ -218,7 +220,7 @@ class Trainer:
     # ------------------------------------------------------------ the loop
 
     def __iter__(self) -> Iterator[TrainState]:
-        config, speed = self.config, Speed()
+        config, self.speed = self.config, Speed()
         total = config.steps * config.batch_size
         for batch in self._batches():
             lr = learning_rate(
@@ -227,7 +229,7 @@ class Trainer:
             decay = self.ema.decay
             loss, grad_norm, report = self.train_step(batch, lr)
             skipped = report is not None
-            images_per_second = speed.after(config.batch_size)
+            images_per_second = self.speed.after(config.batch_size)
             yield TrainState(
                 step=self.step,
                 images_seen=self.images_seen,

@@ -93,6 +93,9 @@ class WebShards(Pictures):
     def _content(self, file: int) -> io.BytesIO:
         return io.BytesIO(self._member(file, "") or b"")
 
+    def _stamps(self) -> list[Any]:
+        return [archive.stamp() for archive in self.archives]
+
     def _beside(self, file: int, suffix: str) -> bytes | None:
         return self._member(file, suffix[1:])
 

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from k_diffusion.utils.images import write_whole
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then rename it: `path` is whole or untouched."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text, in UTF-8; whole, or not at all."""
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
 
 
 def download_file(path: Path | str, url: str, digest: str | None = None) -> Path:

@@ -8,11 +8,13 @@ a function that needs it is called.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+
+from k_diffusion.utils.files import write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,16 +49,6 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """Map 0..255 to [-1, 1], float32: the inverse of `to_uint8` on what it gives."""
     return images.float() / 127.5 - 1
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make a file beside `path`, then rename it: `path` is whole or untouched."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def clear_unfinished(folder: Path, names: Collection[str]) -> None:

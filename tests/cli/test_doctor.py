@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,96 @@ def test_a_run(tmp_path, capsys) -> None:
     write(run, [*course(), *marks, *after])
     assert main(["plot", str(run)]) == 0
     assert (read(run / "plot.png") != plain).any(-1).mean() > 0.01
+
+
+def evaluated(step: int, fid: float, **facts: Any) -> dict[str, Any]:
+    figures = {"fid": fid, "kid": 0.1, "kid_error": 0.02, "recall": 0.5}
+    said = {"extractor": "small-1", "samples": 50, "figures": figures, **facts}
+    return {"event": "evaluate", "step": step, "images_seen": 32 * step, **said}
+
+
+def test_what_evaluations_found_is_drawn(tmp_path, capsys) -> None:
+    """Each curve's points, on axes of the test's own."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from k_diffusion.cli.figures_picture import figure_panels
+    from k_diffusion.training.history import read_history
+
+    facts = [*course(), *(evaluated(100 * k, 90.0 / k) for k in (1, 2, 3, 4))]
+    plain = write(tmp_path / "plain", course())
+    one = write(tmp_path / "one", facts)
+    two = write(tmp_path / "two", [*facts, evaluated(500, 7.0, extractor="other")])
+    runs = {path.name: read_history(path) for path in (plain, one, two)}
+    assert figure_panels({"plain": runs["plain"]}) == []
+    panels = figure_panels({"one": runs["one"]})
+    drawn = [Figure().subplots() for _ in panels]
+    for panel, axes in zip(panels, drawn, strict=True):
+        panel(axes, runs)
+    points = [(3200 * k, 90.0 / k) for k in (1, 2, 3, 4)]
+    fid, kid, shares = drawn
+    assert [tuple(point) for point in fid.lines[0].get_xydata()] == points
+    assert fid.get_title(loc="left") == "FID, 50 samples by small-1"
+    assert fid.get_ylim()[0] == 0.0
+    assert [text.get_text() for text in fid.texts] == ["22.5"]
+    band = kid.collections[0].get_paths()[0].get_extents()
+    assert (round(band.y0, 6), round(band.y1, 6)) == (0.08, 0.12)
+    assert kid.lines[0].get_ydata().tolist() == [0.1] * 4
+    assert shares.lines[0].get_ydata().tolist() == [0.5] * 4
+    assert [text.get_text() for text in shares.get_legend().get_texts()] == ["recall"]
+    # Figures by two extractors are two curves; each run has its own.
+    axes = Figure().subplots()
+    figure_panels(runs)[0](axes, runs)
+    said = [text.get_text() for text in axes.get_legend().get_texts()]
+    small, other = "50 samples by small-1", "50 samples by other"
+    assert said == [f"one, {small}", f"two, {small}", f"two, {other}"]
+    assert [len(line.get_xdata()) for line in axes.lines] == [4, 4, 1]
+    assert not axes.texts
+    # And they make the picture longer.
+    heights = []
+    for path in (plain, one):
+        assert main(["plot", str(path)]) == 0
+        heights.append(read(path / "plot.png").shape[0])
+    assert heights[1] > heights[0] + 300
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("command", ["plot", "schedule"])
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch, command) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    run = write(tmp_path / "run", course())
+    path = run / "plot.png"
+    path.write_bytes(b"the one before")
+    words = [command, str(run)] if command == "plot" else [command, "karras", "--plot", str(path)]
+
+    def fails(self: Any, file: Any, **options: Any) -> None:
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", fails)
+        assert main(words) != 0
+    assert path.read_bytes() == b"the one before"
+    assert sorted(p.name for p in run.iterdir()) == ["metrics.jsonl", "plot.png"]
+    for ending in (".svg", ".pdf", ".PNG"):
+        out = tmp_path / f"a{ending}"
+        assert main(["plot", str(run), "-o", str(out)]) == 0
+        assert out.read_bytes()[:4] in (b"<?xm", b"%PDF", b"\x89PNG")
+
+
+def test_an_error_that_ended_it_is_told(tmp_path, capsys) -> None:
+    facts = {"images_seen": 19_200, "checkpoint": "checkpoint-a", "bad_files": {}, "sha256": "0"}
+    end = {"event": "end", "stopped_by": None, "seconds": 1.0, **facts}
+    words = ["doctor", "--metrics-only"]
+    assert main([*words, str(write(tmp_path / "well", [*course(), end]))]) == 0
+    assert "an error ended it" not in capsys.readouterr().out
+    broken = write(tmp_path / "broken", [*course(), {**end, "reason": "the disk is gone"}])
+    assert main([*words, str(broken)]) == 0
+    out = capsys.readouterr().out
+    assert "an error ended it at 19,200 images: the disk is gone" in out
+    assert "put that right; --resume goes on from checkpoint-a" in out
 
 
 def test_several_runs(tmp_path, capsys) -> None:

@@ -12,8 +12,14 @@ from PIL import Image
 
 from k_diffusion.training import Trainer, run_training
 from k_diffusion.training.broken import BrokenDataError, check_bad_share
+from k_diffusion.training.checkpoint import read_checkpoint, read_info
+from k_diffusion.training.dataset import ArraySource, DataError, Digits
+from k_diffusion.training.doctor.told import broken_files, broken_off
 from k_diffusion.training.folder import Folder
+from k_diffusion.training.history import read_history
 from k_diffusion.training.opening import opening_lines
+from k_diffusion.training.retention import list_checkpoints
+from k_diffusion.training.trainer import TrainingError
 
 
 @pytest.fixture
@@ -53,6 +59,91 @@ def test_a_run_stops_by_name_once_it_is_too_much(
     assert "\n" not in str(caught.value)
     assert caught.value.everywhere
     assert sum("ing broken image" in line for line in lines) == 4
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_such_a_stop_leaves(
+    pictures: Path, make_run_config: Any, tmp_path: Path, background: bool
+) -> None:
+    """Every broken file in the log, a report, and a checkpoint from which a run that allows more
+    goes on as if it had from the beginning."""
+    options: dict[str, Any] = {"log_every_images": 8, "background_checkpoints": background}
+    said: list[str] = []
+    settings = config(make_run_config, pictures, max_bad_share=0.12, **options)
+    with pytest.raises(BrokenDataError) as caught:
+        run_training(settings, progress=False, say=said.append)
+    out = Path(settings.out)
+    *_, last, end = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert end["event"] == "end"
+    assert end["reason"] == str(caught.value)
+    assert len(end["bad_files"]) == 4
+    for file, reason in end["bad_files"].items():
+        assert sum(f"broken image {file}: {reason}" in line for line in said) == 1
+    assert (end["stopped_by"], end["images_seen"]) == (None, last["images_seen"])
+    (checkpoint,) = list_checkpoints(out)
+    info = read_info(checkpoint)
+    assert (end["checkpoint"], end["sha256"]) == (checkpoint.name, info.sha256)
+    assert 0 < info.images_seen == end["images_seen"] < 80
+    history = read_history(out)
+    assert broken_files(history).figures["broken"] == 4  # type: ignore[union-attr]
+    assert broken_off(history).figures["checkpoint"] == checkpoint.name  # type: ignore[union-attr]
+
+    allowing = config(make_run_config, pictures, max_bad_share=0.5, **options)
+    ended = run_training(allowing, progress=False, resume="auto", say=said.append)
+    whole = run_training(
+        allowing.model_copy(update={"out": str(tmp_path / "whole")}), progress=False, say=print
+    )
+    (_, one), (_, other) = (read_checkpoint(r.checkpoint, ["ema"]) for r in (ended, whole))
+    assert all(torch.equal(t, other["ema"][name]) for name, t in one["ema"].items())
+    losses = [[line.loss for line in read_history(r.metrics).lines] for r in (ended, whole)]
+    assert losses[0] == losses[1]
+    assert broken_off(read_history(out)) is None
+
+
+def test_other_errors_leave_a_report_and_no_checkpoint(make_run_config: Any) -> None:
+    """Nor does a kill leave any."""
+    settings = make_run_config(checkpoint_every_images=96, log_every_images=32)
+
+    def fail(trainer: Any, state: Any) -> None:
+        if state.step == 5:
+            trainer.source.bad_files["late.png"] = "cut short"
+            raise DataError("the disk is gone\nfor good")
+
+    said: list[str] = []
+    with pytest.raises(DataError):
+        run_training(settings, progress=False, on_step=fail, say=said.append)
+    assert said.count("replacing broken image late.png: cut short") == 1
+    end = json.loads(Path(settings.out, "metrics.jsonl").read_text().splitlines()[-1])
+    assert (end["event"], end["images_seen"]) == ("end", 160)
+    assert end["reason"] == "the disk is gone for good"
+    assert end["bad_files"] == {"late.png": "cut short"}
+    assert end["checkpoint"] == "checkpoint-000000000096.safetensors"
+    assert [path.name for path in list_checkpoints(settings.out)] == [end["checkpoint"]]
+
+    class Kill(BaseException):
+        pass
+
+    def kill(trainer: Any, state: Any) -> None:
+        raise Kill
+
+    with pytest.raises(Kill):
+        run_training(settings, progress=False, on_step=kill, resume="auto")
+    events = [e.kind for e in read_history(settings.out).events]
+    assert events == []
+
+
+def test_too_many_skipped_steps_leave_a_report(make_run_config: Any) -> None:
+    digits = Digits()
+    source = ArraySource(
+        torch.full_like(digits.images, torch.nan), digits.labels, list("0123456789")
+    )
+    model = {**make_run_config().model, "sigma_data": 0.5}
+    settings = make_run_config(max_skipped=3, model=model)
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        run_training(settings, progress=False, source=source, say=lambda line: None)
+    end = json.loads(Path(settings.out, "metrics.jsonl").read_text().splitlines()[-1])
+    assert end["reason"].startswith("3 steps in a row were not finite")
+    assert (end["checkpoint"], end["sha256"], list_checkpoints(settings.out)) == (None, None, [])
 
 
 def test_a_run_with_as_many_as_allowed_names_them_in_its_report(

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits, Stream
-from k_diffusion.training.history import History, HistoryError, read_history, series
+from k_diffusion.training.history import History, HistoryError, Judge, read_history, series
 from k_diffusion.training.lengths import average_lengths, main_age
 from k_diffusion.training.run import run_training
 
@@ -221,3 +222,38 @@ def test_none_where_nothing_is_told(tmp_path: Path) -> None:
     empty = History(tmp_path, {}, (), ())
     assert average_lengths(empty) == {}
     assert main_age(empty) is None
+
+
+def test_figures_that_stand(tmp_path: Path) -> None:
+    """Those of steps given up, and the earlier of two of one time, are left out."""
+
+    def said(step: int, extractor: str = "a", samples: int = 10, **figures: Any) -> dict[str, Any]:
+        told = {"extractor": extractor, "samples": samples, "figures": figures or None}
+        return {"event": "evaluate", "step": step, "images_seen": 32 * step, **told}
+
+    found = read_history(
+        write(
+            tmp_path,
+            [
+                *course(),
+                said(10, fid=9.0, kid=1.0),
+                said(20, fid=8.0),
+                said(30, fid=7.0),
+                {"event": "roll_back", "step": 20, "images_seen": 640, "passed_over": [21, 22]},
+                said(40, fid=6.0),
+                said(40, fid=5.0, kid=True),
+                said(50),
+                said(60, extractor="b", fid=4.0),
+                said(70, samples=11, fid=3.0),
+                said(80, fid=2.0),
+            ],
+        )
+    ).figures()
+    assert found == {
+        Judge("a", 10): {
+            "fid": [(320, 9.0), (640, 8.0), (1280, 5.0), (2560, 2.0)],
+            "kid": [(320, 1.0)],
+        },
+        Judge("b", 10): {"fid": [(1920, 4.0)]},
+        Judge("a", 11): {"fid": [(2240, 3.0)]},
+    }

@@ -53,7 +53,7 @@ def config_in(out: Path) -> Any:
 
 def killed_at(config: Any, kind: str, count: int) -> None:
     """In a child: go on, and be killed after so many steps, in a write, or before the first."""
-    from k_diffusion.training import checkpoint, run, snapshots
+    from k_diffusion.training import checkpoint, run, run_folder, snapshots
 
     def kill(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -64,7 +64,7 @@ def killed_at(config: Any, kind: str, count: int) -> None:
         write = snapshots.save_checkpoint
         snapshots.save_checkpoint = lambda *args, **facts: (write(*args, **facts), kill())
     if kind == "start":
-        run.remove_snapshots_after = kill
+        run_folder.remove_snapshots_after = kill
     done = 0
 
     def on_step(trainer: Any, state: Any) -> None:

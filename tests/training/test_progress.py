@@ -45,6 +45,35 @@ def state(images_seen: int = 310, speed: float = 52.34, left: float = 13.2) -> T
     )  # fmt: skip
 
 
+def test_what_is_not_a_step_is_left_too() -> None:
+    shown = Terminal()
+    Progress(stream=shown, clock=Clock()).show(state(left=50.0), 1.0, besides=100.0)
+    assert shown.getvalue().endswith("| 02:30 left")
+    listed = io.StringIO()
+    Progress(stream=listed, clock=Clock()).show(state(left=50.0), 1.0, True, 100.0)
+    assert listed.getvalue().endswith("| 02:30 left\n")
+
+
+def test_evaluations_to_come_are_left_too(
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second on: how long one takes is told by the first. At the end none is left."""
+    told: list[tuple[int, float]] = []
+    real = Progress.show
+
+    def show(self: Progress, state: TrainState, loss: float, last: bool, besides: float) -> None:
+        told.append((state.images_seen, besides))
+        real(self, state, loss, last, besides)
+
+    monkeypatch.setattr(Progress, "show", show)
+    preview = {"every_images": 256, "count": 1, "steps": 2}
+    run_training(make_run_config(preview=preview), progress=False, say=lambda line: None)
+    found = dict(told)
+    assert [found[at] for at in range(32, 257, 32)] == [0.0] * 8
+    assert found[288] == found[480] > 0.0
+    assert found[640] == 0.0
+
+
 def test_what_the_line_says() -> None:
     assert progress_line(state(), 0.43117) == (
         " 31% ######.............. 310 of 1,000 images | 52.3 images/s, loss 0.4312 | 00:13 left"

@@ -18,7 +18,8 @@ from k_diffusion.training import load_denoiser, sharded
 from k_diffusion.training.checkpoint import CheckpointError, read_checkpoint, read_info
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.resume import check_agreed
-from k_diffusion.training.run import latest_checkpoint, list_checkpoints, run_training
+from k_diffusion.training.retention import latest_checkpoint, list_checkpoints
+from k_diffusion.training.run import run_training
 from k_diffusion.training.trainer import Trainer, TrainState
 
 MakeConfig = Callable[..., TrainConfig]

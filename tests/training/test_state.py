@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,19 @@ def test_speed_is_that_of_the_last_steps(monkeypatch: pytest.MonkeyPatch) -> Non
         now += float(step)  # ever slower
         seconds = sum(range(max(0, step - SPEED_STEPS) + 1, step + 1))
         assert abs(speed.after(10) * seconds / (10 * min(step, SPEED_STEPS)) - 1) < 1e-12
+
+
+def test_time_beside_the_training_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
+    speed = Speed()
+    for step in range(1, 8):
+        now += 2.0
+        assert abs(speed.after(10) - 5.0) < 1e-12
+        if step % 3 == 0:
+            with suppress(KeyError), speed.standing():  # however it ends
+                now += 100.0
+                raise KeyError
 
 
 def test_a_clock_that_stands_still_is_no_division_by_zero(monkeypatch: pytest.MonkeyPatch) -> None:

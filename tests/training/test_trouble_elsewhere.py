@@ -78,12 +78,12 @@ def troubles(folder: Path) -> None:
 def folder_in_use(folder: Path) -> None:
     """The lock is the main process's matter; the others end with it."""
     config = prepared()(out=str(folder / "run"), total_images=64)
-    from k_diffusion.training import run
+    from k_diffusion.training import run_folder
 
     def refuse(*arguments: Any) -> None:
         raise ConfigError("out is in use")
 
-    run.RunLock = refuse  # type: ignore[assignment,misc]
+    run_folder.RunLock = refuse  # type: ignore[assignment,misc]
     said = message_of(Exception, lambda: run_training(config, progress=False))  # type: ignore[arg-type]
     assert said == "out is in use"
 

@@ -309,6 +309,22 @@ def broken_files(history: History) -> Finding | None:
     )
 
 
+def broken_off(history: History) -> Finding | None:
+    """An error that ended the last session."""
+    ends = history.of_kind("end")
+    reason = ends[-1].facts.get("reason") if ends else None
+    if reason is None:
+        return None
+    last = ends[-1]
+    checkpoint = last.facts.get("checkpoint")
+    on = f"; --resume goes on from {checkpoint}" if checkpoint else ""
+    return Finding(
+        f"an error ended it at {last.images_seen:,} images: {reason}",
+        f"put that right{on}",
+        {"reason": reason, "images_seen": last.images_seen, "checkpoint": checkpoint},
+    )
+
+
 CHECKS: dict[str, Callable[[History], Finding | None]] = {
     "diverging": diverging,
     "skipped steps": skipped,
@@ -318,6 +334,7 @@ CHECKS: dict[str, Callable[[History], Finding | None]] = {
     "loss by noise level": flat_bands,
     "batch size": batch_size,
     "broken files": broken_files,
+    "broken off": broken_off,
 }
 """Name -> check, in the order in which they are told."""
 
