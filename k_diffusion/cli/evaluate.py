@@ -28,7 +28,7 @@ from .measured import (
 from .plugins import Plugins, load_plugins
 from .problems import UsageError, as_usage, plain_warnings, process_number
 from .telling import Teller
-from .values import Names, Settings, WholeOrAuto, Words, newest_in, show_settings
+from .values import WEIGHTS, Names, Settings, WholeOrAuto, Words, newest_in, show_settings
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ class Evaluate:
     memorised is measured; 0: no picture."""
     cache: Annotated[str, tyro.conf.arg(metavar="FOLDER")] = ""
     """Where the data's statistics and small extractors are kept; without it the folder evaluation
-    beside the checkpoint."""
+    beside the checkpoint, or, for a model that comes with the library, beside --out."""
     out: Path = Path("evaluation.json")
     """The file to write."""
     overwrite: bool = False
@@ -157,6 +157,8 @@ class Evaluate:
             real = open_data(self.data, trained, shape)
             others = open_data(held, trained, shape) if held else None
         parent = Path(info.path).parent if info else Path(self.samples).parent
+        if parent == WEIGHTS:  # an installed package is no place to write to
+            parent = self.out.parent
         shared: dict[str, Any] = {
             "most": self.real_images,
             "cache": Path(self.cache) if self.cache else parent / FOLDER,

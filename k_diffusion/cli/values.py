@@ -178,7 +178,8 @@ def newest_in(path: str) -> str:
     from k_diffusion.training import latest_checkpoint
 
     if path.startswith(OURS):
-        name, known = path.removeprefix(OURS), [file.stem for file in sorted(WEIGHTS.iterdir())]
+        name = path.removeprefix(OURS)
+        known = [file.stem for file in sorted(WEIGHTS.glob("*.safetensors"))]
         if name not in known:
             raise UsageError(unknown("model that comes with the library", name, known))
         return str(WEIGHTS / f"{name}.safetensors")

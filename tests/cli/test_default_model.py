@@ -11,6 +11,7 @@ from PIL import Image
 
 from k_diffusion.cli import main
 from k_diffusion.cli.values import WEIGHTS, newest_in
+from k_diffusion.evaluation import train_small
 from k_diffusion.sampling import KSampler, unit_noise
 from k_diffusion.training import Digits, load_denoiser, read_info
 
@@ -66,3 +67,26 @@ def test_it_draws_the_digit_that_it_is_asked_for() -> None:
     drawn = KSampler(denoiser, "karras", "dpmpp_2m").sample(noise, 20, labels)
     assert share(held_out.images, held_out.labels) > 0.85
     assert share(drawn, labels) > 0.85
+
+
+def test_measuring_it_writes_nothing_into_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    train_small(Digits().images, Digits().labels, "ab" * 32, images_seen=500).save(
+        Path("small.safetensors")
+    )
+    words = [
+        "--n",
+        "10",
+        "--steps",
+        "2",
+        "--metrics",
+        "fid",
+        "--extractor-weights",
+        "small.safetensors",
+    ]
+    before = sorted(os.listdir(WEIGHTS))
+    assert main(["evaluate", "k-diffusion:digits", *words, "--out", "found/a.json"]) == 0
+    assert sorted(os.listdir(WEIGHTS)) == before
+    assert list(Path("found/evaluation").iterdir())
