@@ -17,8 +17,16 @@ from torch import Tensor
 
 from k_diffusion.denoiser import make_denoiser
 from k_diffusion.evaluation.at_hand import look_for_extractor
+from k_diffusion.evaluation.extractors import FeatureExtractor
 from k_diffusion.evaluation.gathering import on_first
-from k_diffusion.evaluation.measuring import class_labels, features_of, figures_of, make_reference
+from k_diffusion.evaluation.making import make_extractor
+from k_diffusion.evaluation.measuring import (
+    Reference,
+    class_labels,
+    features_of,
+    figures_of,
+    make_reference,
+)
 from k_diffusion.models import ClassConditioner, Conditioner, make_model
 from k_diffusion.sampling import KSampler
 from k_diffusion.training.config import ConfigError
@@ -26,6 +34,7 @@ from k_diffusion.training.dataset import DataError, Source, make_source
 from k_diffusion.training.named_tensors import copy_tensors, named_tensors
 from k_diffusion.training.sections import EvaluateConfig
 from k_diffusion.training.shards import gathered
+from k_diffusion.training.signals import StopAsked
 from k_diffusion.training.told import Lay, make_told
 from k_diffusion.utils.scheduler import make_scheduler
 from k_diffusion.utils.words import reason_of
@@ -38,44 +47,64 @@ FOLDER = "evaluation"
 
 
 class Evaluation:
-    """Measures the averaged weights of a run; made before its first step, so that whatever is
-    missing is missed at once. Every process has to make and call it.
+    """Measures the averaged weights of a run. Every process has to make, prepare and call it.
+
+    Made before the run's folder is touched, so that an extractor that cannot be had costs nothing.
 
     Args:
         trainer: of the run, whose config has the section `evaluate`.
-        say: takes lines of news.
-        look: called between all parts of the work, by all processes alike; what it raises, on all
-            of them at once, ends it (see `signals.looking`).
 
     Raises:
         ConfigError: the data are no images, or the extractor cannot be had.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        say: Callable[[str], None],
-        look: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.trainer, self.options, self._look = trainer, trainer.config.evaluate, look
-        options = self.options
-        on_first(lambda: look_at(options, trainer.source))
+    reference: Reference
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer, self.options = trainer, trainer.config.evaluate
+        options, processes = self.options, trainer.processes
+        processes.on_main(lambda: look_at(options, trainer.source))
+        self._extractor: str | FeatureExtractor = options.extractor
+        self._weights = options.weights or ""
+        if options.extractor != "small":  # which is made of the data
+            with self._aside():
+                self._extractor = processes.together(self._load, ConfigError)
+            self._weights = ""
+
+    def _load(self) -> FeatureExtractor:
+        name, device = self.options.extractor, self.trainer.device
+        try:
+            return make_extractor(name, weights=self._weights, device=device)
+        except (ValueError, OSError, ImportError) as error:
+            raise _cannot_be_had(name, error) from None
+
+    def prepare(self, say: Callable[[str], None], look: Callable[[], None] = lambda: None) -> None:
+        """See the real images by the extractor; before the first step, so that whatever is missing
+        is missed at once.
+
+        Args:
+            say: takes lines of news.
+            look: called between all parts of the work, here and in `measure`, by all processes
+                alike; what it raises, on all of them at once, ends it (see `signals.looking`).
+
+        Raises:
+            ConfigError: the data or the weights cannot be read.
+        """
+        trainer, options, self._look = self.trainer, self.options, look
         with self._aside():
             try:
                 self.reference = make_reference(
                     trainer.source,
-                    options.extractor,
-                    weights=options.weights or "",
+                    self._extractor,
+                    weights=self._weights,
                     most=options.real_images,
                     cache=Path(trainer.config.out) / FOLDER,
                     device=trainer.device,
                     say=say,
                     look=look,
                 )
-            except (ValueError, OSError, ImportError) as error:
-                raise ConfigError(
-                    f"evaluate.extractor = {options.extractor!r} cannot be had: {error}"
-                ) from None
+            except (ValueError, OSError) as error:
+                raise _cannot_be_had(options.extractor, error) from None
         self.told = make_told(
             trainer.network,
             trainer.conditioner,
@@ -88,7 +117,23 @@ class Evaluation:
 
     def measure(self) -> dict[str, Any]:
         """What a line of the metrics file says: "extractor", "samples" and "figures", name ->
-        value; these are null, and "reason" says why, where the model drew what is no number."""
+        value; these are null, and "reason" says why, where samples or figures cannot be had.
+
+        That ends no run, unless one of several processes fails in the midst of what all do.
+
+        Raises:
+            StopAsked: see `prepare`.
+        """
+        line = {"extractor": self.reference.extractor.name, "samples": self.options.images}
+        try:
+            return {**line, **self._measured()}
+        except Exception as error:  # memory, the disk, data that are gone
+            together = self.trainer.processes.count == 1 or getattr(error, "everywhere", False)
+            if isinstance(error, StopAsked) or not together:
+                raise
+            return {**line, "figures": None, "reason": _kind_and_reason(error)}
+
+    def _measured(self) -> dict[str, Any]:
         options = self.options
         wrong: list[str] = []
         with self._aside():
@@ -108,8 +153,8 @@ class Evaluation:
             def draw(numbers: list[int]) -> Tensor:
                 try:
                     return torch.stack([image for _, image in many.draw(numbers)])
-                except FloatingPointError as error:  # the run may still come right
-                    wrong.append(reason_of(error))
+                except Exception as error:  # not finite, say; the run may still come right
+                    wrong.append(_kind_and_reason(error))
                     return torch.zeros(len(numbers), *self.trainer.source.shape)
 
             features = features_of(
@@ -119,11 +164,10 @@ class Evaluation:
                 batch_size=options.batch_size,
                 look=self._look,
             )
-        line = {"extractor": self.reference.extractor.name, "samples": options.images}
         if reasons := [one for own in self.trainer.processes.gather(wrong) for one in own]:
-            return {**line, "figures": None, "reason": reasons[0]}
+            return {"figures": None, "reason": reasons[0]}
         figures = on_first(lambda: figures_of(features, self.reference, options.metrics).values)
-        return {**line, "figures": figures}
+        return {"figures": figures}
 
     def _averaged(self) -> Any:
         """The averaged weights as a denoiser of their own."""
@@ -159,6 +203,16 @@ class _Aside:
         self._rng.__exit__(*error)
 
 
+def _cannot_be_had(extractor: str, error: Exception) -> ConfigError:
+    return ConfigError(f"evaluate.extractor = {extractor!r} cannot be had: {error}")
+
+
+def _kind_and_reason(error: Exception) -> str:
+    """In words; with the type, but of what samplers raise where samples are not finite."""
+    reason = reason_of(error)
+    return reason if isinstance(error, ArithmeticError) else f"{type(error).__name__}: {reason}"
+
+
 def look_at(options: EvaluateConfig, source: Source) -> str:
     """See what can be seen before anything is loaded.
 
@@ -184,9 +238,7 @@ def look_at(options: EvaluateConfig, source: Source) -> str:
     try:
         origin = look_for_extractor(options.extractor, options.weights or "", source.shape[0])
     except (ValueError, ImportError) as error:
-        raise ConfigError(
-            f"evaluate.extractor = {options.extractor!r} cannot be had: {error}"
-        ) from None
+        raise _cannot_be_had(options.extractor, error) from None
     return (
         f"{', '.join(options.metrics)} of {options.images:,} samples every "
         f"{options.every_images:,} images, by {options.extractor} ({origin})"

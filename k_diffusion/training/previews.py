@@ -76,8 +76,8 @@ class Previews:
         """Draw the average of this moment into its file, on the main process.
 
         Args:
-            say: takes a line where there can be none: what it draws is not finite, or the disk
-                refuses the file. The run goes on.
+            say: takes a line where there can be none: what it draws is not finite, say, or the
+                disk refuses the file. The run goes on.
 
         Returns:
             The grid, uint8; None where there is none.
@@ -90,7 +90,7 @@ class Previews:
             grid = self._grid()
             path.parent.mkdir(exist_ok=True)
             save_png(path, grid, self.text())
-        except (ValueError, OSError, ArithmeticError) as error:
+        except Exception as error:  # not finite, memory, the disk, data that are gone
             say(f"no preview at {trainer.images_seen} images: {reason_of(error)}")
             return None
         return grid

@@ -165,7 +165,10 @@ class _Session:
         self.main, on_main = trainer.processes.main, trainer.processes.on_main
         self.tell_once = tell if self.main else lambda line: None  # what all processes know alike
         self.began = time.perf_counter()
-        previews = Previews(trainer)
+        self.previews = Previews(trainer)
+        self.evaluation: Evaluation | None = None
+        if config.evaluate.every_images is not None:
+            self.evaluation = Evaluation(trainer)
         self.lock: RunLock | None = None  # of the main process, as are the loggers
         self.loggers: Loggers | None = None
 
@@ -186,8 +189,6 @@ class _Session:
         self.writer = CheckpointWriter(background=config.background_checkpoints, say=tell)
         stack.enter_context(self.writer)
         self.recovery = Recovery(trainer, self.log, self.to_go_back_to, self.tell_once)
-        self.previews = previews
-        self.evaluation: Evaluation | None = None
         self.milestones = Milestones(trainer, self.acts())
         self.asked = lambda: agreed(trainer.accelerator, stop.signal)
         self.look = looking(trainer.accelerator, stop)
@@ -249,8 +250,8 @@ class _Session:
         self.name_broken("skipping")
         for line in opening_lines(self.trainer, self.folder.start, looked=looked):
             self.tell_once(line)
-        if self.config.evaluate.every_images is not None:
-            self.evaluation = Evaluation(self.trainer, self.tell_once, self.look)
+        if self.evaluation is not None:
+            self.evaluation.prepare(self.tell_once, self.look)
         return self.milestones.make_up()
 
     def take_note(self, state: TrainState, on_step: OnStep | None) -> bool:

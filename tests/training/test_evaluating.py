@@ -13,11 +13,12 @@ import torch
 from k_diffusion.evaluation import features_of, figures_of, make_reference, train_small
 from k_diffusion.evaluation.measuring import class_labels
 from k_diffusion.sampling import KSampler
-from k_diffusion.training import ArraySource, Digits, load_denoiser
+from k_diffusion.sampling.many import Many
+from k_diffusion.training import ArraySource, Digits, evaluating, load_denoiser
 from k_diffusion.training.checkpoint import read_checkpoint
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import DataError
-from k_diffusion.training.evaluating import Evaluation, open_data
+from k_diffusion.training.evaluating import Evaluation, look_at, open_data
 from k_diffusion.training.run import run_training
 from k_diffusion.training.trainer import Trainer
 from k_diffusion.utils.scheduler import KarrasScheduler
@@ -151,7 +152,9 @@ def test_the_global_generator_is_put_back(
     trainer = Trainer(make_run_config(evaluate=EVALUATE))
     before = torch.get_rng_state()
     training = trainer.network.training
-    assert Evaluation(trainer, lambda line: None).measure()["figures"]
+    evaluation = Evaluation(trainer)
+    evaluation.prepare(lambda line: None)
+    assert evaluation.measure()["figures"]
     assert torch.equal(torch.get_rng_state(), before)
     assert trainer.network.training == training
     assert int(trainer.network.calls) == 0  # its buffers too are the run's own
@@ -234,9 +237,8 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first_step(
     )
     assert not seen
     sound = ArraySource(torch.zeros(50, 1, 8, 8, 8))
-    trainer: Any = type("T", (), {"config": make_run_config(evaluate=EVALUATE), "source": sound})
     with pytest.raises(ConfigError, match="every_images = 256, but the data are of shape"):
-        Evaluation(trainer, seen.append)
+        look_at(make_run_config(evaluate=EVALUATE).evaluate, sound)
 
 
 MODEL = {"type": "tiny", "num_classes": 10, "prediction": "edm", "time_convention": "log_sigma"}
@@ -287,6 +289,55 @@ def test_sizes_in_buckets_are_refused_before_the_run(
     monkeypatch.setattr(Digits, "shapes", ((1, 8, 8), (1, 4, 16)))
     config = make_run_config(evaluate=EVALUATE)
     with pytest.raises(ConfigError, match="evaluate.every_images = 256, but data.buckets"):
-        Evaluation(Trainer(config), print)
+        Evaluation(Trainer(config))
     with pytest.raises(ValueError, match="the real images have several sizes"):
         make_reference(Digits())
+
+
+def test_an_extractor_that_cannot_be_had_costs_no_run(
+    make_run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The run that was to be overwritten is there still."""
+    before = run_training(make_run_config(checkpoint_every_images=320), progress=False, say=len)
+    there = sorted(path.name for path in before.checkpoint.parent.iterdir())
+    for extractor, weights in (("inception", "none.pth"), ("clip", "none"), ("small", "none")):
+        evaluate = {**EVALUATE, "extractor": extractor, "weights": str(tmp_path / weights)}
+        with pytest.raises(ConfigError, match=f"extractor = '{extractor}' cannot be had"):
+            run_training(
+                make_run_config(evaluate=evaluate), overwrite=True, progress=False, say=len
+            )
+    assert sorted(path.name for path in before.checkpoint.parent.iterdir()) == there
+
+
+FAILURES = {
+    "draw": (Many, RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory"),
+    "features_of": (evaluating, DataError("image 3 is gone"), "DataError: image 3 is gone"),
+    "figures_of": (evaluating, OSError("no space left"), "OSError: no space left"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_an_evaluation_that_fails_is_told_and_ends_no_run(
+    make_run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    owner, error, reason = FAILURES[name]
+    work = getattr(owner, name)
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if [line[:17] for line in said if "evaluation at" in line] == ["evaluation at 256"]:
+            raise error  # in the second one alone
+        return work(*args, **options)
+
+    said: list[str] = []
+    config = make_run_config(evaluate=EVALUATE, checkpoint_every_images=320)
+    sound = run_training(config, progress=False, say=said.append)
+    wanted = evaluations(config.out)
+    assert len(wanted) == 3
+    said.clear()
+    monkeypatch.setattr(owner, name, failing)
+    found = run_training(config, overwrite=True, progress=False, say=said.append)
+    assert evaluations(config.out) == [
+        wanted[0], {**wanted[1], "figures": None, "reason": reason}, wanted[2]
+    ]  # fmt: skip
+    assert f"evaluation at 512 images: {reason}" in said
+    assert found.sha256 == sound.sha256

@@ -206,7 +206,8 @@ def test_evaluation_tells_each_sample_of_an_image(make_run_config: MakeConfig) -
     trainer = Trainer(config, source=source)
     for _ in trainer:  # until it looks at what it is told
         pass
-    evaluation = Evaluation(trainer, lambda line: None)
+    evaluation = Evaluation(trainer)
+    evaluation.prepare(lambda line: None)
     source.most = 0
     found = evaluation.measure()["figures"]["fid"]
     assert source.most == 10
