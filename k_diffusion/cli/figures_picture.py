@@ -96,4 +96,5 @@ def _judges(found: Found, name: str) -> list[Judge]:
 
 
 def _words(judge: Judge) -> str:
-    return f"{judge.samples:,} samples by {judge.extractor}"
+    beside = f", data {judge.data}" if judge.data else ""
+    return f"{judge.samples:,} samples by {judge.extractor}{beside}"

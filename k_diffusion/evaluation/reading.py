@@ -18,7 +18,7 @@ from k_diffusion.utils.images import to_float, to_uint8
 
 BATCH = 64
 """Images at a time."""
-LAYOUT = 1
+LAYOUT = 2
 """Of the files that keep a data set's hash; another number, and it is made anew."""
 HELD = 512 << 20
 """Bytes of decoded images that are kept for the next pass over them."""
@@ -74,12 +74,14 @@ class Reading:
         self._room = HELD
         self._held: dict[int, Part] = {}
         self._shown: dict[int, Part] = {}
+        self._bad: list[tuple[int, str]] = []
 
     def part(self, k: int) -> Part:
         """The images of a part, read unless they are held."""
         if k in self._held:
             return self._held[k]
         batch = read(self._data, self.parts[k])
+        self._bad += batch.bad
         images = to_uint8(batch.images) if _is_picture(batch.images) else batch.images.float()
         found = Part(images, batch.labels)
         if (size := images.numel() * images.element_size()) <= self._room:
@@ -123,7 +125,8 @@ class Reading:
         progress: bool = False,
         look: Callable[[], None] = lambda: None,
     ) -> str:
-        """`sha256`; nothing is read where the cache has it beside the data's fingerprint.
+        """`sha256`; nothing is read where the cache has it beside the data's fingerprint; what was
+        found broken then is reported again.
 
         Args:
             cache: a folder in which it is found, or kept; None: nowhere.
@@ -138,13 +141,16 @@ class Reading:
         path = cache / f"data-{digest[:16]}.json"
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
+            bad = [(int(number), str(reason)) for number, reason in kept["bad"]]
             if {key: kept[key] for key in asked} == asked and len(kept["sha256"]) == 64:
+                self._data.report(bad)
                 return str(kept["sha256"])
         except (OSError, ValueError, TypeError, KeyError, RecursionError):
             pass  # there is none, or it is damaged: it is made anew
+        self._bad = []
         found = self.sha256(progress, look)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps({**asked, "sha256": found}, indent=1) + "\n")
+        write_text(path, json.dumps({**asked, "sha256": found, "bad": self._bad}, indent=1) + "\n")
         return found
 
 

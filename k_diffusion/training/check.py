@@ -167,7 +167,7 @@ def check_run(
     )
     Previews(trainer)
     measured = config.evaluate.every_images is not None
-    evaluation = look_at(config.evaluate, trainer.source) if measured else ""
+    evaluation = look_at(config.evaluate, trainer.source, trainer.denoiser) if measured else ""
     decoded = decode_sample(trainer.source, sample)
     saved, loss, grad_norm = _step(trainer)
     device = trainer.device

@@ -28,9 +28,9 @@ from k_diffusion.evaluation.measuring import (
     make_reference,
 )
 from k_diffusion.models import ClassConditioner, Conditioner, make_model
-from k_diffusion.sampling import KSampler
 from k_diffusion.training.config import ConfigError
 from k_diffusion.training.dataset import DataError, Source, make_source
+from k_diffusion.training.drawing import sampler_of
 from k_diffusion.training.named_tensors import copy_tensors, named_tensors
 from k_diffusion.training.sections import EvaluateConfig
 from k_diffusion.training.shards import gathered
@@ -63,7 +63,7 @@ class Evaluation:
     def __init__(self, trainer: Trainer) -> None:
         self.trainer, self.options = trainer, trainer.config.evaluate
         options, processes = self.options, trainer.processes
-        processes.on_main(lambda: look_at(options, trainer.source))
+        processes.on_main(lambda: look_at(options, trainer.source, trainer.denoiser))
         self._extractor: str | FeatureExtractor = options.extractor
         self._weights = options.weights or ""
         if options.extractor != "small":  # which is made of the data
@@ -116,15 +116,20 @@ class Evaluation:
         )
 
     def measure(self) -> dict[str, Any]:
-        """What a line of the metrics file says: "extractor", "samples" and "figures", name ->
-        value; these are null, and "reason" says why, where samples or figures cannot be had.
+        """What a line of the metrics file says: "extractor", "samples", "data" (the beginning of
+        their hash) and "figures", name -> value; these are null, and "reason" says why, where
+        samples or figures cannot be had.
 
         That ends no run, unless one of several processes fails in the midst of what all do.
 
         Raises:
             StopAsked: see `prepare`.
         """
-        line = {"extractor": self.reference.extractor.name, "samples": self.options.images}
+        line = {
+            "extractor": self.reference.extractor.name,
+            "samples": self.options.images,
+            "data": self.reference.statistics.facts["data sha256"][:12],
+        }
         try:
             return {**line, **self._measured()}
         except Exception as error:  # memory, the disk, data that are gone
@@ -138,8 +143,7 @@ class Evaluation:
         wrong: list[str] = []
         with self._aside():
             denoiser = self._averaged()
-            sampler = KSampler(denoiser, make_scheduler(options.scheduler), options.sampler)
-            many = sampler.sample_many(
+            many = sampler_of(denoiser, options, "evaluate").sample_many(
                 options.images,
                 steps=options.steps,
                 shape=self.trainer.source.shape,
@@ -213,15 +217,17 @@ def _kind_and_reason(error: Exception) -> str:
     return reason if isinstance(error, ArithmeticError) else f"{type(error).__name__}: {reason}"
 
 
-def look_at(options: EvaluateConfig, source: Source) -> str:
+def look_at(options: EvaluateConfig, source: Source, denoiser: Any) -> str:
     """See what can be seen before anything is loaded.
 
     Returns:
         What is done when, in words.
 
     Raises:
-        ConfigError: the data are no images of one size, or the extractor cannot be had.
+        ConfigError: the data are no images of one size, the extractor cannot be had, or no levels
+            can be laid.
     """
+    sampler_of(denoiser, options, "evaluate")
     facts = source.facts()
     if len(facts["shape"]) != 3 or not 1 <= facts["shape"][0] <= 4 or "autoencoder" in facts:
         what = "latents" if "autoencoder" in facts else f"of shape {tuple(facts['shape'])}"

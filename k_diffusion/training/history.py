@@ -73,10 +73,12 @@ class Judge(NamedTuple):
     Attributes:
         extractor: of the features.
         samples: how many were drawn.
+        data: the beginning of the hash of the real images; empty where the line does not say it.
     """
 
     extractor: str
     samples: int
+    data: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,11 @@ class History:
         found: dict[Judge, dict[str, list[tuple[int, float]]]] = {}
         for images in sorted(standing):
             facts = standing[images]
-            judge = Judge(str(facts.get("extractor")), int(_number(facts.get("samples")) or 0))
+            judge = Judge(
+                str(facts.get("extractor")),
+                int(_number(facts.get("samples")) or 0),
+                str(facts.get("data", "")),
+            )
             for name, given in _mapping(facts.get("figures")).items():
                 if (value := _number(given)) is not None:
                     found.setdefault(judge, {}).setdefault(name, []).append((images, value))

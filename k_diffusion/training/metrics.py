@@ -20,9 +20,9 @@
 - {"event": "roll_back", "step", "images_seen", "passed_over"}: after that, where it went back to,
   and first and last of the steps that it leaves out this time. Of lines with the same images_seen
   the last one holds;
-- {"event": "evaluate", "step", "images_seen", "extractor", "samples", "figures", "reason"}: every
-  `evaluate.every_images`, and at the end; figures (name -> value) are null where the samples were
-  not finite, and only then there is a reason;
+- {"event": "evaluate", "step", "images_seen", "extractor", "samples", "data", "figures", "reason"}:
+  every `evaluate.every_images`, and at the end; data is the beginning of the real images' hash;
+  figures (name -> value) are null where they could not be had, and only then there is a reason;
 - {"event": "end", "images_seen", "checkpoint", "sha256", "seconds", "stopped_by", "bad_files",
   "reason"}: once a session; where an error ended it, and only then, there is a reason, and the
   checkpoint is null where the folder has none.

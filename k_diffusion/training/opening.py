@@ -48,6 +48,11 @@ def opening_lines(trainer: Trainer, start: Path | None, looked: bool) -> list[st
             "be taken up again later"
             for name in trainer.averages_left_out
         ]
+        if changed := trainer.data_otherwise:
+            lines += [
+                f"the data are others than before: {'; '.join(changed)}; the run learns from these "
+                "from now on"
+            ]
         if changed := trainer.computed_otherwise:
             lines += [
                 f"the run goes on to rounding, not bit for bit, as {'; '.join(changed)}: sums are "

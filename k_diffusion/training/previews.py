@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.guidance import cfg
-from k_diffusion.sampling import KSampler
 from k_diffusion.training.config import ConfigError
+from k_diffusion.training.drawing import sampler_of
 from k_diffusion.training.health import unchanged_buffers, unchanged_generators
 from k_diffusion.training.retention import checkpoint_path
 from k_diffusion.training.told import make_told
 from k_diffusion.utils.images import image_grid, save_png
-from k_diffusion.utils.scheduler import make_scheduler
 from k_diffusion.utils.words import reason_of
 
 if TYPE_CHECKING:
@@ -41,7 +40,8 @@ class Previews:
         trainer: whose average draws.
 
     Raises:
-        ConfigError: the data is no images, or guidance is asked for where nothing is told.
+        ConfigError: the data is no images, no levels can be laid, or guidance is asked for where
+            nothing is told.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -63,6 +63,7 @@ class Previews:
                 f"preview.guidance = {self._config.guidance} compares with a network that is told "
                 "nothing, and this one is told nothing anyway: leave it out"
             )
+        sampler_of(trainer.denoiser, self._config, "preview")
         self.told = make_told(
             trainer.network,
             trainer.conditioner,
@@ -118,16 +119,19 @@ class Previews:
             denoiser: Any = trainer.denoiser
             if config.guidance != 1:
                 denoiser = cfg(denoiser, config.guidance, null=self.told.null)
-            sampler = KSampler(denoiser, make_scheduler(config.scheduler), config.sampler)
-            return sampler.sample_many(
-                config.count,
-                steps=config.steps,
-                shape=self.told.shape or trainer.source.shape,
-                condition=self.told,
-                seed=config.seed,
-                rank=0,
-                world=1,
-            ).collect()
+            return (
+                sampler_of(denoiser, config, "preview")
+                .sample_many(
+                    config.count,
+                    steps=config.steps,
+                    shape=self.told.shape or trainer.source.shape,
+                    condition=self.told,
+                    seed=config.seed,
+                    rank=0,
+                    world=1,
+                )
+                .collect()
+            )
 
     def text(self) -> dict[str, str]:
         """What the picture says of itself: all that it takes to draw it again."""

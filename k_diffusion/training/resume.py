@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from k_diffusion.training.checkpoint import (
 )
 from k_diffusion.training.compare import differences, filled, flat
 from k_diffusion.training.ema import MAIN, load_averages
+from k_diffusion.training.fit import ROUNDING
 from k_diffusion.training.named_tensors import copy_tensors, named_tensors, own_tensors
 from k_diffusion.training.optimizer import load_moments, moments, plain_state
 from k_diffusion.training.parallel import Processes
@@ -28,6 +30,7 @@ from k_diffusion.training.restore import load_into
 from k_diffusion.training.sharded import read_sharded
 
 if TYPE_CHECKING:
+    from k_diffusion.training.dataset import Source
     from k_diffusion.training.trainer import Trainer
 
 FIXED = (
@@ -234,6 +237,7 @@ def _go_on_from(path: Path, trainer: Trainer, together: bool) -> None:
     if trainer.noise_scale is not None and state.noise_scale is not None:
         trainer.noise_scale.load_state_dict(state.noise_scale)
     trainer.extra = state.extra
+    trainer.data_otherwise = changed_data(info.data, trainer.source)
     before, now = info.state.get("computed_with"), computed_with(trainer)
     if isinstance(before, dict):
         trainer.computed_otherwise = [
@@ -241,6 +245,17 @@ def _go_on_from(path: Path, trainer: Trainer, together: bool) -> None:
             for key in sorted({*before, *now})
             if before.get(key) != now.get(key)
         ]
+
+
+def changed_data(before: Mapping[str, Any], source: Source) -> list[str]:
+    """In what data differ from what a checkpoint says of them, but for rounding."""
+    found = {"mean": source.mean, "std": source.std}
+    return [
+        f"{name} {before[name]:.6g} before and {value:.6g} now"
+        for name, value in found.items()
+        if isinstance(before.get(name), float)
+        and not math.isclose(before[name], value, rel_tol=ROUNDING, abs_tol=ROUNDING)
+    ]
 
 
 def begin_from(
@@ -300,9 +315,12 @@ def check_same_run(info: CheckpointInfo, trainer: Trainer) -> None:
         for both in (theirs, ours)
     )
     if differing := differences(theirs, ours):
+        cause = ""
+        if theirs.get("model.sigma_data") != ours.get("model.sigma_data") == trainer.source.std:
+            cause = ' (which is "auto", of the data: they are others now)'
         raise CheckpointError(
-            f"checkpoint {info.path} is of a run with {'; '.join(differing)}: resume with the "
-            f"same, or begin a new run from its weights by init_from = '{info.path}'"
+            f"checkpoint {info.path} is of a run with {'; '.join(differing)}{cause}: resume with "
+            f"the same, or begin a new run from its weights by init_from = '{info.path}'"
         )
 
 

@@ -193,6 +193,8 @@ class Trainer:
         """JSON data of whoever drives the loop; it is saved and comes back at a resume."""
         self.averages_left_out: list[str] = []
         """Of the checkpoint that was resumed from: those that the config has no more."""
+        self.data_otherwise: list[str] = []
+        """What has changed of the data since that checkpoint, in words."""
         self.computed_otherwise: list[str] = []
         """What is not as when that checkpoint was computed, and changes the last bits, in words."""
         if resume is not None:

@@ -201,6 +201,20 @@ def test_a_folder_is_known_by_names_sizes_and_times(tmp_path: Path) -> None:
     assert source.fingerprint() is None
 
 
+def test_what_was_found_broken_is_known_without_decoding(tmp_path: Path) -> None:
+    root = folder(tmp_path / "pictures")
+    file = root / "a/1.png"
+    save_png(file, torch.rand(1, 200, 200, generator=torch.Generator().manual_seed(0)) * 2 - 1)
+    file.write_bytes(file.read_bytes()[:20_000])  # which only decoding finds
+    cold = Folder(root, size=8, channels=1)
+    assert not cold.bad_files
+    make_reference(cold, Project(64), cache=tmp_path / "kept")
+    assert list(cold.bad_files) == [str(file)]
+    warm = Folder(root, size=8, channels=1)
+    make_reference(warm, Project(64), cache=tmp_path / "kept")
+    assert warm.bad_files == cold.bad_files
+
+
 def test_archives_are_known_by_checksums_or_times(tmp_path: Path) -> None:
     root = folder(tmp_path / "pictures")
     zips, tars = zipped(root, tmp_path / "a.zip"), tarred(root, tmp_path / "a.tar")

@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 
+from k_diffusion.denoiser import make_denoiser
 from k_diffusion.evaluation import features_of, figures_of, make_reference, train_small
 from k_diffusion.evaluation.measuring import class_labels
+from k_diffusion.evaluation.statistics import data_sha256
 from k_diffusion.sampling import KSampler
 from k_diffusion.sampling.many import Many
 from k_diffusion.training import ArraySource, Digits, evaluating, load_denoiser
+from k_diffusion.training.check import check_run
 from k_diffusion.training.checkpoint import read_checkpoint
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import DataError
 from k_diffusion.training.evaluating import Evaluation, look_at, open_data
+from k_diffusion.training.history import read_history
 from k_diffusion.training.run import run_training
 from k_diffusion.training.trainer import Trainer
 from k_diffusion.utils.scheduler import KarrasScheduler
@@ -237,8 +241,9 @@ def test_what_cannot_be_evaluated_is_refused_before_the_first_step(
     )
     assert not seen
     sound = ArraySource(torch.zeros(50, 1, 8, 8, 8))
+    options, denoiser = make_run_config(evaluate=EVALUATE).evaluate, make_denoiser(lambda x, s: x)
     with pytest.raises(ConfigError, match="every_images = 256, but the data are of shape"):
-        look_at(make_run_config(evaluate=EVALUATE).evaluate, sound)
+        look_at(options, sound, denoiser)
 
 
 MODEL = {"type": "tiny", "num_classes": 10, "prediction": "edm", "time_convention": "log_sigma"}
@@ -341,3 +346,25 @@ def test_an_evaluation_that_fails_is_told_and_ends_no_run(
     ]  # fmt: skip
     assert f"evaluation at 512 images: {reason}" in said
     assert found.sha256 == sound.sha256
+
+
+@pytest.mark.parametrize("section", ["evaluate", "preview"])
+def test_levels_that_do_not_suit_are_refused_before_the_run(
+    make_run_config: MakeConfig, section: str
+) -> None:
+    options = {"every_images": 256, "scheduler": "flow", "steps": 3}
+    config = make_run_config(model=MODEL, **{section: options})
+    said = rf"{section}.scheduler = 'flow' with {section}.steps = 3 does not suit this model: "
+    for begin in (run_training, check_run):
+        with pytest.raises(ConfigError, match=said):
+            begin(config)
+    assert not Path(config.out).exists()
+
+
+def test_figures_say_of_which_data(make_run_config: MakeConfig) -> None:
+    config = make_run_config(evaluate=EVALUATE)
+    run_training(config, progress=False, say=len)
+    wanted = data_sha256(Digits(), torch.arange(len(Digits())))[:12]
+    assert {line["data"] for line in evaluations(config.out)} == {wanted}
+    (judge,) = read_history(config.out).figures()
+    assert judge.data == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from k_diffusion.training.checkpoint import CheckpointError
 from k_diffusion.training.config import TrainConfig
 from k_diffusion.training.dataset import ArraySource
 from k_diffusion.training.fit import settle
+from k_diffusion.training.opening import opening_lines
 from k_diffusion.training.trainer import Trainer
 
 IMAGES = torch.randint(256, (300, 1, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
@@ -49,7 +51,7 @@ def test_a_run_goes_on_where_sums_are_rounded_otherwise(
     assert other.std != sigma_data
     resumed = Trainer(config, source=other, resume=tmp_path / "a.safetensors")
     assert resumed.config.model["sigma_data"] == sigma_data == resumed.network.sigma_data
-    with pytest.raises(CheckpointError, match=r"of a run with model\.sigma_data = 0\.5"):
+    with pytest.raises(CheckpointError, match=r"sigma_data = 0\.5.*of the data: they are others"):
         Trainer(
             config,
             source=rounded(ArraySource(IMAGES), 1e-4),
@@ -64,3 +66,15 @@ def test_without_a_run_before_the_data_decide(make_run_config: Callable[..., Tra
     assert settle(config, source, None, 2 * source.std).model["sigma_data"] == source.std
     given = make_run_config(model={"type": "tiny", "sigma_data": 0.25})
     assert settle(given, source, None, source.std).model["sigma_data"] == 0.25
+
+
+def test_other_data_are_told(make_run_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    config = make_run_config(model={"type": "tiny", "sigma_data": 0.5})
+    Trainer(config, source=ArraySource(IMAGES)).save(tmp_path / "a.safetensors")
+    for share, said in ((1e-9, 0), (1e-4, 1)):
+        source = rounded(ArraySource(IMAGES), share)
+        trainer = Trainer(config, source=source, resume=tmp_path / "a.safetensors")
+        lines = opening_lines(trainer, tmp_path / "a.safetensors", looked=True)
+        found = [line for line in lines if line.startswith("the data are others than before")]
+        assert len(found) == said
+    assert re.search(r"before: std 0\.\d+ before and 0\.\d+ now; the run", found[0])
