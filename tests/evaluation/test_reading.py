@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from made_data import Pictures, Project, bars
+from PIL import Image
 
 from k_diffusion.evaluation import make_reference, reading, train_small
 from k_diffusion.evaluation.reading import Reading, as_seen, data_sha256, smaller, spread
@@ -204,8 +205,9 @@ def test_a_folder_is_known_by_names_sizes_and_times(tmp_path: Path) -> None:
 def test_what_was_found_broken_is_known_without_decoding(tmp_path: Path) -> None:
     root = folder(tmp_path / "pictures")
     file = root / "a/1.png"
-    save_png(file, torch.rand(1, 200, 200, generator=torch.Generator().manual_seed(0)) * 2 - 1)
-    file.write_bytes(file.read_bytes()[:20_000])  # which only decoding finds
+    pixels = torch.randint(256, (64, 64), dtype=torch.uint8)
+    Image.fromarray(pixels.numpy()).save(file, "JPEG")
+    file.write_bytes(file.read_bytes()[:-1000])  # which only decoding finds
     cold = Folder(root, size=8, channels=1)
     assert not cold.bad_files
     make_reference(cold, Project(64), cache=tmp_path / "kept")
