@@ -41,7 +41,7 @@ def opening_lines(trainer: Trainer, start: Path | None, looked: bool) -> list[st
         f"{_parts(trainer)} a step; {where}"
     ]
     if bad := len(trainer.source.bad_files):
-        lines += [f"{bad} of {trainer.source.found} images are broken and left out"]
+        lines += [f"{bad} of {trainer.source.found} images are broken, and not learned from"]
     if start is not None:
         lines += [
             f"the average {name} of {start} is left out, as ema.profiles has it no more: it cannot "

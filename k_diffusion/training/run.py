@@ -22,7 +22,7 @@ from k_diffusion.models import Conditioner
 from k_diffusion.training.broken import BrokenDataError
 from k_diffusion.training.checkpoint import CheckpointError, read_info
 from k_diffusion.training.config import TrainConfig
-from k_diffusion.training.dataset import Source
+from k_diffusion.training.dataset import DataError, Source
 from k_diffusion.training.evaluating import Evaluation
 from k_diffusion.training.lock import RunLock
 from k_diffusion.training.loggers import Loggers, check_loggers
@@ -310,18 +310,18 @@ class _Session:
     def broke_off(self, error: Exception) -> None:
         """The same where an error ends the run.
 
-        Data of which too much is broken leave a checkpoint, too: the weights are sound, every
-        process stands between two steps, and with `max_bad_share` raised the run goes on from it.
-        Other errors leave none, so that none from before, which may be wanted, has to make room.
+        Data that cannot be read leave a checkpoint, too: the weights are sound, and every process
+        stands between two steps. Other errors leave none, so that none from before, which may be
+        wanted, has to make room.
         """
         self.name_broken("replacing")
+        alike = self.trainer.processes.count == 1 or getattr(error, "everywhere", False)
         try:
-            if isinstance(error, BrokenDataError) and self.written != self.trainer.step:
+            if isinstance(error, DataError) and alike and self.written != self.trainer.step:
                 self.save()
-                self.tell_once(
-                    f"checkpoint: {self.checkpoint}; --resume goes on from it where max_bad_share "
-                    "is higher"
-                )
+                broken = isinstance(error, BrokenDataError)
+                once = "where max_bad_share is higher" if broken else "once the data can be read"
+                self.tell_once(f"checkpoint: {self.checkpoint}; --resume goes on from it {once}")
             self.writer.wait()
         except CheckpointError as failure:
             self.tell(str(failure))

@@ -107,15 +107,15 @@ def test_other_errors_leave_a_report_and_no_checkpoint(make_run_config: Any) -> 
     def fail(trainer: Any, state: Any) -> None:
         if state.step == 5:
             trainer.source.bad_files["late.png"] = "cut short"
-            raise DataError("the disk is gone\nfor good")
+            raise RuntimeError("the card is gone\nfor good")
 
     said: list[str] = []
-    with pytest.raises(DataError):
+    with pytest.raises(RuntimeError):
         run_training(settings, progress=False, on_step=fail, say=said.append)
     assert said.count("replacing broken image late.png: cut short") == 1
     end = json.loads(Path(settings.out, "metrics.jsonl").read_text().splitlines()[-1])
     assert (end["event"], end["images_seen"]) == ("end", 160)
-    assert end["reason"] == "the disk is gone for good"
+    assert end["reason"] == "the card is gone for good"
     assert end["bad_files"] == {"late.png": "cut short"}
     assert end["checkpoint"] == "checkpoint-000000000096.safetensors"
     assert [path.name for path in list_checkpoints(settings.out)] == [end["checkpoint"]]
@@ -130,6 +130,26 @@ def test_other_errors_leave_a_report_and_no_checkpoint(make_run_config: Any) -> 
         run_training(settings, progress=False, on_step=kill, resume="auto")
     events = [e.kind for e in read_history(settings.out).events]
     assert events == []
+
+
+def test_data_that_vanish_leave_a_checkpoint(pictures: Path, make_run_config: Any) -> None:
+    settings = config(make_run_config, pictures, max_bad_share=0.2)
+    unbroken = run_training(settings, progress=False, say=lambda line: None)
+    gone, said = pictures.with_name("gone"), list[str]()
+
+    def vanish(trainer: Any, state: Any) -> None:
+        if state.step == 5:
+            pictures.rename(gone)
+
+    with pytest.raises(DataError, match="none of its 19 images can be decoded"):
+        run_training(settings, progress=False, on_step=vanish, say=said.append, overwrite=True)
+    (path,) = list_checkpoints(settings.out)
+    assert said[-1] == f"checkpoint: {path}; --resume goes on from it once the data can be read"
+    gone.rename(pictures)
+    again = run_training(settings, progress=False, say=said.append, resume="auto")
+    for part in ("model", "ema", "optimizer"):
+        one, other = (read_checkpoint(r.checkpoint, [part])[1][part] for r in (again, unbroken))
+        assert all(torch.equal(one[name], other[name]) for name in other), part
 
 
 def test_too_many_skipped_steps_leave_a_report(make_run_config: Any) -> None:
@@ -163,7 +183,7 @@ def test_it_is_seen_before_the_first_step(pictures: Path, make_run_config: Any) 
         Trainer(config(make_run_config, pictures, max_bad_share=0.04))
     trainer = Trainer(config(make_run_config, pictures, max_bad_share=0.05))
     source = trainer.source
-    assert any("1 of 20 images are broken and left out" in line
+    assert any("1 of 20 images are broken, and not learned from" in line
                for line in opening_lines(trainer, None, looked=False))  # fmt: skip
     check_bad_share(source, 0.05)
     with pytest.raises(BrokenDataError):
