@@ -117,8 +117,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name in rows[0]["images_per_second"]:
         speeds = [rounded(row["images_per_second"][name]) for row in rows]
         lines.append(f"| {name} | " + " | ".join(f"{speed:,}" for speed in speeds) + " |")
-    ratios = " | ".join(f"{row['ratio']:.1f}" for row in rows)
-    return "\n".join([*lines, f"| ours / established, 0.12 | {ratios} |"])
+    for chance in CHANCES:
+        ratios = " | ".join(f"{row['ratios'][chance]:.1f}" for row in rows)
+        lines.append(f"| ours / established, {chance} | {ratios} |")
+    return "\n".join(lines)
 
 
 def rounded(value: float) -> int:
@@ -137,10 +139,12 @@ def main() -> None:
     rows = []
     for side in SIZES:
         found = measure(cases_of(side, peer), args.turns)
-        ratio = found["ours, 0.12"] / found["established, 0.12"]
+        ratios = {chance: found[f"ours, {chance}"] / found[f"established, {chance}"]
+                  for chance in CHANCES}  # fmt: skip
         rows.append({"side": side, "batch": SIZES[side], "images_per_second": found,
-                     "ratio": ratio})  # fmt: skip
-        print(f"{side} x {side}, batches of {SIZES[side]}: {ratio:.1f} times the established")
+                     "ratios": ratios})  # fmt: skip
+        told = ", ".join(f"{ratio:.1f} at {chance}" for chance, ratio in ratios.items())
+        print(f"{side} x {side}, batches of {SIZES[side]}: {told} times the established")
         for name, speed in found.items():
             print(f"  {name:<25} {speed:>14,.0f}")
     print(table(rows))

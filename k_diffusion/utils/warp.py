@@ -151,6 +151,10 @@ def apply(x: Tensor, matrices: Tensor, drawn: Tensor) -> Tensor:
     return out
 
 
+PADDING = 2
+"""Pixels beyond an image that cubic interpolation within it asks for."""
+
+
 def resample(x: Tensor, matrices: Tensor) -> Tensor:
     """Images by cubic interpolation, continued beyond their edges by reflection.
 
@@ -159,16 +163,38 @@ def resample(x: Tensor, matrices: Tensor) -> Tensor:
         matrices: (x, y, 1) of the result to (x, y) of x, in pixels from the centre, (B, 2, 3),
             float64 on the CPU.
     """
-    height, width = x.shape[-2:]
-    # grid_sample counts from -1 to 1 over a side.
-    size = torch.tensor([width / 2, height / 2], dtype=torch.float64)
-    linear = matrices[:, :, :2] * size / size[:, None]
-    theta = torch.cat([linear, matrices[:, :, 2:] / size[:, None]], dim=2)
-    grid = F.affine_grid(theta.float().to(x.device), list(x.shape), align_corners=False)
-    warped = F.grid_sample(
-        x.float(), grid, mode="bicubic", padding_mode="reflection", align_corners=False
-    )
+    # An image and its mirrored continuation are even about each edge, and so is what interpolates
+    # them. So places are brought into the image first, where at most two pixels beyond it are
+    # asked for: half the time of grid_sample's own reflection, pixel by pixel.
+    batch, _, height, width = x.shape
+    padded = _continued(_continued(x.float(), -2), -1)
+    theta = matrices.to(x.device, torch.float32)[..., None, None]
+    across, down = (_centred(side, x.device) for side in (width, height))
+    grid = torch.empty(2, batch, height, width, device=x.device)
+    for axis, side in ((0, width), (1, height)):
+        place = grid[axis]
+        torch.add(theta[:, axis, 0] * across, theta[:, axis, 1] * down[:, None], out=place)
+        place.add_(theta[:, axis, 2]).div_(side)
+        # How many images away from the middle one; every other one is mirrored.
+        away = place.round()
+        place.sub_(away).mul_(away.remainder_(2).mul_(-2).add_(1))
+        place.mul_(2 * side / (side + 2 * PADDING))  # to grid_sample's -1 to 1 over all
+    warped = F.grid_sample(padded, grid.permute(1, 2, 3, 0), mode="bicubic", align_corners=False)
     return warped.to(x.dtype)
+
+
+def _centred(side: int, device: torch.device) -> Tensor:
+    """The places of a side's pixels, from its middle."""
+    return torch.arange(side, dtype=torch.float32, device=device) - (side - 1) / 2
+
+
+def _continued(x: Tensor, dim: int) -> Tensor:
+    """Images with `PADDING` mirrored pixels beyond each end of a dimension."""
+    side = x.shape[dim]
+    if side < PADDING:  # one pixel: its mirror image is itself
+        return torch.cat([x] * (side + 2 * PADDING), dim)
+    ends = [x.narrow(dim, first, PADDING).flip(dim) for first in (0, side - PADDING)]
+    return torch.cat([ends[0], x, ends[1]], dim)
 
 
 def random_zoom(x: Tensor, smallest: float, randomness: Randomness) -> Tensor:
