@@ -16,6 +16,7 @@ ERROR = "_error"
 """What the name of a figure's standard error ends in."""
 
 DOTS = {"marker": "o", "ms": 3.0}
+MARKS = ("o", "s", "^", "D", "v")
 
 Panel = Callable[[Any, Mapping[str, History]], None]
 """Draws on axes, of runs by name."""
@@ -66,27 +67,32 @@ def _errors(
 
 
 def _shares(found: Found, names: Sequence[str], axes: Any, runs: Mapping[str, History]) -> None:
-    """Colours tell the figures, strokes the runs."""
+    """Colours and marks tell the figures, strokes the runs and their judges."""
     from matplotlib.lines import Line2D
 
-    for k, by_judge in enumerate(found.values()):
-        for figures in by_judge.values():
-            for n, name in enumerate(names):
-                style = STYLES[k % len(STYLES)]
-                draw_line(axes, figures.get(name, []), color=colour_of(n), ls=style, **DOTS)
-    judges = [judge for name in names for judge in _judges(found, name)]
-    by = f", {_words(judges[0])}" if len(set(judges)) == 1 else ""
+    judged = [(run, judge) for run, by_judge in found.items() for judge in by_judge]
+    style = {pair: STYLES[k % len(STYLES)] for k, pair in enumerate(judged)}
+    for run, judge in judged:
+        for n, name in enumerate(names):
+            points = found[run][judge].get(name, [])
+            look: dict[str, Any] = {**DOTS, "marker": MARKS[n % len(MARKS)], "clip_on": False}
+            draw_line(axes, points, color=colour_of(n), ls=style[run, judge], zorder=3, **look)
+    judges = list(dict.fromkeys(judge for _, judge in judged))
+    by = f", {_words(judges[0])}" if len(judges) == 1 else ""
     dress(axes, f"shares{by}", legend=False)
     axes.set_ylim(0.0, max(1.02, axes.get_ylim()[1]))
-    handles = [Line2D([], [], color=colour_of(n), label=name) for n, name in enumerate(names)]
-    if len(found) > 1:
-        handles += [
-            Line2D([], [], color="0.35", ls=STYLES[k % len(STYLES)], label=run)
-            for k, run in enumerate(found)
-        ]
+    handles = [
+        Line2D([], [], color=colour_of(n), marker=MARKS[n % len(MARKS)], ms=3.0, label=name)
+        for n, name in enumerate(names)
+    ]
+    if len(judged) > 1:
+        for run, judge in judged:
+            words = [run] * (len(found) > 1) + [_words(judge)] * (len(judges) > 1)
+            label = ",\n".join(words)
+            handles.append(Line2D([], [], color="0.35", ls=style[run, judge], label=label))
     axes.legend(
         handles=handles, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5),
-        handlelength=1.2, borderaxespad=0.3,
+        handlelength=1.8, borderaxespad=0.3,
     )  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def _plain_numbers() -> Any:
         if value <= 0:
             return ""
         first = round(value / 10 ** math.floor(math.log10(value) + 1e-9))
-        return f"{value:.3g}" if first in (1, 2, 3, 5) else ""
+        return short(value) if first in (1, 2, 3, 5) else ""
 
     return FuncFormatter(label)
 
@@ -72,11 +72,11 @@ def in_thousands() -> Any:
     return EngFormatter(sep="")
 
 
-def short(images: int) -> str:
+def short(number: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if images >= size:
-            return f"{images / size:.3g}{letter}"
-    return str(images)
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
 
 
 def dress(

@@ -261,7 +261,10 @@ def _small(
                 say(f"{error}: it is trained anew")
         if extractor is None:
             images, labels = _shown(data, reading, step)
-            say(f"training a small extractor on {len(images)} images of the data")
+            say(
+                f"training a small extractor on {len(images)} images of the data, which takes one "
+                "core up to three minutes"
+            )
             extractor = train_small(images, labels, sha256, device=device, look=step)
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -116,6 +116,11 @@ class Conditioner(nn.Module, ABC):
 
     def find(self, raws: Mapping[str, Any]) -> Any:
         """What this conditioner reads, out of a batch's raw inputs."""
+        if not hasattr(self.config, "reads"):
+            raise TypeError(
+                f"{type(self).__name__}.Config has no field `reads`, the name of the raw input in "
+                "training batches: give it one, or write a from_batch"
+            )
         if self.config.reads not in raws:
             raise ValueError(
                 f"{type(self).__name__} reads {self.config.reads!r}, but a batch of this data has "

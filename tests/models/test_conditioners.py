@@ -369,6 +369,18 @@ def test_one_of_your_own(registry: None) -> None:
         Age(3)
 
 
+def test_one_whose_config_does_not_say_what_it_reads() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Unit:
+        unit: float = 100.0
+
+    class Blind(Age):
+        Config = Unit
+
+    with pytest.raises(TypeError, match="Blind.Config has no field `reads`, the name of the raw"):
+        Blind().from_batch({"age": [1]}, [0])
+
+
 def test_an_unregistered_one_has_no_config() -> None:
     with pytest.raises(ValueError, match="Age has no type: register it with register_conditioner"):
         conditioner_config(Age())
