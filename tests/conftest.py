@@ -82,7 +82,9 @@ def launch(tmp_path: Path, forking: subprocess.Popen[str]) -> Callable[..., list
     def run(file: str, function: str, processes: int = 2, fails: bool = False) -> list[str]:
         assert forking.stdin is not None
         assert forking.stdout is not None
-        print(json.dumps([file, function, str(tmp_path), processes]), file=forking.stdin, flush=True)
+        print(
+            json.dumps([file, function, str(tmp_path), processes]), file=forking.stdin, flush=True
+        )
         if not select.select([forking.stdout], [], [], 300)[0]:
             os.killpg(forking.pid, signal.SIGKILL)
             raise TimeoutError(f"{function} of {file} had not ended after 300 s")

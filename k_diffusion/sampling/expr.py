@@ -93,7 +93,7 @@ class Interval:
     path: int = 0
 
 
-@dataclass(eq=False)
+@dataclass
 class Assignment:
     """`name` (a Node) = sum of coefficient · term."""
 
@@ -307,15 +307,15 @@ def _inline(
         while start < len(assignments) and assignments[start].node.epoch <= q:
             start += 1
         last_use[state] = max(last_use.get(state, 0), start - 1)
-    uses: dict[Node, dict[Assignment, None]] = {}  # in order, each once
+    uses: dict[Node, list[Assignment]] = {}
     for i, assignment in enumerate(assignments):
         for term in assignment.terms:
             last_use[term] = max(last_use.get(term, 0), i)
-            uses.setdefault(term, {})[assignment] = None
+            uses.setdefault(term, []).append(assignment)
     remaining = []
     for assignment in assignments:
         node, terms = assignment.node, assignment.terms
-        users = uses.get(node, {})
+        users = uses.get(node, [])
         if node in fixed:
             remaining.append(assignment)
             continue
@@ -331,7 +331,6 @@ def _inline(
             contributions = {term: [c] for term, c in user.terms.items()}
             for term, c in terms.items():
                 contributions.setdefault(term, []).append(factor * c)
-                uses[term][user] = None
                 last_use[term] = max(last_use[term], position[user.node])
             user.terms = _collect(contributions)
     return remaining
