@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from collections.abc import Iterable
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -42,7 +42,8 @@ class Expr:
     def __init__(self, tracer: Tracer, node: Node) -> None:
         self._tracer = tracer
         self.node = node
-        tracer.alive.add(self)
+        if tracer.churned:
+            tracer.alive.add(self)
 
     def _make(self, *terms: tuple[Node, float]) -> Expr:
         return Expr(self._tracer, self._tracer.combination(terms))
@@ -105,17 +106,19 @@ class Tracer:
     """Hands out symbols while a solver is driven.
 
     Attributes:
+        churned: whether there will be churn, which must find the symbols that the solver holds.
         epoch: queries answered so far.
         path: which Brownian path noise is asked for on.
         nodes: all symbols ever made.
         draws: the noise among them.
         content: for leaves and queried states, what they are made of: (signal, noise) such that on
             data at one point c the symbol is signal · c + noise · (the state's unit noise).
-        alive: the symbols that the solver still holds.
+        alive: the symbols that the solver still holds; kept for churn alone.
         stale: symbols that churn has left behind.
         estimates: for symbols that churn has changed, the data estimate of their query.
     """
 
+    churned: bool = False
     epoch: int = 0
     path: int = 0
     nodes: list[Node] = field(default_factory=list)
@@ -125,10 +128,10 @@ class Tracer:
     stale: set[Node] = field(default_factory=set)
     estimates: dict[Node, Node] = field(default_factory=dict)
 
-    def combination(self, terms: Iterable[tuple[Node, float]]) -> Node:
+    def combination(self, terms: tuple[tuple[Node, float], ...]) -> Node:
         """A new node for a linear combination."""
-        node = Node(self.epoch, len(self.nodes), tuple(terms))
-        if any(term in self.stale for term, _ in node.terms):
+        node = Node(self.epoch, len(self.nodes), terms)
+        if self.stale and any(term in self.stale for term, _ in terms):
             raise ValueError("it goes back to an earlier state, which churn has left behind")
         self.nodes.append(node)
         return node
@@ -217,6 +220,7 @@ class Tracer:
                 marks.setdefault(iv.path, {}).update(
                     zip(_clock(iv), (iv.start, iv.end), strict=True)
                 )
+        clocks = {path: sorted(levels) for path, levels in marks.items()}
         atoms: dict[tuple[int, float], Node] = {}
         draws: list[tuple[Node, Interval]] = []
         for node, interval in self.draws:
@@ -224,8 +228,8 @@ class Tracer:
             if interval.fresh or not a < b:
                 draws.append((node, interval))
                 continue
-            levels = marks[interval.path]
-            inside = sorted(c for c in levels if a <= c <= b)
+            levels, ends = marks[interval.path], clocks[interval.path]
+            inside = ends[bisect_left(ends, a) : bisect_right(ends, b)]
             terms = []
             for low, high in itertools.pairwise(inside):
                 key = interval.path, low
@@ -327,8 +331,6 @@ def _inline(
             contributions = {term: [c] for term, c in user.terms.items()}
             for term, c in terms.items():
                 contributions.setdefault(term, []).append(factor * c)
-                if user not in uses[term]:
-                    uses[term].append(user)
                 last_use[term] = max(last_use[term], position[user.node])
             user.terms = _collect(contributions)
     return remaining

@@ -344,7 +344,7 @@ def _make_plan(
     intervals: bool,
     options: tuple[tuple[str, Any], ...],
 ) -> Plan:
-    tracer = Tracer()
+    tracer = Tracer(churned=churn is not None)
     x = tracer.leaf("x0", (levels[0].alpha, levels[0].sigma))
     run = _drive(chosen, x, levels, tracer, churn, intervals, dict(options))
     queries: list[_Query] = []

@@ -202,15 +202,17 @@ def lagrange_integrals(
     constant is integrated exactly.
     """
     half = (end - start) / (2 * pieces)
-    integrals = [0.0] * (len(nodes) - 1)
+    others = [
+        [(m, node - m) for k, m in enumerate(nodes) if k != j] for j, node in enumerate(nodes[:-1])
+    ]
+    integrals = [0.0] * len(others)
     for piece in range(pieces):
         centre = start + (2 * piece + 1) * half
         for x, w in gauss_legendre(24):
             u = centre + half * x
             mass, at = half * w * weight(u), clock(u)
-            for j, node in enumerate(nodes[:-1]):
-                basis = math.prod((at - m) / (node - m) for k, m in enumerate(nodes) if k != j)
-                integrals[j] += mass * basis
+            for j, factors in enumerate(others):
+                integrals[j] += mass * math.prod([(at - m) / gap for m, gap in factors])
     return [*integrals, total - math.fsum(integrals)]
 
 

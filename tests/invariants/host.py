@@ -73,6 +73,7 @@ def linear_form(plan: Plan, mean: float, variance: float, watch: Any = None) -> 
     return execute(plan, unit[1], denoise, lambda k: unit[2 + k], watch)
 
 
+@lru_cache
 def levels_between(
     n: int, grid: str, path: Path = VE, start: float = 2.0, end: float = 0.1
 ) -> Levels:

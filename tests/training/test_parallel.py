@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -279,9 +280,12 @@ PROGRAM = {
 def test_launched_stopped_and_resumed(launch: Launch, tmp_path: Path) -> None:
     """torchrun, then SIGTERM to it, then accelerate launch goes on: one voice, the same weights."""
     config, out = tmp_path / "run.toml", tmp_path / "out"
+    rng = np.random.default_rng(0)  # the digits would take each process a second of imports
+    images = rng.integers(0, 256, (400, 8, 8), np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(400) % 10)
     config.write_text(
         'total_images = 320\nbatch_size = 32\nlog_every_images = 32\nparallel = "fsdp"\n'
-        '[data]\nsource = "digits"\n'
+        f'[data]\nsource = "arrays"\npath = "{tmp_path / "data.npz"}"\n'
         '[model]\ntype = "unet"\nchannels = 8\nhead_channels = 8\nchannel_mults = [1]\nblocks = 1\n'
         "attention = [false]\nnum_classes = 10\n"
     )
