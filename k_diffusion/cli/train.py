@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k_diffusion.utils.words import printable
+
 from .plugins import Plugins, load_plugins
 from .problems import Stopped, as_usage, process_number
 from .values import MoreSettings, Resume, WholeOrAuto, WholeOrNone, joined
@@ -75,7 +77,7 @@ class Train:
 
             found = check_run(config, resume=resume, overwrite=self.overwrite)
             if not process_number():
-                print(found)
+                print("\n".join(map(printable, str(found).split("\n"))))
             return
         result = run_training(config, resume=resume, overwrite=self.overwrite)
         if result.stopped_by is not None:

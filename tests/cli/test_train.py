@@ -303,3 +303,23 @@ def test_begins_with_given_weights(tmp_path, write_config, capsys) -> None:
     assert main(argv) == 0
     found = read_info(tmp_path / "next/checkpoint-000000000032.safetensors")
     assert found.config["init_from"] == str(first)
+
+
+def test_names_of_files_cannot_move_the_cursor(tmp_path, write_config, capsys) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for k in range(9):
+        save_png(pictures / f"{k}.png", torch.full((1, 8, 8), k / 8))
+    (pictures / "bad\x1b[2J.png").write_bytes(b"no picture")
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f'out = "{tmp_path / "run"}"\ntotal_images = 32\nbatch_size = 16\n'
+        f'[data]\nsource = "folder"\npath = "{pictures}"\nsize = 8\nchannels = 1\n'
+        '[model]\ntype = "unet"\nchannels = 8\nchannel_mults = [1]\nblocks = 1\n'
+        "attention = [false]\nhead_channels = 8\n"
+    )
+    for more in (["--check"], []):
+        assert main(["train", "--config", str(config), *more]) == 0
+        out, err = capsys.readouterr()
+        assert "bad\\x1b[2J.png" in out + err
+        assert "\x1b[2J" not in out + err
