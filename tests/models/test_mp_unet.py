@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from backbones import saved_bytes, wake
+from magnitudes import SMALL, gaussian, rms
 from torch import Tensor, nn
 
 from k_diffusion.denoiser import make_denoiser
@@ -21,27 +22,10 @@ from k_diffusion.models.mp_layers import (
     UnitRows,
 )
 
-SMALL: dict[str, Any] = {
-    "in_channels": 2,
-    "channels": 16,
-    "channel_mults": (1, 2),
-    "blocks": 1,
-    "attention": (False, True),
-    "head_channels": 16,
-}
-
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-
-
-def rms(x: Tensor, dim: Any = None) -> Tensor:
-    return x.detach().double().square().mean(dim).sqrt()
-
-
-def gaussian(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64)
 
 
 # ---------------------------------------------------------------- blocks, as in figure 21

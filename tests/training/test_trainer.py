@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from k_diffusion.models import PRESETS, make_model, model_config
 from k_diffusion.training import load_denoiser
@@ -21,32 +21,15 @@ from k_diffusion.training.config_file import make_config
 from k_diffusion.training.dataset import ArraySource, Digits
 from k_diffusion.training.trainer import Trainer
 
+from .train_briefly import FLOW, Spy, contents, train
+
 MakeConfig = Callable[..., TrainConfig]
-PARTS = ("model", "ema", "optimizer")
-
-
-def contents(path: Path) -> dict[str, Tensor]:
-    _, parts = read_checkpoint(path, PARTS)
-    return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
 
 
 def assert_bitwise_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert set(one) == set(other)
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
-
-
-def train(config: TrainConfig, path: Path, steps: int | None = None, **kwargs: Any) -> list[float]:
-    """Train some steps (all: None), save, and give the losses."""
-    trainer = Trainer(config, **kwargs)
-    losses = []
-    if steps != 0:
-        for state in trainer:
-            losses.append(state.loss)
-            if steps is not None and len(losses) == steps:
-                break
-    trainer.save(path)
-    return losses
 
 
 # ---------------------------------------------------------------- resume
@@ -162,27 +145,6 @@ def test_inference_file_cannot_be_resumed(make_run_config: MakeConfig, tmp_path:
 
 
 # ---------------------------------------------------------------- a step
-
-
-class Spy(nn.Module):
-    """Remembers what it was shown; predicts a learned constant."""
-
-    prediction = "flow"
-    time_convention = "unit"
-    num_classes = 10
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1))
-        self.spare = nn.Parameter(torch.ones(2))  # never used: it has no gradient
-        self.seen: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-
-    def forward(self, x: Tensor, t: Tensor, class_label: Tensor) -> Tensor:
-        self.seen.append((x, t, class_label, torch.rand(3)))
-        return self.weight.expand_as(x)
-
-
-FLOW = {"type": "tiny", "num_classes": 10, "prediction": "flow", "time_convention": "unit"}
 
 
 def test_steps_draw_anew_and_independently(make_run_config: MakeConfig) -> None:
