@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from k_diffusion.training.dataset import DataError
+from k_diffusion.training.png_rows import check_rows
 from k_diffusion.utils.augmentation import crop_start
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def read_image(
         return image.round().clip(0, MAX_16_BIT).astype(np.uint16)
     # Pillow copies in each step that has nothing to do: these are passed over.
     with open_picture(file, max_pixels) as opened:
-        _turn_upright(opened)
+        _turn_upright(opened, file)
         picture = _in_mode(opened, channels)
     return np.asarray(_cut(picture, size, place)).reshape(*size, channels)
 
@@ -95,9 +96,10 @@ _TELLING = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
 """Where files may say how to turn them; a TIFF is turned by Pillow itself."""
 
 
-def _turn_upright(picture: Image) -> None:
+def _turn_upright(picture: Image, file: str | Path | io.BytesIO) -> None:
     """Decode a picture, and turn it as its EXIF says."""
     picture.load()  # behind a PNG's pixels there may be EXIF, too
+    check_rows(picture, file)
     if not _TELLING.isdisjoint(picture.info):
         from PIL import ImageOps
 
@@ -239,10 +241,12 @@ def _deep(file: str | Path | io.BytesIO, max_pixels: int) -> tuple[Any, int]:
             # Pillow has no such mode; these four bytes a pixel are high and low byte of both.
             _set_rawmode(picture, "RGBA")
             picture.load()
+            check_rows(picture, file)
             bands = [np.asarray(band) for band in picture.split()]
             both = np.stack([_together(*bands[:2]), _together(*bands[2:])], -1)
             return both, picture.getexif().get(_ORIENTATION, 1)
         picture.load()
+        check_rows(picture, file)
         orientation = picture.getexif().get(_ORIENTATION, 1)
         transparent = picture.info.get("transparency")
         if picture.mode in _DEEP:
