@@ -78,3 +78,7 @@ def gaussian_flow(x, s, t, mean, variance):
     start = s.alpha**2 * variance + s.sigma**2
     end = t.alpha**2 * variance + t.sigma**2
     return t.alpha * mean + (x.double() - s.alpha * mean) * (end / start) ** 0.5
+
+
+def shrink(x, sigma):
+    return x / (1 + sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2)
