@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from PIL import Image
 
 from k_diffusion.training import Archived, DataError, Folder
 from k_diffusion.training.dataset import Stream
+
+from .packing import packed
 
 
 @pytest.fixture
@@ -28,24 +29,11 @@ def pictures(tmp_path: Path) -> Path:
     return root
 
 
-def _packed(root: Path, path: Path, above: str = "") -> Path:
-    files = sorted(file for file in root.rglob("*") if file.is_file())
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for file in files:
-                archive.write(file, above + file.relative_to(root).as_posix())
-    else:
-        with tarfile.open(path, "w") as archive:
-            for file in files:
-                archive.add(file, above + file.relative_to(root).as_posix())
-    return path
-
-
 @pytest.mark.parametrize("name", ["set.zip", "set.tar"])
 @pytest.mark.parametrize("above", ["", "downloaded/set/"])
 def test_the_same_stream_as_from_the_folder(pictures, tmp_path, name, above):
     folder = Folder(pictures, 8, crop="random", flip=True)
-    archive = Archived(_packed(pictures, tmp_path / name, above), 8, crop="random", flip=True)
+    archive = Archived(packed(pictures, tmp_path / name, above), 8, crop="random", flip=True)
     assert archive.class_names == folder.class_names == ("cats", "dogs")
     assert len(archive) == len(folder) == 12
     ours, theirs = Stream(archive, 5, seed=1), Stream(folder, 5, seed=1)
@@ -60,8 +48,8 @@ def test_the_same_stream_as_from_the_folder(pictures, tmp_path, name, above):
 def test_shards_in_a_folder_are_one_set(pictures, tmp_path):
     shards = tmp_path / "shards"
     shards.mkdir()
-    _packed(pictures / "cats", shards / "0.zip", "cats/")
-    _packed(pictures / "dogs", shards / "1.tar", "dogs/")
+    packed(pictures / "cats", shards / "0.zip", "cats/")
+    packed(pictures / "dogs", shards / "1.tar", "dogs/")
     archive = Archived(shards, 8)
     assert archive.class_names == ("cats", "dogs")
     folder = Folder(pictures, 8)
@@ -72,7 +60,7 @@ def test_shards_in_a_folder_are_one_set(pictures, tmp_path):
 
 
 def test_a_file_that_is_damaged_later_is_replaced_and_named(pictures, tmp_path):
-    path = _packed(pictures, tmp_path / "set.zip")
+    path = packed(pictures, tmp_path / "set.zip")
     archive = Archived(path, 8)
     content = path.read_bytes()
     at = content.index((pictures / "cats" / "2.png").read_bytes()) + 50
@@ -93,7 +81,7 @@ def test_what_is_no_picture_is_named_alike_each_time(pictures, tmp_path):
 
 
 def test_without_workers_and_with(pictures, tmp_path):
-    archive = Archived(_packed(pictures, tmp_path / "set.zip"), 8)
+    archive = Archived(packed(pictures, tmp_path / "set.zip"), 8)
     alone = list(Stream(archive, 4, seed=0).batches(0, 5))
     shared = list(Stream(archive, 4, seed=0).batches(0, 5, workers=2))
     assert all(torch.equal(a.images, b.images) for a, b in zip(alone, shared, strict=True))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import tarfile
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,8 @@ from k_diffusion.models import CONDITIONERS, Conditioner
 from k_diffusion.training import Archived, DataError, Folder, Trainer
 from k_diffusion.training.dataset import Stream
 
+from .packing import packed
+
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
@@ -29,19 +29,6 @@ def pictures(tmp_path: Path) -> Path:
             Image.new("L", (8, 8), 10 * i).save(root / kind / f"{i}.png")
             (root / kind / f"{i}.txt").write_text(f"{kind} {i}\n", encoding="utf-8-sig")
     return root
-
-
-def packed(root: Path, path: Path, above: str) -> Path:
-    files = sorted(file for file in root.rglob("*") if file.is_file())
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for file in files:
-                archive.write(file, above + file.relative_to(root).as_posix())
-    else:
-        with tarfile.open(path, "w") as tar:
-            for file in files:
-                tar.add(file, above + file.relative_to(root).as_posix())
-    return path
 
 
 def places(pictures: Path, tmp_path: Path) -> dict[str, tuple[type, Path]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from k_diffusion.sampling import KSampler, unit_noise
-from k_diffusion.training.checkpoint import read_checkpoint, read_info
+from k_diffusion.training.checkpoint import read_info
 from k_diffusion.training.config import ConfigError, TrainConfig
 from k_diffusion.training.dataset import ArraySource, Digits, Stream
 from k_diffusion.training.previews import Previews, preview_path
@@ -22,6 +22,8 @@ from k_diffusion.training.run import RunResult, run_training
 from k_diffusion.training.trainer import Trainer
 from k_diffusion.utils.images import image_grid, load_png
 from k_diffusion.utils.scheduler import make_scheduler
+
+from .train_briefly import assert_bitwise
 
 MakeConfig = Callable[..., TrainConfig]
 PREVIEW = {"every_images": 200, "count": 6, "steps": 4}
@@ -33,18 +35,6 @@ def run(config: TrainConfig, **options: Any) -> RunResult:
 
 def files(config: TrainConfig) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(config.out, "previews").iterdir()}
-
-
-def tensors(path: Path) -> dict[str, Tensor]:
-    _, parts = read_checkpoint(path, ["model", "ema", "optimizer"])
-    return {f"{part}/{n}": t for part, named in parts.items() for n, t in named.items()}
-
-
-def assert_bitwise(one: Path, other: Path) -> None:
-    left, right = tensors(one), tensors(other)
-    assert set(left) == set(right)
-    for name, tensor in left.items():
-        assert torch.equal(tensor, right[name]), name
 
 
 def without_clock(result: RunResult) -> list[dict[str, Any]]:

@@ -20,6 +20,14 @@ def contents(path: Path) -> dict[str, Tensor]:
     return {f"{part}/{name}": t for part, named in parts.items() for name, t in named.items()}
 
 
+def assert_bitwise(one: Path, other: Path) -> None:
+    """Two checkpoints hold the same tensors."""
+    left, right = contents(one), contents(other)
+    assert set(left) == set(right)
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
 def train(config: TrainConfig, path: Path, steps: int | None = None, **kwargs: Any) -> list[float]:
     """Train some steps (all: None), save, and give the losses."""
     trainer = Trainer(config, **kwargs)
