@@ -11,6 +11,7 @@ STYLES = ("-", "--", ":", "-.")
 
 
 def draw_line(axes: Any, points: Sequence[tuple[int, float]], **style: Any) -> None:
+    """A curve; a single point is a dot."""
     if points:
         x, y = zip(*points, strict=True)
         marker = "o" if len(points) == 1 else ""
@@ -35,6 +36,7 @@ def room_below(axes: Any, share: float) -> None:
 
 
 def scale_of_lines(axes: Any) -> None:
+    """`scale_axis` by all that has been drawn."""
     scale_axis(axes, (float(y) for line in axes.get_lines() for y in line.get_ydata()))
 
 
@@ -67,12 +69,14 @@ def _plain_numbers() -> Any:
 
 
 def in_thousands() -> Any:
+    """Labels such as 20k and 5M."""
     from matplotlib.ticker import EngFormatter
 
     return EngFormatter(sep="")
 
 
 def short(number: float) -> str:
+    """Three digits, such as 1.02k or 3.5M."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{letter}"
@@ -82,6 +86,7 @@ def short(number: float) -> str:
 def dress(
     axes: Any, title: str, xlabel: str = "images seen", images: bool = True, legend: bool = True
 ) -> None:
+    """Title, labels and, where curves have names, a legend; `images`: the axis counts them."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.set_xlabel(xlabel, fontsize=9)
     axes.tick_params(labelsize=8)
@@ -93,23 +98,27 @@ def dress(
 
 
 def add_legend(axes: Any) -> None:
+    """A legend, where curves have names."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8, frameon=False)
 
 
 def untold(axes: Any, title: str, words: str) -> None:
+    """An empty panel that says why it is empty."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.text(0.5, 0.5, words, transform=axes.transAxes, ha="center", color="0.5", fontsize=9)
     axes.set(xticks=[], yticks=[])
 
 
 def colour_of(k: int) -> Any:
+    """Of the k-th curve; ten, then from the first again."""
     from matplotlib import colormaps
 
     return colormaps["tab10"](k % 10)
 
 
 def ramp(name: str, share: float) -> Any:
+    """The colour at a share, 0 to 1, of a map of matplotlib."""
     from matplotlib import colormaps
 
     return colormaps[name](share)

@@ -106,6 +106,7 @@ def unboxed(text: str) -> str:
 
 
 def whole(found: re.Match[str]) -> str:
+    """What to say of a word that int() refused."""
     return f"{found[1]} is not a whole number"
 
 

@@ -110,6 +110,7 @@ def show_settings(options: dict[str, Any]) -> str:
 
 
 def show_setting(value: Any) -> str:
+    """A value as it is typed: the inverse of how one is read."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

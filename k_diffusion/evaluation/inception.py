@@ -332,5 +332,6 @@ class InceptionV3FeatureExtractor(FIDInception):
     input = "RGB, antialiased bicubic to 299 x 299, cut off to bytes' range, (bytes - 128) / 128"
 
     def bring(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], shape (B, C, H, W), as the network takes them, (B, 3, 299, 299)."""
         pixels = (antialiased(as_rgb(images).float(), SIZE) * 127.5 + 127.5).clamp(0, 255)
         return (pixels - 128) / 128

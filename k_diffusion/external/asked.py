@@ -42,6 +42,7 @@ class Asked:
 
     @property
     def guided(self) -> bool:
+        """Whether two answers are asked for at each step."""
         return self.pair or self.guidance > 1
 
 

@@ -27,6 +27,7 @@ class Codec:
 
     @property
     def vae(self) -> Any:
+        """The autoencoder of the pipeline; None: it works on pixels."""
         return getattr(self.pipeline, "vae", None)
 
     @property

@@ -68,6 +68,7 @@ def renoised(
 
 
 def texts(name: str, given: Any) -> list[str] | None:
+    """A text or several as a list; None where nothing is given, TypeError where it is no text."""
     if given is None:
         return None
     texts = [given] if isinstance(given, str) else given
@@ -86,6 +87,8 @@ def rows_of(told: Told) -> int | None:
 
 
 def repeated(told: Told, times: int) -> Told:
+    """Each row so many times, one after the other."""
+
     def repeat(keywords: dict[str, Any]) -> dict[str, Any]:
         return {
             name: value.repeat_interleave(times, 0) if isinstance(value, Tensor) else value
