@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from k_diffusion.training.checkpoint import read_checkpoint, read_info
 from k_diffusion.training.config import TrainConfig
@@ -20,8 +21,6 @@ from k_diffusion.training.retention import list_checkpoints
 from k_diffusion.training.run import RunResult, run_training
 from k_diffusion.training.snapshots import list_snapshots
 from k_diffusion.training.trainer import Trainer, TrainingError, TrainState
-
-from .train_briefly import assert_bitwise
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -61,6 +60,18 @@ def passing_over(config: TrainConfig, folder: Path, *ranges: tuple[int, int]) ->
     assert trainer.step == 20
     trainer.save(folder / "passing.safetensors")
     return folder / "passing.safetensors"
+
+
+def tensors(path: Path) -> dict[str, Tensor]:
+    _, parts = read_checkpoint(path, ["model", "ema", "optimizer"])
+    return {f"{part}/{n}": t for part, named in parts.items() for n, t in named.items()}
+
+
+def assert_bitwise(one: Path, other: Path) -> None:
+    left, right = tensors(one), tensors(other)
+    assert set(left) == set(right)
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
 
 
 def events(result: RunResult, *kinds: str) -> list[dict[str, Any]]:
